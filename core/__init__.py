@@ -1,0 +1,1 @@
+"""SpikingBrain compiler: PyTorch models in, deployable artifacts out."""
