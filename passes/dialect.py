@@ -7,11 +7,8 @@ Layouts are fixed: activations are ``[B, T, H, D]`` (batch, time, heads, head si
 values are contiguous. Shapes are ranked; batch and time may be dynamic.
 """
 
-from __future__ import annotations
-
 import threading
-from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any
 
 from torch_mlir import ir
 from torch_mlir.dialects import ext
@@ -96,34 +93,36 @@ class Attention(SpikingBrain.Operation, name="attention", traits=[ext.Pure]):
 
     ``o[b,t,h] = sum_s p[s] * v[b,s,h/G]``, ``p = softmax over visible s of scale * q[b,t,h] . k[b,s,h/G]``,
     ``G = H / Hk``. With ``i = query_positions[b,t]`` and ``j = key_positions[b,s]``, key s is visible when
-    ``0 <= j <= i and (j > i - window or j < sinks)``; ``window = 0`` means unlimited. A query that sees no key yields 0. Keys and values come
-    in one or more segments (a cache, then the new tokens), each with its positions; an empty cache slot has
-    position -1.
+    ``0 <= j <= i and (j > i - window or j < sinks)``; ``window = 0`` means unlimited. A query that sees no key
+    yields 0. Keys come in up to two segments, a cache and the new tokens; an empty slot has position -1.
 
-        %o = "spikingbrain.attention"(%q, %qpos, %k_cache, %k, %v_cache, %v, %pos_cache, %pos)
+        %o = "spikingbrain.attention"(%q, %qpos, %k, %v, %kpos, %k_cache, %v_cache, %pos_cache)
                {scale = 0.125 : f64, window = 256 : i64, sinks = 1 : i64, ...} : (...) -> tensor<1x?x9x64xf32>
     """
 
     query: ext.Operand[ir.RankedTensorType]
     query_positions: ext.Operand[ir.RankedTensorType]
-    keys: Sequence[ext.Operand[ir.RankedTensorType]]
-    values: Sequence[ext.Operand[ir.RankedTensorType]]
-    key_positions: Sequence[ext.Operand[ir.RankedTensorType]]
+    keys: ext.Operand[ir.RankedTensorType]
+    values: ext.Operand[ir.RankedTensorType]
+    key_positions: ext.Operand[ir.RankedTensorType]
     scale: ir.FloatAttr
     window: ir.IntegerAttr
     sinks: ir.IntegerAttr
     out: ext.Result[ir.RankedTensorType]
+    cache_keys: ext.Operand[ir.RankedTensorType] | None = None
+    cache_values: ext.Operand[ir.RankedTensorType] | None = None
+    cache_positions: ext.Operand[ir.RankedTensorType] | None = None
 
     @staticmethod
     def verify_invariants(op: Any) -> bool:
-        q, segments = _shape(op.query), len(op.keys)
-        if not (segments and segments == len(op.values) == len(op.key_positions)):
-            return _fail(op.operation, "needs as many keys as values and key positions, at least one of each")
+        q, cache = _shape(op.query), [op.cache_keys, op.cache_values, op.cache_positions]
         if len(q) != 4 or _shape(op.out) != q:
             return _fail(op.operation, "query and result must both be [B, T, H, D]")
         if op.window.value < 0 or op.sinks.value < 0:
             return _fail(op.operation, "window and sinks must not be negative")
-        for k, v, p in zip(op.keys, op.values, op.key_positions, strict=True):
+        if any(cache) and not all(cache):
+            return _fail(op.operation, "needs cache keys, values and positions together")
+        for k, v, p in [[op.keys, op.values, op.key_positions], *([cache] if all(cache) else [])]:
             ks, ps = _shape(k), _shape(p)
             if len(ks) != 4 or ks != _shape(v):
                 return _fail(op.operation, "keys and values must both be [B, S, Hk, D]")
@@ -161,102 +160,105 @@ class CacheWrite(SpikingBrain.Operation, name="cache_write", traits=[ext.Pure]):
         return True
 
 
-class TimeLoop(SpikingBrain.Operation, name="time_loop"):
+# Ops whose operands differ in type cannot be declared through IRDL (it wants the operands of one variadic field to
+# have one type), so the three below form an unregistered dialect that `verify` checks.
+
+
+def _verify_time_loop(op: ir.Operation) -> str:
     """Runs a region once per time step: the general form of a scan.
 
-    ``carried_(t+1), y_t = body(carried_t, x_t)`` for t = 0 .. T-1 (or T-1 .. 0 when reversed), where ``x_t`` is the slice
-    of each scanned tensor at t of its first axis, and the ``y_t`` are stacked on a new first axis. The region takes
-    the carried values, then one slice of each scanned tensor, and yields the new carried values, then
-    one slice of each stacked result. At T = 0 the carried values are returned unchanged.
+    ``carried_(t+1), y_t = body(carried_t, x_t)`` for t = 0 .. T-1 (or T-1 .. 0 when reversed), where ``x_t`` is the
+    slice of each scanned tensor at t of its first axis, and the ``y_t`` are stacked on a new first axis. Operands
+    are the ``carried`` initial values, then the scanned tensors; results are the final values, then the stacked
+    ones. The body takes and yields the same, slices in place of stacks. At T = 0 the carried values return unchanged.
 
-        %s, %ys = "spikingbrain.time_loop"(%s0, %xs) ({ ^bb0(%s: tensor<4xf32>, %x: tensor<4xf32>): ...
-               "spikingbrain.yield"(%s1, %y) : (tensor<4xf32>, tensor<4xf32>) -> () })
-               {reverse = false, ...} : (tensor<4xf32>, tensor<?x4xf32>) -> (tensor<4xf32>, tensor<?x4xf32>)
+        %s, %ys = "spikingbrain_control.time_loop"(%s0, %xs) ({ ^bb0(%s: tensor<4xf32>, %x: tensor<4xf32>): ...
+                 "spikingbrain_control.yield"(%s1, %y) : (tensor<4xf32>, tensor<4xf32>) -> () })
+               {carried = 1 : i64, reverse = false} : (tensor<4xf32>, tensor<?x4xf32>) -> (tensor<4xf32>, tensor<?x4xf32>)
     """
-
-    carried: Sequence[ext.Operand[ir.RankedTensorType]]
-    scanned: Sequence[ext.Operand[ir.RankedTensorType]]
-    reverse: ir.BoolAttr
-    final: Sequence[ext.Result[ir.RankedTensorType]]
-    stacked: Sequence[ext.Result[ir.RankedTensorType]]
-    body: ext.Region
-
-    @staticmethod
-    def verify_invariants(op: Any) -> bool:
-        if not len(op.scanned):
-            return _fail(op.operation, "needs a scanned tensor: its first axis is the time axis")
-        if [v.type for v in op.carried] != [v.type for v in op.final]:
-            return _fail(op.operation, "final values must have the types of the carried ones")
-        steps = _shape(op.scanned[0])[0]
-        for v in [*op.scanned, *op.stacked]:
-            if not _fits(_shape(v)[0], steps):
-                return _fail(op.operation, f"time axes differ: {_shape(v)[0]} and {steps}")
-        return True
-
-    @staticmethod
-    def verify_region_invariants(op: Any) -> bool:
-        arguments = list(op.body.blocks[0].arguments)
-        if len(arguments) != len(op.carried) + len(op.scanned):
-            return _fail(op.operation, "body must take every carried value and one slice of every scanned one")
-        for value, argument in zip(op.carried, arguments, strict=False):
-            if value.type != argument.type:
-                return _fail(op.operation, f"body takes {argument.type} for a carried {value.type}")
-        terminator = op.body.blocks[0].operations[len(op.body.blocks[0].operations) - 1]
-        if terminator.operation.name != "spikingbrain.yield":
-            return _fail(op.operation, "body must end in spikingbrain.yield")
-        if len(terminator.operation.operands) != len(op.final) + len(op.stacked):
-            return _fail(op.operation, "body must yield every carried value and one slice of every stacked result")
-        return True
+    if "carried" not in op.attributes or "reverse" not in op.attributes:
+        return "needs the attributes carried and reverse"
+    n = op.attributes["carried"].value
+    initial, scanned = list(op.operands)[:n], list(op.operands)[n:]
+    final, stacked = list(op.results)[:n], list(op.results)[n:]
+    body = op.regions[0].blocks[0]
+    terminator = body.operations[len(body.operations) - 1].operation
+    if not scanned:
+        return "needs a scanned tensor: its first axis is the time axis"
+    if [v.type for v in initial] != [v.type for v in final]:
+        return "final values must have the types of the carried ones"
+    steps = _shape(scanned[0])[0]
+    for v in [*scanned, *stacked]:
+        if not _fits(_shape(v)[0], steps):
+            return f"time axes differ: {_shape(v)[0]} and {steps}"
+    if terminator.name != "spikingbrain_control.yield":
+        return "body must end in spikingbrain_control.yield"
+    slices = lambda values: [(_shape(v)[1:], v.type.element_type) for v in values]  # noqa: E731
+    whole = lambda values: [(_shape(v), v.type.element_type) for v in values]  # noqa: E731
+    if whole(body.arguments) != whole(initial) + slices(scanned):
+        return "body must take every carried value and one slice of every scanned tensor"
+    if whole(terminator.operands) != whole(final) + slices(stacked):
+        return "body must yield every carried value and one slice of every stacked result"
+    return ""
 
 
-class Yield(SpikingBrain.Operation, name="yield", traits=[ir.IsTerminatorTrait]):
-    """Ends the body of a ``time_loop``: the new carried values, then the slices of the stacked results."""
-
-    results_: Sequence[ext.Operand[ir.RankedTensorType]]
-
-
-class Launch(SpikingBrain.Operation, name="launch"):
+def _verify_launch(op: ir.Operation) -> str:
     """Runs a kernel function over a grid of workgroups.
 
+    Operands are three grid sizes (index), the input tensors, then the dynamic sizes (index) of the results in order.
     ``callee`` names a private function of the module whose arguments are: three workgroup ids (index), then one
-    memref per input, then one per result. Memrefs are contiguous, row-major, at offset 0, and have the shape of their tensor.
-    ``tied[i]`` is the position of the input that result i updates in place, or -1: a tied result adds no
-    argument, the kernel writes into the input's memref. ``result_sizes`` are the dynamic sizes of the results that are not tied,
-    in order.
+    memref per input, then one per result; memrefs are contiguous, row-major, at offset 0, with the shape of their
+    tensor. ``tied[i]`` is the position of the input that result i updates in place, or -1: a tied result adds no
+    argument (the kernel writes into the input's memref) and no sizes.
 
-        %y = "spikingbrain.launch"(%gx, %one, %one, %x, %w, %m) {callee = @linear_576x960, tied = [-1], ...}
+        %y = "spikingbrain_control.launch"(%gx, %one, %one, %x, %w, %m) {callee = @linear_k576_n960, tied = [-1]}
                : (index, index, index, tensor<?x576xf32>, tensor<60x576x16xf32>, index) -> tensor<?x960xf32>
     """
-
-    grid: Sequence[ext.Operand[ir.IndexType]]
-    inputs: Sequence[ext.Operand[ir.RankedTensorType]]
-    result_sizes: Sequence[ext.Operand[ir.IndexType]]
-    callee: ir.FlatSymbolRefAttr
-    tied: ir.ArrayAttr
-    outputs: Sequence[ext.Result[ir.RankedTensorType]]
-
-    @staticmethod
-    def verify_invariants(op: Any) -> bool:
-        if len(op.grid) != 3:
-            return _fail(op.operation, "needs three grid sizes")
-        tied = [a.value for a in op.tied]
-        if len(tied) != len(op.outputs):
-            return _fail(op.operation, "needs one entry of tied per result")
-        for index, result in zip(tied, op.outputs, strict=True):
-            if index >= len(op.inputs) or (index >= 0 and op.inputs[index].type != result.type):
-                return _fail(op.operation, f"a result cannot be tied to input {index}")
-        dynamic = sum(
-            size == ir.ShapedType.get_dynamic_size()
-            for index, result in zip(tied, op.outputs, strict=True)
-            if index < 0
-            for size in _shape(result)
-        )
-        if dynamic != len(op.result_sizes):
-            return _fail(op.operation, f"needs {dynamic} result sizes, got {len(op.result_sizes)}")
-        return True
+    if "callee" not in op.attributes or "tied" not in op.attributes:
+        return "needs the attributes callee and tied"
+    inputs = launch_inputs(op)
+    tied = [a.value for a in op.attributes["tied"]]
+    if [str(v.type) for v in list(op.operands)[:3]] != ["index"] * 3:
+        return "needs three grid sizes"
+    if len(tied) != len(op.results):
+        return "needs one entry of tied per result"
+    fresh = [r for i, r in zip(tied, op.results, strict=True) if i < 0]
+    for i, result in zip(tied, op.results, strict=True):
+        if i >= len(inputs) or (i >= 0 and inputs[i].type != result.type):
+            return f"a result cannot be tied to input {i}"
+    wanted = sum(size == ir.ShapedType.get_dynamic_size() for r in fresh for size in _shape(r))
+    got = len(op.operands) - 3 - len(inputs)
+    return "" if wanted == got else f"needs {wanted} result sizes, got {got}"
 
 
-def load(context: Optional[ir.Context] = None) -> ir.Context:  # noqa: UP045
+def launch_inputs(op: ir.Operation) -> list[ir.Value]:
+    """Returns the input tensors of a ``launch``."""
+    return [v for v in op.operands if isinstance(v.type, ir.RankedTensorType)]
+
+
+CONTROL_OPS = {
+    "spikingbrain_control.time_loop": _verify_time_loop,
+    "spikingbrain_control.launch": _verify_launch,
+}
+
+
+def verify(module: ir.Module) -> None:
+    """Verifies a module, the control ops included; raises ``ir.MLIRError`` with the first op that is wrong."""
+    module.operation.verify()
+    wrong: list[str] = []
+
+    def check(op: ir.Operation) -> ir.WalkResult:
+        message = CONTROL_OPS[op.name](op) if op.name in CONTROL_OPS else ""
+        if message:
+            wrong.append(f"{op.location}: '{op.name}' op {message}")
+        return ir.WalkResult.INTERRUPT if wrong else ir.WalkResult.ADVANCE
+
+    module.operation.walk(check)
+    if wrong:
+        raise ValueError(wrong[0])
+
+
+def load(context: ir.Context | None = None) -> ir.Context:
     """Returns ``context`` (a new one by default) with the dialect loaded; calling it twice is harmless."""
     if context is None:
         context = ir.Context()

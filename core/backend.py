@@ -1,0 +1,110 @@
+"""What a backend must provide. Third parties register one under the entry point group ``spikingbrain.backends``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from spikingbrain.errors import TargetError
+from spikingbrain.target import Target
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Buffer = Any  # a backend's own device buffer; opaque outside the backend
+ENTRY_POINT_GROUP = "spikingbrain.backends"
+
+
+@dataclass(frozen=True)
+class TargetStatus:
+    """Whether a target can be compiled for and run here, with the reason when it cannot."""
+
+    target: Target
+    compiles: bool
+    runs: bool
+    note: str = ""
+
+
+@dataclass
+class StageContext:
+    """What every stage of a backend may look at.
+
+    Attributes:
+        target: the machine compiled for.
+        options: the backend's own frozen options object.
+        workdir: a folder for intermediate files and reproducers, removed after success.
+        report: facts for the compile report; stages add to it.
+    """
+
+    target: Target
+    options: Any
+    workdir: Path
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+# A stage turns the module (text, then whatever the backend makes of it) into its next form. The last stage of a
+# backend returns the code members of the artifact: file name -> content.
+Stage = Callable[[Any, StageContext], Any]
+
+
+class Executable(Protocol):
+    """Compiled code that is loaded and can be called; owns its device and the mapped weights."""
+
+    def call(self, entry: str, arguments: Sequence[Buffer]) -> list[Buffer]:
+        """Runs an entry point. State arguments are consumed: their storage may be reused for the results."""
+        ...
+
+    def to_device(self, array: np.ndarray[Any, Any]) -> Buffer:
+        """Copies a host array into a buffer."""
+        ...
+
+    def to_host(self, buffer: Buffer) -> np.ndarray[Any, Any]:
+        """Copies a buffer to the host."""
+        ...
+
+
+class Backend(Protocol):
+    """Code generation and loading for a family of targets."""
+
+    name: str
+    options: type  # a frozen dataclass; its fields are the user's options, all with defaults
+
+    def targets(self) -> list[TargetStatus]:
+        """Returns every target this backend knows, with what works here."""
+        ...
+
+    def cache_key(self, target: Target, options: Any) -> str:
+        """Returns text that changes whenever the same module would compile to different code."""
+        ...
+
+    def stages(self, target: Target) -> dict[str, Stage]:
+        """Returns the ordered stages after the shared passes."""
+        ...
+
+    def load(
+        self, code: Mapping[str, memoryview], manifest: Mapping[str, Any], weights: Mapping[str, np.ndarray[Any, Any]]
+    ) -> Executable:
+        """Makes compiled code callable; ``weights`` are mapped, not copied, where the device allows."""
+        ...
+
+
+def backends() -> dict[str, Backend]:
+    """Returns every registered backend by name; one whose packages are missing still lists its targets."""
+    found: dict[str, Backend] = {}
+    for point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda p: p.name):
+        found[point.name] = point.load()()
+    return found
+
+
+def resolve_target(name: str) -> tuple[Backend, TargetStatus]:
+    """Returns the backend and status of the target called ``name``; raises TargetError listing the known ones."""
+    known: list[str] = []
+    for backend in backends().values():
+        for status in backend.targets():
+            if status.target.name == name:
+                return backend, status
+            known.append(status.target.name)
+    raise TargetError(f"unknown target {name!r}", hint=f"one of {', '.join(known)}")
