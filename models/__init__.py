@@ -1,0 +1,1 @@
+"""Language models in plain PyTorch. They need only torch and know nothing of the compiler."""
