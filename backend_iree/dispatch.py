@@ -1,17 +1,16 @@
 """Turns kernel launches into IREE executables and dispatches.
 
 Passes describe a hand-scheduled kernel as a private function over memrefs and call it with
-``spikingbrain_control.launch`` (see ``passes/dialect.py``). Stock iree-compile accepts such a function as the body of
-a ``stream.executable`` called by ``flow.dispatch``. torch-mlir's context does not know those ops, so they are made in
-generic form with the spelling of IREE 3.13; iree-compile verifies them when it reads the module.
+``spikingbrain_control.launch`` (see ``passes/dialect.py``). Stock iree-compile accepts such a function as the
+body of a ``stream.executable`` called by ``flow.dispatch``. torch-mlir's context does not know those ops, so they
+are made in generic form with the spelling of IREE 3.13; iree-compile verifies them when it reads the module.
 """
 
 from __future__ import annotations
 
+from spikingbrain.passes.dialect import launch_inputs
 from torch_mlir import ir
 from torch_mlir.dialects import arith, func, tensor
-
-from spikingbrain.passes.dialect import launch_inputs
 
 LAUNCH = "spikingbrain_control.launch"
 GRID_RANK = 3
@@ -20,8 +19,8 @@ GRID_RANK = 3
 def wrap_kernels(module: ir.Module) -> None:
     """Rewrites every launch of ``module`` in place; afterwards no launch and no launched function remains.
 
-    Each launched function becomes one executable of the same name, whichever number of launches share it. Raises
-    ValueError when a launch names no function of the module or its function breaks the launch contract.
+    Each launched function becomes one executable of the same name, whichever number of launches share it.
+    Raises ValueError when a launch names no function of the module or its function breaks the launch contract.
     """
     launches: list[ir.Operation] = []
 
@@ -55,7 +54,9 @@ def _check_contract(kernel: func.FuncOp, launch: ir.Operation, tied: list[int]) 
         raise ValueError(f"kernel '{name}' must have a body of one block")
     fresh = [result for i, result in zip(tied, launch.results, strict=True) if i < 0]
     tensors = [ir.RankedTensorType(value.type) for value in [*launch_inputs(launch), *fresh]]
-    expected = [ir.IndexType.get()] * GRID_RANK + [ir.MemRefType.get(t.shape, t.element_type) for t in tensors]
+    expected = [ir.IndexType.get()] * GRID_RANK + [
+        ir.MemRefType.get(t.shape, t.element_type) for t in tensors
+    ]
     if kernel.type.inputs != expected or kernel.type.results:
         raise ValueError(
             f"kernel '{name}' is of type {kernel.type}, its launch asks for"
@@ -94,10 +95,10 @@ def _build_executable(kernel: func.FuncOp, inputs: int) -> None:
 
 
 def _build_entry_point(kernel: func.FuncOp, inputs: int) -> None:
-    """Builds the exported function: a binding per input, an index per dynamic size, a binding per fresh result.
+    """Builds the exported function: a binding per input, an index per dynamic size, a binding per result.
 
-    IREE asks for operands (tensors and scalars) before results. Sizes are passed once per tensor even where two are
-    equal, as launches that share the kernel may differ in that.
+    IREE asks for operands (tensors and scalars) before results. Sizes are passed once per tensor even where two
+    are equal, as launches that share the kernel may differ in that.
     """
     binding, index = ir.Type.parse("!stream.binding"), ir.IndexType.get()
     old = kernel.body.blocks[0]
@@ -139,7 +140,10 @@ def _replace_launch(launch: ir.Operation, name: str, tied: list[int]) -> None:
     index = ir.IndexType.get()
     with ir.InsertionPoint(launch), launch.location:
         input_sizes = [
-            [tensor.DimOp(value, arith.ConstantOp(index, axis).result).result for axis in _dynamic_axes(value.type)]
+            [
+                tensor.DimOp(value, arith.ConstantOp(index, axis).result).result
+                for axis in _dynamic_axes(value.type)
+            ]
             for value in inputs
         ]
         result_sizes = [
