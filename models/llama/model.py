@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from spikingbrain.models.llama.errors import ConfigError
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -38,32 +39,32 @@ class LlamaConfig:
 
     def __post_init__(self) -> None:
         if self.heads % self.key_value_heads:
-            raise ValueError(
-                f"{self.heads} query heads cannot share {self.key_value_heads} key/value heads\n"
-                "  at: LlamaConfig\n"
-                "  because: each key/value head serves the same number of query heads\n"
-                "  try: key_value_heads that divides heads"
+            raise ConfigError(
+                f"{self.heads} query heads cannot share {self.key_value_heads} key/value heads",
+                where="LlamaConfig",
+                why="each key/value head serves the same number of query heads",
+                hint="key_value_heads that divides heads",
             )
         if self.head_size % 2:
-            raise ValueError(
-                f"head size {self.head_size} is odd\n"
-                "  at: LlamaConfig\n"
-                "  because: rotary position embedding turns pairs of values\n"
-                "  try: an even head_size"
+            raise ConfigError(
+                f"head size {self.head_size} is odd",
+                where="LlamaConfig",
+                why="rotary position embedding turns pairs of values",
+                hint="an even head_size",
             )
         if self.window is not None and self.window < 1:
-            raise ValueError(
-                f"window of {self.window} tokens\n"
-                "  at: LlamaConfig\n"
-                "  because: a token always attends to itself, so the smallest window is 1\n"
-                "  try: window=None for attention over all tokens"
+            raise ConfigError(
+                f"window of {self.window} tokens",
+                where="LlamaConfig",
+                why="a token always attends to itself, so the smallest window is 1",
+                hint="window=None for attention over all tokens",
             )
         if self.sinks < 0 or (self.sinks and self.window is None):
-            raise ValueError(
-                f"{self.sinks} sink tokens with window {self.window}\n"
-                "  at: LlamaConfig\n"
-                "  because: sinks are first tokens that stay visible outside the window\n"
-                "  try: sinks=0, or a window"
+            raise ConfigError(
+                f"{self.sinks} sink tokens with window {self.window}",
+                where="LlamaConfig",
+                why="sinks are the first tokens of a text that stay visible outside the window",
+                hint="sinks=0, or a window",
             )
 
 
@@ -96,10 +97,10 @@ class Llama(nn.Module):
     def initial_state(self, batch: int, capacity: int | None = None) -> State:
         """Returns the state before the first token.
 
-        Full attention keeps the first `capacity` tokens (default: the context of the config). Tokens beyond it
-        see the kept ones and those of their own call, and are then forgotten without a word: whoever calls the
-        model checks that `position + T` stays within the capacity. With a window the state has one size, enough
-        for any number of tokens, and `capacity` is not used.
+        Full attention keeps the first `capacity` tokens (default: the context of the config). Tokens beyond
+        it see the kept ones and those of their own call, and are then forgotten without a word: whoever calls
+        the model checks that `position + T` stays within the capacity. With a window the state has one size,
+        enough for any number of tokens, and `capacity` is not used.
         """
         config, weight = self.config, self.embedding.weight
         if config.window is None:
