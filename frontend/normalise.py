@@ -1,0 +1,74 @@
+"""Rewrites on the exported FX graph that the importer or torch-mlir would otherwise get wrong or abort on.
+
+Each rewrite names the upstream defect it avoids and can go when the minimal case in its test imports correctly.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+# torch-mlir aborts the process on a negative dim of these ("LLVM ERROR: out of memory" in convert-torch-to-tmtensor).
+_SCATTERS = {
+    aten.scatter.src,
+    aten.scatter.value,
+    aten.scatter_add.default,
+    aten.scatter_reduce.two,
+}
+# Identities on values once the graph is functional; they hide the patterns that the raising passes look for.
+_IDENTITIES = {
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.lift_fresh_copy.default,
+}
+
+
+def _rank(node: fx.Node) -> int:
+    return node.meta["val"].dim()
+
+
+def make_scatter_dims_positive(graph: fx.Graph) -> int:
+    """Adds the rank to negative scatter dims; returns how many were changed."""
+    changed = 0
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in _SCATTERS and node.args[1] < 0:
+            node.args = (node.args[0], node.args[1] + _rank(node), *node.args[2:])
+            changed += 1
+    return changed
+
+
+def drop_identities(graph: fx.Graph) -> int:
+    """Removes copies and aliases whose result type equals their input's; returns how many."""
+    dropped = 0
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target not in _IDENTITIES or not node.args:
+            continue
+        source = node.args[0]
+        if not isinstance(source, fx.Node) or not isinstance(source.meta.get("val"), torch.Tensor):
+            continue
+        node.replace_all_uses_with(source)
+        graph.erase_node(node)
+        dropped += 1
+    return dropped
+
+
+def drop_shape_checks(graph: fx.Graph) -> int:
+    """Removes runtime assertions on sizes: the artifact checks its arguments against the declared ranges itself."""
+    checks = {aten._assert_scalar.default, aten.sym_constrain_range_for_size.default, aten._assert_tensor_metadata.default}
+    doomed = [n for n in graph.nodes if n.op == "call_function" and n.target in checks]
+    for node in reversed(doomed):
+        graph.erase_node(node)
+    return len(doomed)
+
+
+def normalise(graph: fx.Graph) -> None:
+    """Applies every rewrite in place."""
+    make_scatter_dims_positive(graph)
+    drop_identities(graph)
+    drop_shape_checks(graph)
+    graph.eliminate_dead_code()
+    graph.lint()

@@ -1,0 +1,98 @@
+"""What a pass is: a frozen dataclass whose fields are its options and whose name is used everywhere.
+
+The same name stands on the command line (``spikingbrain opt -p raise-attention``), in the file name
+(``passes/raise_attention.py``), in the tests (``tests/passes/raise-attention.mlir``) and in the log.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+from torch_mlir import ir
+
+from spikingbrain.errors import OptionError, SourceLine
+from spikingbrain.target import Target
+
+
+@dataclass(frozen=True)
+class Record:
+    """One decision of a pass about one op: what was done or refused, where in the user's model, and why."""
+
+    pass_name: str
+    status: str  # "raised", "fused", "lowered", "refused"
+    op: str
+    where: str
+    reason: str = ""
+
+    def to_dict(self) -> dict[str, str]:
+        return dataclasses.asdict(self)
+
+
+@dataclass
+class PassContext:
+    """What passes share during one run of a pipeline."""
+
+    target: Target
+    records: list[Record] = field(default_factory=list)
+
+    def record(self, pass_: Pass, status: str, op: ir.Operation, reason: str = "") -> None:
+        """Notes a decision; the compile report, ``explain`` and the log all read these notes."""
+        line = source_line(op.location)
+        entry = Record(pass_.name, status, op.name, str(line) if line else "", reason)
+        self.records.append(entry)
+        logging.getLogger(f"spikingbrain.passes.{pass_.name}").debug(
+            "%s %s at %s %s", status, op.name, entry.where, reason
+        )
+
+
+class Pass(Protocol):
+    """A step from valid IR to valid IR."""
+
+    name: ClassVar[str]
+
+    def run(self, module: ir.Module, context: PassContext) -> None:
+        """Rewrites the module in place."""
+        ...
+
+
+def source_line(location: ir.Location) -> SourceLine | None:
+    """Returns the innermost Python line a location names, or None."""
+    loc: Any = location
+    if isinstance(loc, ir.FileLineColLoc):
+        return SourceLine(str(loc.filename).strip('"'), loc.start_line)
+    if isinstance(loc, ir.CallSiteLoc):
+        return source_line(loc.callee) or source_line(loc.caller)
+    if isinstance(loc, ir.NameLoc):
+        return source_line(loc.child_loc)
+    if isinstance(loc, ir.FusedLoc):
+        for inner in loc.locations:
+            if line := source_line(inner):
+                return line
+    return None
+
+
+def parse_pass(text: str, known: dict[str, type[Any]]) -> Pass:
+    """Returns the pass written as ``name`` or ``name{option=value other=value}``.
+
+    Raises OptionError for an unknown pass or option, listing what is known.
+    """
+    name, _, rest = text.partition("{")
+    if name not in known:
+        raise OptionError(f"unknown pass {name!r}", hint=f"one of {', '.join(sorted(known))}")
+    cls = known[name]
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    options: dict[str, Any] = {}
+    for item in rest.rstrip("}").replace(",", " ").split():
+        key, _, value = item.partition("=")
+        key = key.replace("-", "_")
+        if key not in fields:
+            listed = ", ".join(fields) or "none"
+            raise OptionError(f"pass {name!r} has no option {key!r}", hint=f"its options: {listed}")
+        kind = fields[key].type
+        options[key] = value.lower() in ("1", "true", "on") if kind in (bool, "bool") else (
+            int(value) if kind in (int, "int") else value
+        )
+    return cls(**options)  # type: ignore[no-any-return]
