@@ -30,6 +30,7 @@ from torch_mlir.dialects import arith, func, memref, scf, tensor, vector
 SCRATCH_BYTES = 30 << 10  # IREE allows a dispatch 32 KB of stack unless told otherwise
 ROW_LIMIT = 64  # more query rows per block gained nothing
 DECODE_KEY_BLOCK = 128
+LINE_BYTES = 64
 
 MAX_POSITION = 2**31 - 1
 MASKED = -3.0e38  # score of a key that is not visible
@@ -302,8 +303,24 @@ def _put(value: ir.Value, target: ir.Value, at: Sequence[Index]) -> None:
     memref.store(value, target, [_index(i) for i in at])
 
 
-def _scratch(shape: Sequence[int], element: ir.Type) -> ir.Value:
-    return memref.alloca(ir.MemRefType.get(shape, element), [], [])
+def _scratch(shapes: Sequence[tuple[Sequence[int], ir.Type]]) -> list[ir.Value]:
+    """Returns buffers on the stack, each at the start of a cache line: vectors across two lines cost double.
+
+    The alignment attribute of ``memref.alloca`` is printed in a form that IREE 3.13 does not read, so the
+    buffers are views of one block of bytes.
+    """
+    starts, total = [], 0
+    for shape, _ in shapes:
+        starts.append(total)
+        total += -(-math.prod(shape) * 4 // LINE_BYTES) * LINE_BYTES
+    byte = ir.IntegerType.get_signless(8)
+    block = memref.alloca(ir.MemRefType.get([total + LINE_BYTES], byte), [], [])
+    address = memref.extract_aligned_pointer_as_index(block)
+    shift = arith.andi(_sub(0, address), _index(LINE_BYTES - 1))
+    return [
+        memref.view(ir.MemRefType.get(shape, element), block, _add(shift, start), [])
+        for (shape, element), start in zip(shapes, starts, strict=True)
+    ]
 
 
 def _loop(
@@ -515,11 +532,23 @@ class _Kernel:
         f32, i32 = ir.F32Type.get(), _i32_type()
         self.first_row = first_row
         self.row_count = _min(_sub(_mul(_size(self.query, 1), p.group), first_row), s.rows)
-        self.columns = _scratch([p.head_size, s.rows], f32)  # queries, transposed and scaled
-        self.scores = _scratch([s.key_block, s.rows], f32)
-        self.row_positions = _scratch([s.rows], i32)
-        self.maxima, self.sums, self.factors = (_scratch([s.rows], f32) for _ in range(3))
-        positions = _scratch([s.key_block], i32)
+        (
+            self.columns,  # queries, transposed and scaled
+            self.scores,
+            self.row_positions,
+            self.maxima,
+            self.sums,
+            self.factors,
+            positions,
+        ) = _scratch(
+            [
+                ([p.head_size, s.rows], f32),
+                ([s.key_block, s.rows], f32),
+                ([s.rows], i32),
+                *[([s.rows], f32)] * 3,
+                ([s.key_block], i32),
+            ]
+        )
         first, last = self._gather_queries()
 
         def visit(segment: list[ir.Value], start: ir.Value, count: ir.Value) -> None:
@@ -716,11 +745,16 @@ class _Kernel:
         f32, i32 = ir.F32Type.get(), _i32_type()
         head = _mul(self.key_head, p.group)
         steps = range(0, p.head_size, s.head_lanes)
-        queries, outputs = (_scratch([p.group, p.head_size], f32) for _ in range(2))
-        scores = _scratch([p.group, DECODE_KEY_BLOCK], f32)
-        positions = _scratch([DECODE_KEY_BLOCK], i32)
-        maxima = _scratch([p.group], f32)
-        sums = _scratch([p.group, s.lanes], f32)
+        queries, outputs, scores, sums, maxima, positions = _scratch(
+            [
+                ([p.group, p.head_size], f32),
+                ([p.group, p.head_size], f32),
+                ([p.group, DECODE_KEY_BLOCK], f32),
+                ([p.group, s.lanes], f32),
+                ([p.group], f32),
+                ([DECODE_KEY_BLOCK], i32),
+            ]
+        )
         for g in range(p.group):
             for d in steps:
                 query = _load(self.query, [self.batch, 0, _add(head, g), d], s.head_lanes)

@@ -1,0 +1,362 @@
+"""CPU kernels for ``spikingbrain.linear`` with a weight packed by column blocks.
+
+One packed layout, ``[ceil(N / block), K, block]``, serves one row and many, so that a weight is stored once. A
+block, or panel, of the weight is multiplied with register tiles of ``rows x block`` accumulators. With one row the
+weight streams past them at the speed of memory; with many, the panel stays in the L2 cache while rows pass by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from spikingbrain.target import Target
+from torch_mlir import ir
+from torch_mlir.dialects import arith, func, memref, scf, tensor, vector
+
+LAUNCH = "spikingbrain_control.launch"
+LINE_FLOATS = 16  # one cache line
+PREFETCH_BYTES = 2048  # how far ahead of its use a weight is asked for when few rows share it
+WORKGROUP_BYTES = 128 << 10  # of weight for one workgroup: costs far more than starting it
+UNROLL = 4  # steps of K in the inner loop
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the work is cut on a target.
+
+    Attributes:
+        lanes: values in a vector.
+        vectors: vectors in a row of the register tile; they make one column block.
+        rows: rows of the register tile. Its accumulators, a row of weights and a broadcast value fit the registers.
+        fma: whether to multiply and add in one instruction.
+        steps: how much of K is done at a time; a slice of a panel then takes at most a quarter of the L2 cache.
+        group_panels: panels of a workgroup (first axis of the grid).
+        group_rows: rows of a workgroup (second axis of the grid); they share the L2 cache with a panel.
+    """
+
+    lanes: int
+    vectors: int
+    rows: int
+    fma: bool
+    steps: int
+    group_panels: int
+    group_rows: int
+
+    @property
+    def block(self) -> int:
+        return self.lanes * self.vectors
+
+    def row_counts(self) -> list[int]:
+        """Returns the heights of the tiles that together cover any number of rows, largest first."""
+        return [self.rows, *(count for count in (4, 2, 1) if count < self.rows)]
+
+
+def schedule(k: int, target: Target) -> Schedule:
+    """Returns the schedule for ``k`` input channels on a target with vector registers.
+
+    Six rows of four vectors ran as fast as 14 x 2 and 8 x 3 with 32 registers of 512 bits; they leave fewer rows
+    over and fit an 8-way L1 cache when the rows of x are a power of two apart.
+    """
+    lanes = target.vector_lanes_f32
+    if not lanes:
+        raise ValueError(f"target {target.name!r} has no vector registers: use the portable form")
+    rows, vectors = (6, 4) if target.vector_registers >= 32 else (6, 2)
+    step_bytes = 4 * lanes * vectors
+    passes = max(1, -(-k * step_bytes * 4 // target.l2_bytes))
+    steps = -(-k // passes // UNROLL) * UNROLL
+    return Schedule(
+        lanes=lanes,
+        vectors=vectors,
+        rows=rows,
+        fma=target.arch == "aarch64" or bool(target.features & {"fma", "avx512f"}),
+        steps=steps,
+        group_panels=max(1, WORKGROUP_BYTES // max(1, k * step_bytes)),
+        group_rows=max(8, target.l2_bytes // 2 // max(1, 4 * steps) // rows) * rows,
+    )
+
+
+def packed_block(target: Target) -> int:
+    """Returns how many columns one block of a packed weight holds on ``target``."""
+    return schedule(1, target).block
+
+
+def emit_linear(
+    x: ir.Value, weight: ir.Value, columns: int, target: Target, residual: ir.Value | None = None
+) -> ir.Value:
+    """Emits a launch of ``y = x @ W^T (+ residual)`` at the insertion point; returns y, ``[M, columns]``.
+
+    ``x`` is ``[M, K]`` with M static or dynamic, ``weight`` is packed with ``packed_block(target)``, ``residual`` is
+    ``[M, columns]``, all f32. The kernel is added to the surrounding module unless it is there already.
+    """
+    x_type = ir.RankedTensorType(x.type)
+    m, k = x_type.shape
+    cut = schedule(k, target)
+    panels = -(-columns // cut.block)
+    stored = ir.RankedTensorType(weight.type).shape
+    if stored != [panels, k, cut.block]:
+        raise ValueError(f"a packed weight of {columns} columns is {[panels, k, cut.block]}, got {stored}")
+    rows = None if x_type.is_dynamic_dim(0) else m
+    name = f"linear_k{k}_n{columns}_m{'' if rows is None else rows}{'_residual' if residual else ''}"
+    module = ir.InsertionPoint.current.block.owner
+    while module.operation.parent is not None:
+        module = module.operation.parent
+    if name not in ir.SymbolTable(module.operation):
+        with ir.InsertionPoint.at_block_begin(module.regions[0].blocks[0]):
+            build_linear(name, k, columns, rows, target, residual is not None)
+
+    def size(value: int) -> ir.Value:
+        return arith.ConstantOp(ir.IndexType.get(), value).result
+
+    groups = size(-(-panels // cut.group_panels))
+    if rows is None:
+        sizes = [tensor.DimOp(x, size(0)).result]
+        chunks = arith.CeilDivUIOp(sizes[0], size(cut.group_rows)).result
+    else:
+        sizes, chunks = [], size(-(-rows // cut.group_rows))
+    launch = ir.Operation.create(
+        LAUNCH,
+        results=[ir.RankedTensorType.get([m, columns], x_type.element_type)],
+        operands=[groups, chunks, size(1), x, weight, *([residual] if residual else []), *sizes],
+        attributes={
+            "callee": ir.FlatSymbolRefAttr.get(name),
+            "tied": ir.ArrayAttr.get([ir.IntegerAttr.get(ir.IntegerType.get_signless(64), -1)]),
+        },
+    )
+    return launch.result
+
+
+def build_linear(
+    name: str, k: int, columns: int, rows: int | None, target: Target, residual: bool = False
+) -> func.FuncOp:
+    """Builds a kernel function at the insertion point; ``rows`` None means any number of them.
+
+    Its arguments are the workgroup ids, x ``[rows, k]``, the packed weight, the residual if any, and y
+    ``[rows, columns]``. The grid is ``ceil(panels / group_panels) x ceil(rows / group_rows) x 1``.
+    """
+    cut = schedule(k, target)
+    index, f32 = ir.IndexType.get(), ir.F32Type.get()
+    m = ir.ShapedType.get_dynamic_size() if rows is None else rows
+    panels = -(-columns // cut.block)
+    x_type, y_type = ir.MemRefType.get([m, k], f32), ir.MemRefType.get([m, columns], f32)
+    weight_type = ir.MemRefType.get([panels, k, cut.block], f32)
+    types = [index, index, index, x_type, weight_type, *([y_type] if residual else []), y_type]
+    function = func.FuncOp(name, (types, []), visibility="private")
+    entry = function.add_entry_block()
+    with ir.InsertionPoint(entry):
+        group, chunk, _, x, weight, *addend, y = entry.arguments
+        kernel = _Kernel(cut, k, columns, x, weight, y, addend[0] if addend else None)
+        first_panel = kernel.times(group, cut.group_panels)
+        end_panel = kernel.at_most(kernel.plus(first_panel, cut.group_panels), kernel.index(panels))
+        first_row = kernel.times(chunk, cut.group_rows)
+        row_count = memref.DimOp(x, kernel.index(0)).result
+        end_row = kernel.at_most(kernel.plus(first_row, cut.group_rows), row_count)
+        zero, whole_k = kernel.index(0), kernel.index(k)
+        with kernel.loop(first_panel, end_panel, 1) as panel:
+            if rows == 1:
+                kernel.tile(1, zero, panel, zero, whole_k, resume=False)
+            elif cut.steps >= k:
+                kernel.rows(first_row, end_row, panel, zero, whole_k, resume=False)
+            else:
+                with kernel.loop(zero, whole_k, cut.steps) as first_k:
+                    end_k = kernel.at_most(kernel.plus(first_k, cut.steps), whole_k)
+                    kernel.rows(first_row, end_row, panel, first_k, end_k, resume=True)
+        func.ReturnOp([])
+    return function
+
+
+class _Kernel:
+    """Emits the parts of one kernel function at the insertion point."""
+
+    def __init__(
+        self,
+        cut: Schedule,
+        k: int,
+        columns: int,
+        x: ir.Value,
+        weight: ir.Value,
+        y: ir.Value,
+        residual: ir.Value | None,
+    ) -> None:
+        self.cut, self.k, self.columns = cut, k, columns
+        self.x, self.weight, self.y, self.residual = x, weight, y, residual
+        self.vector = ir.VectorType.get([cut.lanes], ir.F32Type.get())
+        zero = ir.FloatAttr.get(ir.F32Type.get(), 0.0)
+        self.zero = arith.ConstantOp(self.vector, ir.DenseElementsAttr.get_splat(self.vector, zero)).result
+
+    def index(self, value: int) -> ir.Value:
+        return arith.ConstantOp(ir.IndexType.get(), value).result
+
+    def plus(self, value: ir.Value, offset: int) -> ir.Value:
+        return arith.AddIOp(value, self.index(offset)).result if offset else value
+
+    def times(self, value: ir.Value, factor: int) -> ir.Value:
+        return arith.MulIOp(value, self.index(factor)).result
+
+    def at_most(self, value: ir.Value, limit: ir.Value) -> ir.Value:
+        return arith.MinUIOp(value, limit).result
+
+    def end_of_whole(self, first: ir.Value, end: ir.Value, step: int) -> ir.Value:
+        """Returns where the last whole step between ``first`` and ``end`` ends."""
+        steps = arith.DivUIOp(arith.SubIOp(end, first).result, self.index(step)).result
+        return arith.AddIOp(first, self.times(steps, step)).result
+
+    @contextmanager
+    def loop(self, first: ir.Value, end: ir.Value, step: int) -> Iterator[ir.Value]:
+        op = scf.ForOp(first, end, self.index(step))
+        with ir.InsertionPoint(op.body):
+            yield op.induction_variable
+            scf.YieldOp([])
+
+    def choose(
+        self,
+        condition: ir.Value,
+        then: Callable[[], list[ir.Value]],
+        otherwise: Callable[[], list[ir.Value]],
+        results: int,
+    ) -> list[ir.Value]:
+        """Emits a branch, both sides of which return ``results`` vectors."""
+        op = scf.IfOp(condition, [self.vector] * results, has_else=True)
+        for block, emit in ((op.then_block, then), (op.else_block, otherwise)):
+            with ir.InsertionPoint(block):
+                scf.YieldOp(emit())
+        return list(op.results)
+
+    def rows(
+        self,
+        first: ir.Value,
+        end: ir.Value,
+        panel: ir.Value,
+        first_k: ir.Value,
+        end_k: ir.Value,
+        resume: bool,
+    ) -> None:
+        """Covers rows ``first`` to ``end`` of one panel with tiles, the largest first."""
+        for count in self.cut.row_counts():
+            end_whole = self.end_of_whole(first, end, count)
+            with self.loop(first, end_whole, count) as row:
+                self.tile(count, row, panel, first_k, end_k, resume)
+            first = end_whole
+
+    def tile(
+        self, count: int, row: ir.Value, panel: ir.Value, first_k: ir.Value, end_k: ir.Value, resume: bool
+    ) -> None:
+        """Computes ``x[:, first_k:end_k] @ W`` for ``count`` rows of one panel.
+
+        With ``resume`` it is added to what y holds, except where ``first_k`` is 0.
+        """
+        rows = [self.plus(row, r) for r in range(count)]
+        size = count * self.cut.vectors
+
+        def fresh() -> list[ir.Value]:
+            return [self.zero] * size if self.residual is None else self.load(self.residual, rows, panel)
+
+        if resume:
+            at_start = arith.CmpIOp(arith.CmpIPredicate.eq, first_k, self.index(0)).result
+            values = self.choose(at_start, fresh, lambda: self.load(self.y, rows, panel), size)
+        else:
+            values = fresh()
+        if count == 1:  # so few accumulators do not hide the latency of an addition: two chains along K
+            values += [self.zero] * size
+        end_unrolled = self.end_of_whole(first_k, end_k, UNROLL) if self.k % UNROLL else end_k
+        values = self.accumulate(rows, panel, first_k, end_unrolled, UNROLL, values)
+        if self.k % UNROLL:
+            values = self.accumulate(rows, panel, end_unrolled, end_k, 1, values)
+        if count == 1:
+            pairs = zip(values[:size], values[size:], strict=True)
+            values = [arith.AddFOp(a, b).result for a, b in pairs]
+        self.store(self.y, rows, panel, values)
+
+    def accumulate(
+        self,
+        rows: list[ir.Value],
+        panel: ir.Value,
+        first: ir.Value,
+        end: ir.Value,
+        unroll: int,
+        values: list[ir.Value],
+    ) -> list[ir.Value]:
+        """Emits the loop over K; returns the accumulators after it."""
+        vectors = self.cut.vectors
+        offsets = [self.index(v * self.cut.lanes) for v in range(vectors)]
+        lines = [self.index(column) for column in range(0, self.cut.block, LINE_FLOATS)]
+        ahead = -(-PREFETCH_BYTES // (4 * self.cut.block))
+        op = scf.ForOp(first, end, self.index(unroll), values)
+        with ir.InsertionPoint(op.body):
+            values = list(op.inner_iter_args)
+            for step in range(unroll):
+                k = self.plus(op.induction_variable, step)
+                weights = [vector.LoadOp(self.vector, self.weight, [panel, k, at]).result for at in offsets]
+                if len(rows) < self.cut.rows:  # then the weight likely comes from memory, not the L2 cache
+                    for line in lines:
+                        memref.PrefetchOp(self.weight, [panel, self.plus(k, ahead), line], False, 3, True)
+                chain = step * len(rows) * vectors % len(values)
+                for r, row in enumerate(rows):
+                    value = memref.LoadOp(self.x, [row, k]).result
+                    factor = vector.BroadcastOp(self.vector, value).result
+                    for v, weight in enumerate(weights):
+                        at = chain + r * vectors + v
+                        values[at] = self.multiply_add(factor, weight, values[at])
+            scf.YieldOp(values)
+        return list(op.results)
+
+    def multiply_add(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+        if self.cut.fma:
+            return vector.FMAOp(a, b, c).result
+        # A processor without the instruction would call the C library once per lane.
+        return arith.AddFOp(arith.MulFOp(a, b).result, c).result
+
+    def load(self, source: ir.Value, rows: list[ir.Value], panel: ir.Value) -> list[ir.Value]:
+        """Returns a tile of ``[rows, columns]``, zero beyond the last column."""
+
+        def emit(columns: int) -> list[ir.Value]:
+            values = []
+            for row, column, mask in self.places(rows, panel, columns):
+                if mask is None:
+                    values.append(self.zero)
+                elif mask is True:
+                    values.append(vector.LoadOp(self.vector, source, [row, column]).result)
+                else:
+                    masked = vector.MaskedLoadOp(self.vector, source, [row, column], mask, self.zero)
+                    values.append(masked.result)
+            return values
+
+        return self.at_edge(panel, emit, len(rows) * self.cut.vectors)
+
+    def store(self, target: ir.Value, rows: list[ir.Value], panel: ir.Value, values: list[ir.Value]) -> None:
+        def emit(columns: int) -> list[ir.Value]:
+            for value, (row, column, mask) in zip(values, self.places(rows, panel, columns), strict=True):
+                if mask is True:
+                    vector.StoreOp(value, target, [row, column])
+                elif mask is not None:
+                    vector.MaskedStoreOp(target, [row, column], mask, value)
+            return []
+
+        self.at_edge(panel, emit, 0)
+
+    def at_edge(self, panel: ir.Value, emit: Callable[[int], list[ir.Value]], results: int) -> list[ir.Value]:
+        """Emits code for a whole panel and, where the last one is not whole, for that one too."""
+        edge = self.columns % self.cut.block
+        if not edge:
+            return emit(self.cut.block)
+        last = self.index(self.columns // self.cut.block)
+        is_whole = arith.CmpIOp(arith.CmpIPredicate.ult, panel, last).result
+        return self.choose(is_whole, lambda: emit(self.cut.block), lambda: emit(edge), results)
+
+    def places(
+        self, rows: list[ir.Value], panel: ir.Value, columns: int
+    ) -> Iterator[tuple[ir.Value, ir.Value, ir.Value | bool | None]]:
+        """Yields row, first column and mask of each vector of a tile: True for all lanes, None for no lane."""
+        first = self.times(panel, self.cut.block)
+        mask_type = ir.VectorType.get([self.cut.lanes], ir.IntegerType.get_signless(1))
+        for row in rows:
+            for v in range(self.cut.vectors):
+                count = columns - v * self.cut.lanes
+                column = self.plus(first, v * self.cut.lanes)
+                if count >= self.cut.lanes:
+                    yield row, column, True
+                elif count > 0:
+                    yield row, column, vector.ConstantMaskOp(mask_type, [count]).result
+                else:
+                    yield row, column, None
