@@ -1,0 +1,105 @@
+"""The backend for MetaX GPUs: MACA C++ with a launch plan, run on an emulator where there is no device."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from spikingbrain.backend import Executable, Stage, StageContext, TargetStatus
+from spikingbrain.errors import CorruptArtifact, MissingDependency, TargetError
+from spikingbrain.target import Target
+
+
+@dataclass(frozen=True)
+class MacaOptions:
+    """This backend has no options yet."""
+
+
+def _target(name: str) -> Target:
+    return Target(name=name, kind="gpu", backend="maca", arch="maca", cpu="xcore1000", wave_width=64,
+                  shared_bytes=64 << 10, l2_bytes=8 << 20)  # fmt: skip
+
+
+class MacaBackend:
+    """Generates kernels for MetaX GPUs; ``maca-emulator`` is the same code, run and checked on the CPU."""
+
+    name = "maca"
+    options: type = MacaOptions
+
+    def targets(self) -> list[TargetStatus]:
+        """Returns the device target, which compiles to source only, and the emulator."""
+        from spikingbrain.backend_maca.runtime import compiler
+
+        found = shutil.which(compiler()) is not None
+        device = "source only: nothing here launches on a device; target 'maca-emulator' runs the same source"
+        emulator = "a checking emulator on the CPU, slow" if found else f"needs the C++ compiler '{compiler()}'"
+        return [
+            TargetStatus(_target("maca"), compiles=True, runs=False, note=device),
+            TargetStatus(_target("maca-emulator"), compiles=True, runs=found, note=emulator),
+        ]
+
+    def cache_key(self, target: Target, options: Any) -> str:
+        """Returns a digest of this package's own code: it alone decides what is generated."""
+        files = sorted(Path(__file__).parent.glob("*.py"))
+        digest = hashlib.sha256(b"\0".join(p.read_bytes() for p in files)).hexdigest()
+        return f"{target.name} {options} {digest}"
+
+    def stages(self, target: Target) -> dict[str, Stage]:
+        """Returns: tensors to buffers, linear algebra to kernels, kernels to source and plan."""
+        return {"bufferize": _bufferize, "kernels": _build_kernels, "maca": _print}
+
+    def load(
+        self, code: Mapping[str, memoryview], manifest: Mapping[str, Any], weights: Mapping[str, np.ndarray[Any, Any]]
+    ) -> Executable:
+        """Compiles the kernels for the emulator and returns the program."""
+        from spikingbrain.backend_maca.runtime import Program
+
+        missing = [name for name in ("kernels.maca", "plan.json") if name not in code]
+        if missing:
+            raise CorruptArtifact(f"the artifact has no {' and no '.join(missing)}")
+        plan = json.loads(bytes(code["plan.json"]))
+        if plan["target"] == "maca":
+            raise TargetError("code for target 'maca' cannot run here", why="nothing here launches on a MetaX device",
+                              hint="compile for target 'maca-emulator', which runs the same source")  # fmt: skip
+        return Program(bytes(code["kernels.maca"]).decode(), plan, weights)
+
+
+def _need_compiler_packages() -> None:
+    try:
+        import torch_mlir.ir  # noqa: F401
+    except ImportError as error:
+        raise MissingDependency("torch-mlir is needed to compile", hint="pip install spikingbrain[compile]") from error
+
+
+def _bufferize(module: str, context: StageContext) -> str:
+    _need_compiler_packages()
+    from spikingbrain.backend_maca import kernels
+
+    return kernels.bufferize(module)
+
+
+def _build_kernels(module: str, context: StageContext) -> str:
+    _need_compiler_packages()
+    from spikingbrain.backend_maca import kernels
+
+    return kernels.build_kernels(module)
+
+
+def _print(module: str, context: StageContext) -> dict[str, bytes]:
+    _need_compiler_packages()
+    from spikingbrain.backend_maca import kernels, plan, printer
+    from spikingbrain.passes import dialect
+    from torch_mlir import ir
+
+    with dialect.load() as mlir, ir.Location.unknown():
+        parsed = kernels.parse(module, mlir)
+        source, printed = printer.print_kernels(parsed)
+        launches = plan.build_plan(parsed, printed, context.target.name)
+    context.report["kernels"] = len(launches["kernels"])
+    return {"kernels.maca": source.encode(), "plan.json": (json.dumps(launches, indent=1) + "\n").encode()}

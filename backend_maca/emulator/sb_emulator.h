@@ -1,0 +1,289 @@
+// Runs MACA kernels on a CPU, one block at a time, and reports every rule of the machine that a kernel breaks.
+//
+// Each thread of a block is a fiber. A fiber runs until it has to wait for others, so a missing barrier shows up as
+// a wrong result in at least one of the thread orders (forward, reverse, shuffled). The checks are strict:
+//   - a thread that has left the kernel never counts as arrived: barriers reached by only some threads are faults;
+//   - threads that meet must meet at the same line, and lanes must name the whole wave in their mask;
+//   - shared memory is filled with 0xCD (a huge negative number) before each block.
+// A fault ends the launch with a message; the process goes on.
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <string.h>
+
+#include <algorithm>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <random>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#if !defined(__x86_64__) || defined(SB_UCONTEXT)
+#include <ucontext.h>
+#endif
+
+struct uint3 {
+  unsigned x, y, z;
+};
+typedef uint3 dim3;
+
+#define __global__
+#define __device__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(threads)
+#define __shared__ static __attribute__((section("sb_shared")))
+
+extern char __start_sb_shared[] __attribute__((weak, visibility("hidden")));
+extern char __stop_sb_shared[] __attribute__((weak, visibility("hidden")));
+
+namespace sb {
+
+constexpr unsigned kWave = 64, kMaxThreads = 1024;
+constexpr unsigned long long kFullWave = ~0ULL;
+constexpr size_t kStack = 64 << 10, kSharedBytes = 64 << 10;
+
+// Switching between stacks: a few instructions on x86-64, ucontext elsewhere.
+
+#if defined(__x86_64__) && !defined(SB_UCONTEXT)
+struct Context {
+  void* stack_pointer;
+};
+extern "C" void sb_switch(Context* from, Context* to);
+__asm__(
+    ".text\n.weak sb_switch\n.hidden sb_switch\nsb_switch:\n"
+    " push %rbp\n push %rbx\n push %r12\n push %r13\n push %r14\n push %r15\n mov %rsp, (%rdi)\n"
+    " mov (%rsi), %rsp\n pop %r15\n pop %r14\n pop %r13\n pop %r12\n pop %rbx\n pop %rbp\n ret\n");
+inline void prepare(Context& context, char* stack, void (*start)()) {
+  void** top = reinterpret_cast<void**>(stack + kStack);
+  *--top = nullptr;  // keeps the stack aligned as after a call
+  *--top = reinterpret_cast<void*>(start);
+  for (int saved = 0; saved < 6; ++saved) *--top = nullptr;
+  context.stack_pointer = top;
+}
+inline void change(Context& from, Context& to) { sb_switch(&from, &to); }
+#else
+typedef ucontext_t Context;
+inline void prepare(Context& context, char* stack, void (*start)()) {
+  getcontext(&context);
+  context.uc_stack.ss_sp = stack;
+  context.uc_stack.ss_size = kStack;
+  context.uc_link = nullptr;
+  makecontext(&context, start, 0);
+}
+inline void change(Context& from, Context& to) { swapcontext(&from, &to); }
+#endif
+
+// A place where a fixed group of threads meets.
+struct Meeting {
+  unsigned size = 0, arrived = 0, round = 0;
+  int line = 0;
+};
+
+struct Wave {
+  Meeting meeting;
+  uint32_t slots[kWave];
+};
+
+struct Thread {
+  Context context;
+  std::unique_ptr<char[]> stack;
+  uint3 index;
+  unsigned number = 0;
+  const char* waits_at = nullptr;
+  int line = 0;
+  bool done = false;
+};
+
+struct Machine {
+  uint3 grid, block, block_index;
+  std::vector<Thread> threads;
+  std::vector<Wave> waves;
+  Meeting meeting;
+  Thread* running = nullptr;
+  Context scheduler;
+  bool progress = false;
+  std::function<void()> kernel;
+  std::string fault;
+};
+
+inline Machine& machine() {
+  static Machine instance;
+  return instance;
+}
+
+inline void leave() { change(machine().running->context, machine().scheduler); }
+
+inline std::string place(const Thread& t) {
+  const uint3 b = machine().block_index;
+  char text[120];
+  snprintf(text, sizeof text, "block %u,%u,%u thread %u", b.x, b.y, b.z, t.number);
+  return text;
+}
+
+inline void fail(const std::string& what) {
+  Machine& m = machine();
+  if (m.fault.empty()) m.fault = what + " (" + place(*m.running) + ")";
+  leave();  // the scheduler sees the fault and resumes nobody
+}
+
+inline void meet(Meeting& meeting, const char* what, int line) {
+  Machine& m = machine();
+  Thread& self = *m.running;
+  if (meeting.arrived && meeting.line != line)
+    fail(std::string(what) + " in line " + std::to_string(line) + " meets one in line " + std::to_string(meeting.line));
+  meeting.line = line;
+  self.waits_at = what;
+  self.line = line;
+  const unsigned round = meeting.round;
+  if (++meeting.arrived == meeting.size) {
+    meeting.arrived = 0;
+    ++meeting.round;
+    m.progress = true;
+  }
+  while (meeting.round == round) leave();
+  self.waits_at = nullptr;
+}
+
+inline void start() {
+  Machine& m = machine();
+  m.kernel();
+  m.running->done = true;
+  m.progress = true;
+  for (;;) leave();
+}
+
+inline void report_stuck() {
+  Machine& m = machine();
+  unsigned gone = 0;
+  const Thread* stuck = nullptr;
+  for (const Thread& t : m.threads) {
+    gone += t.done;
+    if (!t.done && !stuck) stuck = &t;
+  }
+  m.fault = std::string(stuck->waits_at) + " in line " + std::to_string(stuck->line) + " is not reached by all threads: " +
+            std::to_string(gone) + " of " + std::to_string(m.threads.size()) + " left the kernel without it (" +
+            place(*stuck) + " waits)";
+}
+
+// The order in which threads get their turn, and blocks theirs.
+inline std::vector<unsigned> turns(unsigned count, const std::string& order, unsigned seed) {
+  std::vector<unsigned> numbers(count);
+  std::iota(numbers.begin(), numbers.end(), 0u);
+  if (order == "reverse") std::reverse(numbers.begin(), numbers.end());
+  if (order == "shuffled") std::shuffle(numbers.begin(), numbers.end(), std::mt19937(seed));
+  return numbers;
+}
+
+inline void run_block(const std::string& order, unsigned seed) {
+  Machine& m = machine();
+  const unsigned count = m.block.x * m.block.y * m.block.z;
+  if (__start_sb_shared) memset(__start_sb_shared, 0xCD, __stop_sb_shared - __start_sb_shared);
+  if (m.threads.size() != count) m.threads = std::vector<Thread>(count);
+  m.waves.assign((count + kWave - 1) / kWave, Wave());
+  m.meeting = Meeting{count};
+  for (unsigned i = 0; i < count; ++i) {
+    Thread& t = m.threads[i];
+    if (!t.stack) t.stack.reset(new char[kStack]);
+    t.index = {i % m.block.x, i / m.block.x % m.block.y, i / (m.block.x * m.block.y)};
+    t.number = i;
+    t.waits_at = nullptr;
+    t.done = false;
+    ++m.waves[i / kWave].meeting.size;
+    prepare(t.context, t.stack.get(), start);
+  }
+  const std::vector<unsigned> order_of_threads = turns(count, order, seed);
+  for (bool live = true; live;) {
+    live = m.progress = false;
+    for (unsigned i : order_of_threads) {
+      m.running = &m.threads[i];
+      if (m.running->done) continue;
+      change(m.scheduler, m.running->context);
+      if (!m.fault.empty()) return;
+      live = live || !m.running->done;
+    }
+    if (live && !m.progress) return report_stuck();
+  }
+}
+
+// Runs a kernel over a grid; returns a description of the first fault, or null.
+inline const char* launch(const unsigned* grid, const unsigned* block, unsigned shared, const char* order,
+                          std::function<void()> kernel) {
+  static std::mutex one_at_a_time;
+  static thread_local std::string fault;
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  Machine& m = machine();
+  m.grid = {grid[0], grid[1], grid[2]};
+  m.block = {block[0], block[1], block[2]};
+  m.kernel = std::move(kernel);
+  m.fault.clear();
+  const unsigned threads = block[0] * block[1] * block[2], blocks = grid[0] * grid[1] * grid[2];
+  if (!threads || threads > kMaxThreads) m.fault = "a block has 1 to 1024 threads, not " + std::to_string(threads);
+  if (shared + (size_t)(__stop_sb_shared - __start_sb_shared) > kSharedBytes) m.fault = "more than 64 KiB of shared memory";
+  if (m.fault.empty()) {
+    for (unsigned i : turns(blocks, order, 1)) {
+      m.block_index = {i % m.grid.x, i / m.grid.x % m.grid.y, i / (m.grid.x * m.grid.y)};
+      run_block(order, i + 1);
+      if (!m.fault.empty()) break;
+    }
+  }
+  fault = m.fault;
+  return fault.empty() ? nullptr : fault.c_str();
+}
+
+inline Wave& wave() { return machine().waves[machine().running->number / kWave]; }
+
+inline Meeting& whole_wave(unsigned long long mask, const char* what) {
+  Meeting& meeting = wave().meeting;
+  if (mask != kFullWave) fail(std::string(what) + " without the full 64-bit mask");
+  if (meeting.size != kWave) fail(std::string(what) + " in a wave of fewer than 64 threads");
+  return meeting;
+}
+
+template <class... A, size_t... I>
+void call(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
+  kernel(*static_cast<std::remove_const_t<A>*>(arguments[I])...);
+}
+
+template <class... A>
+const char* enter(void (*kernel)(A...), const unsigned* grid, const unsigned* block, unsigned shared, void** arguments,
+                  const char* order) {
+  return launch(grid, block, shared, order,
+                [=] { call(kernel, arguments, std::make_index_sequence<sizeof...(A)>{}); });
+}
+
+}  // namespace sb
+
+#define threadIdx (sb::machine().running->index)
+#define blockIdx (sb::machine().block_index)
+#define blockDim (sb::machine().block)
+#define gridDim (sb::machine().grid)
+
+static inline void __syncthreads(int line = __builtin_LINE()) {
+  sb::meet(sb::machine().meeting, "__syncthreads", line);
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned long long mask, T value, int distance, int width = 64, int line = __builtin_LINE()) {
+  static_assert(sizeof(T) == 4, "a lane shuffles 4 bytes");
+  const char* what = "__shfl_xor_sync";
+  sb::Meeting& meeting = sb::whole_wave(mask, what);
+  sb::Wave& wave = sb::wave();
+  const unsigned lane = sb::machine().running->number % sb::kWave, other = lane ^ distance;
+  memcpy(&wave.slots[lane], &value, 4);
+  sb::meet(meeting, what, line);
+  memcpy(&value, &wave.slots[other / width == lane / width ? other : lane], 4);
+  sb::meet(meeting, what, line);
+  return value;
+}
+
+// Gives a kernel the one launch signature: grid, block, dynamic shared bytes, arguments by address, thread order.
+#define SB_LAUNCHER(name)                                                                                        \
+  extern "C" const char* sb_launch_##name(const unsigned* grid, const unsigned* block, unsigned shared,          \
+                                          void** arguments, const char* order) {                                 \
+    return sb::enter(name, grid, block, shared, arguments, order);                                               \
+  }
