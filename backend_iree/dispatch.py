@@ -2,8 +2,8 @@
 
 Passes describe a hand-scheduled kernel as a private function over memrefs and call it with
 ``spikingbrain_control.launch`` (see ``passes/dialect.py``). Stock iree-compile accepts such a function as the
-body of a ``stream.executable`` called by ``flow.dispatch``. torch-mlir's context does not know those ops, so they
-are made in generic form with the spelling of IREE 3.13; iree-compile verifies them when it reads the module.
+body of a ``stream.executable`` called by ``flow.dispatch``. torch-mlir's context does not know those ops, so
+they are made in generic form as IREE 3.13 spells them; iree-compile verifies them when it reads the module.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def wrap_kernels(module: ir.Module) -> None:
     """Rewrites every launch of ``module`` in place; afterwards no launch and no launched function remains.
 
     Each launched function becomes one executable of the same name, whichever number of launches share it.
-    Raises ValueError when a launch names no function of the module or its function breaks the launch contract.
+    Raises ValueError when a launch names no function of the module or the function breaks the contract.
     """
     launches: list[ir.Operation] = []
 
@@ -97,8 +97,8 @@ def _build_executable(kernel: func.FuncOp, inputs: int) -> None:
 def _build_entry_point(kernel: func.FuncOp, inputs: int) -> None:
     """Builds the exported function: a binding per input, an index per dynamic size, a binding per result.
 
-    IREE asks for operands (tensors and scalars) before results. Sizes are passed once per tensor even where two
-    are equal, as launches that share the kernel may differ in that.
+    IREE asks for operands (tensors and scalars) before results. Sizes are passed once per tensor even where
+    two are equal, as launches that share the kernel may differ in that.
     """
     binding, index = ir.Type.parse("!stream.binding"), ir.IndexType.get()
     old = kernel.body.blocks[0]

@@ -1,8 +1,8 @@
 """CPU kernels for ``spikingbrain.linear`` with a weight packed by column blocks.
 
-One packed layout, ``[ceil(N / block), K, block]``, serves one row and many, so that a weight is stored once. A
-block, or panel, of the weight is multiplied with register tiles of ``rows x block`` accumulators. With one row the
-weight streams past them at the speed of memory; with many, the panel stays in the L2 cache while rows pass by.
+One packed layout, ``[ceil(N / block), K, block]``, serves one row and many, so that a weight is stored once.
+A block, or panel, of the weight is multiplied with register tiles of ``rows x block`` accumulators. With one
+row the weight streams past them at the speed of memory; with many, the panel stays in the L2 cache.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch_mlir.dialects import arith, func, memref, scf, tensor, vector
 LAUNCH = "spikingbrain_control.launch"
 LINE_FLOATS = 16  # one cache line
 PREFETCH_BYTES = 2048  # how far ahead of its use a weight is asked for when few rows share it
-WORKGROUP_BYTES = 128 << 10  # of weight for one workgroup: costs far more than starting it
+WORKGROUP_BYTES = 128 << 10  # of weight for one workgroup: takes far longer than starting it
+WORKGROUP_ROWS = 1024  # 128 to 512 were slower: a panel is read from memory once per workgroup
 UNROLL = 4  # steps of K in the inner loop
 
 
@@ -29,11 +30,11 @@ class Schedule:
     Attributes:
         lanes: values in a vector.
         vectors: vectors in a row of the register tile; they make one column block.
-        rows: rows of the register tile. Its accumulators, a row of weights and a broadcast value fit the registers.
+        rows: rows of the register tile; accumulators, a row of weights and a factor fit the registers.
         fma: whether to multiply and add in one instruction.
-        steps: how much of K is done at a time; a slice of a panel then takes at most a quarter of the L2 cache.
+        steps: how much of K is done at a time, so that this part of a panel is a quarter of the L2 cache.
         group_panels: panels of a workgroup (first axis of the grid).
-        group_rows: rows of a workgroup (second axis of the grid); they share the L2 cache with a panel.
+        group_rows: rows of a workgroup (second axis of the grid).
     """
 
     lanes: int
@@ -56,8 +57,8 @@ class Schedule:
 def schedule(k: int, target: Target) -> Schedule:
     """Returns the schedule for ``k`` input channels on a target with vector registers.
 
-    Six rows of four vectors ran as fast as 14 x 2 and 8 x 3 with 32 registers of 512 bits; they leave fewer rows
-    over and fit an 8-way L1 cache when the rows of x are a power of two apart.
+    Six rows of four vectors ran as fast as 14 x 2 and 8 x 3 with 32 registers of 512 bits; they leave fewer
+    rows over and fit an 8-way L1 cache when the rows of x are a power of two apart.
     """
     lanes = target.vector_lanes_f32
     if not lanes:
@@ -73,7 +74,7 @@ def schedule(k: int, target: Target) -> Schedule:
         fma=target.arch == "aarch64" or bool(target.features & {"fma", "avx512f"}),
         steps=steps,
         group_panels=max(1, WORKGROUP_BYTES // max(1, k * step_bytes)),
-        group_rows=max(8, target.l2_bytes // 2 // max(1, 4 * steps) // rows) * rows,
+        group_rows=-(-WORKGROUP_ROWS // rows) * rows,
     )
 
 
@@ -87,8 +88,8 @@ def emit_linear(
 ) -> ir.Value:
     """Emits a launch of ``y = x @ W^T (+ residual)`` at the insertion point; returns y, ``[M, columns]``.
 
-    ``x`` is ``[M, K]`` with M static or dynamic, ``weight`` is packed with ``packed_block(target)``, ``residual`` is
-    ``[M, columns]``, all f32. The kernel is added to the surrounding module unless it is there already.
+    ``x`` is ``[M, K]`` with M static or dynamic, ``weight`` is packed by ``packed_block(target)``, ``residual``
+    is ``[M, columns]``, all f32. The kernel is added to the surrounding module unless it is there already.
     """
     x_type = ir.RankedTensorType(x.type)
     m, k = x_type.shape
@@ -347,7 +348,7 @@ class _Kernel:
     def places(
         self, rows: list[ir.Value], panel: ir.Value, columns: int
     ) -> Iterator[tuple[ir.Value, ir.Value, ir.Value | bool | None]]:
-        """Yields row, first column and mask of each vector of a tile: True for all lanes, None for no lane."""
+        """Yields row, column and mask of each vector of a tile; True means all lanes, None means none."""
         first = self.times(panel, self.cut.block)
         mask_type = ir.VectorType.get([self.cut.lanes], ir.IntegerType.get_signless(1))
         for row in rows:
