@@ -1,0 +1,107 @@
+"""The targets that IREE serves, with the flags each needs."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from spikingbrain.backend import TargetStatus
+from spikingbrain.backend_iree import cpu
+from spikingbrain.target import Target
+
+
+@dataclass(frozen=True)
+class IreeTarget:
+    """A target with the flags of iree-compile and the driver that runs its code."""
+
+    target: Target
+    flags: tuple[str, ...]
+    driver: str
+
+
+def _cpu(name: str, arch: str, llvm_cpu: str, features: frozenset[str], *flags: str) -> IreeTarget:
+    bits, registers = cpu.vector_bits(arch, features)
+    target = Target(
+        name=name,
+        kind="cpu",
+        backend="iree",
+        arch=arch,
+        cpu=llvm_cpu,
+        features=features,
+        vector_bits=bits,
+        vector_registers=registers,
+        l2_bytes=1 << 20,
+    )
+    base = ("--iree-hal-target-device=local", "--iree-hal-local-target-device-backends=llvm-cpu")
+    return IreeTarget(target, (*base, f"--iree-llvmcpu-target-cpu={llvm_cpu}", *flags), "local-sync")
+
+
+def _gpu(name: str, arch: str, driver: str, wave: int, shared: int, *flags: str) -> IreeTarget:
+    target = Target(name=name, kind="gpu", backend="iree", arch=arch, wave_width=wave, shared_bytes=shared)
+    return IreeTarget(target, flags, driver)
+
+
+def known() -> Mapping[str, IreeTarget]:
+    """Returns every target by name."""
+    host = _cpu("cpu", cpu.architecture(), "host", cpu.features())
+    listed = [
+        host,
+        _cpu("x86-64-v3", "x86-64", "x86-64-v3", cpu.X86_64_V3, "--iree-llvmcpu-target-triple=x86_64-unknown-linux-gnu"),
+        _cpu("x86-64-v4", "x86-64", "x86-64-v4", cpu.X86_64_V4, "--iree-llvmcpu-target-triple=x86_64-unknown-linux-gnu"),
+        _cpu("aarch64", "aarch64", "generic", frozenset(), "--iree-llvmcpu-target-triple=aarch64-unknown-linux-gnu"),
+        _cpu(
+            "riscv64",
+            "riscv64",
+            "generic-rv64",
+            frozenset(),
+            "--iree-llvmcpu-target-triple=riscv64-unknown-linux-gnu",
+            "--iree-llvmcpu-target-abi=lp64d",
+            "--iree-llvmcpu-target-cpu-features=+m,+a,+f,+d,+c",
+        ),
+        _gpu("vulkan", "spirv", "vulkan", 32, 16 << 10, "--iree-hal-target-device=vulkan"),
+        _gpu("cuda", "sm_80", "cuda", 32, 48 << 10, "--iree-hal-target-device=cuda", "--iree-cuda-target=sm_80"),
+        _gpu("rocm", "gfx942", "hip", 64, 64 << 10, "--iree-hal-target-device=hip", "--iree-rocm-target=gfx942"),
+    ]
+    return {t.target.name: t for t in listed}
+
+
+def statuses() -> list[TargetStatus]:
+    """Returns what can be compiled for and run here, with reasons."""
+    compiler = importlib.util.find_spec("iree.compiler") is not None if _has("iree") else False
+    note = "" if compiler else "iree-base-compiler is not installed: pip install 'spikingbrain[compile]'"
+    found = []
+    for entry in known().values():
+        reason = why_not_here(entry)
+        found.append(TargetStatus(entry.target, compiler, not reason, "; ".join(filter(None, (note, reason)))))
+    return found
+
+
+def why_not_here(entry: IreeTarget) -> str:
+    """Returns why code for a target cannot run on this machine, or an empty text."""
+    target = entry.target
+    if not _has("iree") or importlib.util.find_spec("iree.runtime") is None:
+        return "iree-base-runtime is not installed: pip install 'spikingbrain[iree]'"
+    if target.kind == "cpu":
+        if target.arch != cpu.architecture():
+            return f"this machine is {cpu.architecture()}"
+        missing = sorted(target.features - cpu.features())
+        return f"this CPU lacks {', '.join(missing)}" if missing else ""
+    import iree.runtime as rt
+
+    try:
+        if not rt.get_driver(entry.driver).query_available_devices():
+            return f"the {entry.driver} driver finds no device"
+    except (RuntimeError, ValueError) as error:
+        return _first_clause(str(error))
+    return ""
+
+
+def _has(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _first_clause(text: str) -> str:
+    """Returns the readable part of an IREE status text: behind the code, before the list of tried paths."""
+    text = text.split("; ", 1)[-1] if "UNAVAILABLE; " in text or "NOT_FOUND; " in text else text
+    return text.split(";")[0].split(":")[0].splitlines()[0].strip()

@@ -1,0 +1,103 @@
+"""State that lives across calls: the torch-free twin of a model's state dataclass.
+
+Its tensors stay in device buffers that calls update in place. A state can be reset, forked, saved and loaded.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spikingbrain.artifact import numpy_dtype
+from spikingbrain.errors import CallError
+from spikingbrain.files import write_atomically
+
+Array = np.ndarray[Any, Any]
+
+
+class State:
+    """The state of one conversation (or a batch of them).
+
+    Attributes:
+        sizes: values of the dynamic dimensions of the state, e.g. ``{"B": 2}``.
+    """
+
+    def __init__(self, executable: Any, layout: Sequence[Mapping[str, Any]], batch: int | None = None):
+        self._executable, self._layout = executable, layout
+        names = {d for field in layout for d in field["shape"] if isinstance(d, str)}
+        if len(names) > 1:
+            raise CallError(f"the state has several dynamic dimensions: {', '.join(sorted(names))}")
+        if names and batch is None:
+            raise CallError("the batch size of the state is dynamic", hint="program.new_state(batch=1)")
+        self.sizes: dict[str, int] = {name: int(batch or 0) for name in names}
+        self._lock = threading.Lock()
+        self._buffers: list[Any] | None = [self._executable.to_device(self._initial(f)) for f in layout]
+
+    def _initial(self, field: Mapping[str, Any]) -> Array:
+        shape = [self.sizes.get(d, d) if isinstance(d, str) else d for d in field["shape"]]
+        dtype = numpy_dtype(field["dtype"])
+        return np.full(shape, field["fill"], dtype)
+
+    def take(self) -> list[Any]:
+        """Hands the buffers to a call; until ``give`` the state cannot be used elsewhere."""
+        with self._lock:
+            if self._buffers is None:
+                raise CallError(
+                    "this state is in use by another call, or was lost when one failed",
+                    hint="fork() it for a second conversation, reset() it after a failure",
+                )
+            buffers, self._buffers = self._buffers, None
+        return buffers
+
+    def give(self, buffers: list[Any]) -> None:
+        self._buffers = buffers
+
+    def reset(self) -> None:
+        """Goes back to the state before the first token."""
+        self._buffers = [self._executable.to_device(self._initial(f)) for f in self._layout]
+
+    def snapshot(self) -> dict[str, Array]:
+        """Returns a copy of every tensor by its field path."""
+        buffers = self.take()
+        try:
+            return {
+                f["name"]: np.array(self._executable.to_host(b)) for f, b in zip(self._layout, buffers, strict=True)
+            }
+        finally:
+            self.give(buffers)
+
+    def restore(self, snapshot: Mapping[str, Array]) -> None:
+        """Takes over a snapshot of a state of the same layout; raises CallError if it does not fit."""
+        buffers = []
+        for field in self._layout:
+            array = snapshot.get(field["name"])
+            shape = tuple(self.sizes.get(d, d) if isinstance(d, str) else d for d in field["shape"])
+            if array is None or array.shape != shape or array.dtype != numpy_dtype(field["dtype"]):
+                got = "missing" if array is None else f"{array.dtype}{list(array.shape)}"
+                raise CallError(f"the snapshot does not fit: {field['name']} is {got}, expected {field['dtype']}{list(shape)}")
+            buffers.append(self._executable.to_device(np.array(array)))
+        self._buffers = buffers
+
+    def fork(self) -> State:
+        """Returns an independent copy."""
+        copy = object.__new__(State)
+        copy._executable, copy._layout, copy.sizes = self._executable, self._layout, dict(self.sizes)
+        copy._lock, copy._buffers = threading.Lock(), None
+        copy.restore(self.snapshot())
+        return copy
+
+    def save(self, path: str | Path) -> None:
+        """Writes the state to a safetensors file."""
+        from safetensors.numpy import save
+
+        write_atomically(Path(path), save(self.snapshot()))
+
+    def load(self, path: str | Path) -> None:
+        """Reads what ``save`` wrote; raises CallError if it belongs to another layout or batch size."""
+        from safetensors.numpy import load_file
+
+        self.restore(load_file(path))

@@ -1,0 +1,39 @@
+"""lower-attention: attention becomes a kernel launch, or linalg where there is no kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch_mlir import ir
+
+from spikingbrain.errors import UnsupportedOp
+from spikingbrain.passes import torch_ir
+from spikingbrain.passes.base import PassContext
+from spikingbrain.passes.kernels.attention import emit_attention_launch
+from spikingbrain.passes.kernels.attention_portable import lower_attention_portable
+
+
+@dataclass(frozen=True)
+class LowerAttention:
+    """Lowers ``spikingbrain.attention``: to the CPU kernel where the target has vectors, else to linalg.
+
+    In: our dialect. Out: ``spikingbrain_control.launch`` and kernel functions, or linalg.
+    """
+
+    name: ClassVar[str] = "lower-attention"
+
+    def run(self, module: ir.Module, context: PassContext) -> None:
+        for op in torch_ir.operations(module, "spikingbrain.attention"):
+            view = op.opview
+            why = "the target has no vector kernels"
+            if context.target.vector_bits:
+                try:
+                    context.record(self, "lowered", op, "kernel")
+                    emit_attention_launch(view, context.target)
+                    continue
+                except UnsupportedOp as refusal:
+                    context.records.pop()
+                    why = refusal.what
+            context.record(self, "lowered", op, f"linalg: {why}")
+            lower_attention_portable(view)
