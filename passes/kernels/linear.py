@@ -88,8 +88,8 @@ def emit_linear(
 ) -> ir.Value:
     """Emits a launch of ``y = x @ W^T (+ residual)`` at the insertion point; returns y, ``[M, columns]``.
 
-    ``x`` is ``[M, K]`` with M static or dynamic, ``weight`` is packed by ``packed_block(target)``, ``residual``
-    is ``[M, columns]``, all f32. The kernel is added to the surrounding module unless it is there already.
+    ``x`` is ``[M, K]`` with M static or dynamic, ``weight`` is packed by ``packed_block(target)``, and
+    ``residual`` is ``[M, columns]``, all f32. The module gets the kernel unless it has it already.
     """
     x_type = ir.RankedTensorType(x.type)
     m, k = x_type.shape
