@@ -1,1 +1,32 @@
 """SpikingBrain compiler: PyTorch models in, deployable artifacts out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["Artifact", "Entry", "Program", "export", "load", "targets"]
+
+if TYPE_CHECKING:
+    from spikingbrain.api import export, load, targets
+    from spikingbrain.artifact import Artifact
+    from spikingbrain.frontend.capture import Entry
+    from spikingbrain.program import Program
+
+_HOMES = {
+    "Artifact": "spikingbrain.artifact",
+    "Entry": "spikingbrain.frontend.capture",
+    "Program": "spikingbrain.program",
+    "export": "spikingbrain.api",
+    "load": "spikingbrain.api",
+    "targets": "spikingbrain.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports public names on first use: loading an artifact must not import torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'spikingbrain' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

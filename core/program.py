@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from spikingbrain.artifact import numpy_dtype
+from spikingbrain.artifact import Artifact, numpy_dtype
 from spikingbrain.backend import Executable
 from spikingbrain.errors import CallError
 from spikingbrain.state import State
@@ -50,9 +50,9 @@ class EntrySpec:
 class Program:
     """A loaded artifact. Entry points are attributes: ``program.prefill(tokens, state=state)``."""
 
-    def __init__(self, manifest: Mapping[str, Any], executable: Executable):
+    def __init__(self, manifest: Mapping[str, Any], executable: Executable, artifact: Artifact | None = None):
         self.manifest = manifest
-        self.executable = executable
+        self.executable, self.artifact = executable, artifact
         self.entries = {name: EntrySpec.from_manifest(name, e) for name, e in manifest["entries"].items()}
         self._state_layout = manifest.get("state", [])
 

@@ -7,26 +7,14 @@ from typing import Any
 
 import torch
 from torch_mlir import ir
-from torch_mlir.dialects import torch as torch_dialect
 from torch_mlir.extras.fx_importer import FxImporter, FxImporterHooks, GraphNodeImporter, InputInfo
-from torch_mlir.passmanager import PassManager
 
 from spikingbrain.frontend import reshape
-from spikingbrain.passes import dialect
 from spikingbrain.passes.casts import builtin_type, from_builtin, to_builtin, to_index, vtensor_type
+from spikingbrain.passes.context import new_context
 
 aten = torch.ops.aten
 _VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
-
-
-def new_context() -> ir.Context:
-    """Returns a context that knows the torch and spikingbrain dialects."""
-    context = dialect.load()
-    torch_dialect.register_dialect(context)
-    with context, ir.Location.unknown():
-        # torch_c, the cast dialect, is only registered once a pass that needs it has run.
-        PassManager.parse("builtin.module(torch-func-backend-type-conversion)").run(ir.Module.create().operation)
-    return context
 
 
 class NodeImporter(GraphNodeImporter):  # type: ignore[misc]

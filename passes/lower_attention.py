@@ -11,7 +11,6 @@ from spikingbrain.errors import UnsupportedOp
 from spikingbrain.passes import torch_ir
 from spikingbrain.passes.base import PassContext
 from spikingbrain.passes.kernels.attention import emit_attention_launch
-from spikingbrain.passes.kernels.attention_portable import lower_attention_portable
 
 
 @dataclass(frozen=True)
@@ -36,4 +35,6 @@ class LowerAttention:
                     context.records.pop()
                     why = refusal.what
             context.record(self, "lowered", op, f"linalg: {why}")
+            from spikingbrain.passes.kernels.attention_portable import lower_attention_portable
+
             lower_attention_portable(view)

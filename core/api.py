@@ -1,0 +1,107 @@
+"""The public functions; each imports what it needs when called, so that the slim runtime stays slim."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spikingbrain import errors
+from spikingbrain.artifact import TOKENIZER, Artifact
+from spikingbrain.backend import TargetStatus, backends, resolve_target
+from spikingbrain.program import Program
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from spikingbrain.frontend.capture import Entry
+
+
+def export(
+    model: nn.Module,
+    entries: Mapping[str, Entry],
+    path: str | Path,
+    *,
+    state: str | None = None,
+    target: str = "cpu",
+    options: Mapping[str, Any] | None = None,
+    tokenizer: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+    dump: str | Path | None = None,
+    use_cache: bool = True,
+) -> Artifact:
+    """Compiles a model ahead of time and writes an artifact.
+
+    Args:
+        model: any ``torch.nn.Module``; its parameters are read, not changed.
+        entries: entry point name -> ``Entry`` with example arguments and dynamic dimensions; all share one copy of the weights.
+        path: where the artifact is written (to a temporary name first, then renamed).
+        state: name of the argument of forward that carries the state. Forward must return ``(*outputs, new_state)``; compiled, the state is updated in place.
+        target: a name from ``targets()``.
+        options: options of the target's backend.
+        tokenizer: content of a ``tokenizer.json``, for ``Program.generate``.
+        metadata: further manifest entries, such as ``{"generation": {...}}``.
+        progress: called with a line at each step.
+        dump: folder for the IR after each pass and stage.
+
+    Raises CompileError and its kinds (with the user's line), OptionError, TargetError.
+    """
+    from spikingbrain.build import compile_code, write_artifact
+    from spikingbrain.frontend.capture import capture
+    from spikingbrain.frontend.weights import as_numpy
+
+    _, status = resolve_target(target)
+    captured = capture(model, entries, state, progress)
+    code = compile_code(captured.module, target, options or {}, progress, Path(dump) if dump else None, use_cache)
+    extra = {TOKENIZER: tokenizer.encode()} if tokenizer else {}
+    write_artifact(
+        Path(path),
+        code,
+        status.target,
+        options or {},
+        captured.entries,
+        captured.state,
+        lambda name: as_numpy(captured.weights[name]),
+        extra,
+        metadata or {},
+        progress,
+    )
+    return Artifact(path)
+
+
+def load(path: str | Path | Artifact, *, verify: bool = False) -> Program:
+    """Loads an artifact for this machine.
+
+    Manifest and code are always checked, weights at the first load of a file (``verify=True``: always). Weights are mapped
+    from the file. Raises CorruptArtifact, NewerFormat or WrongTarget in plain words.
+    """
+    opened = path if isinstance(path, Artifact) else Artifact(path)
+    opened.verify_weights(force=verify)
+    wanted = opened.manifest["target"]
+    try:
+        backend, status = resolve_target(wanted["name"])
+    except errors.TargetError as error:
+        raise errors.WrongTarget(f"{opened.path} needs the target {wanted['name']!r}", why=error.what) from None
+    here = status.target
+    if wanted["arch"] != here.arch or not status.runs:
+        raise errors.WrongTarget(
+            f"{opened.path} was compiled for {wanted['arch']} ({wanted['name']})",
+            why=status.note or f"this machine is {here.arch}",
+            hint="compile it with --target for this machine",
+        )
+    missing = sorted(set(wanted["features"]) - here.features)
+    if missing:
+        raise errors.WrongTarget(
+            f"{opened.path} was compiled for a CPU with {', '.join(missing)}",
+            why="this CPU lacks them",
+            hint="compile it here, or with --target x86-64-v3 for most x86-64 machines",
+        )
+    executable = backend.load(opened.code, opened.manifest, opened.weights())
+    return Program(opened.manifest, executable, opened)
+
+
+def targets() -> list[TargetStatus]:
+    """Returns every target of every backend: whether it compiles and runs here, and why not."""
+    return [status for backend in backends().values() for status in backend.targets()]

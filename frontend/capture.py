@@ -1,0 +1,325 @@
+"""Ahead-of-time capture: a PyTorch module and its entry points become one MLIR module and a table of weights."""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+from torch_mlir import ir
+from torch_mlir.extras.fx_decomp_util import get_decomposition_table
+
+from spikingbrain.errors import CompileError, ShapeError, SourceLine, UnsupportedOp
+from spikingbrain.frontend.importer import Importer
+from spikingbrain.frontend.normalise import normalise
+
+aten = torch.ops.aten
+# Kept whole: `linear` because its decomposition flattens batch and time into one dimension, attention because it is raised.
+_KEPT = {aten.linear.default, aten.scaled_dot_product_attention.default}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry point of an artifact: example arguments for the model's forward, and which sizes may vary.
+
+    Attributes:
+        args: positional arguments; tensors give shape and dtype, other values become constants.
+        kwargs: keyword arguments, likewise.
+        dynamic_shapes: as in ``torch.export``: by parameter name, a mapping from dimension to ``torch.export.Dim``. For a container
+            (such as the state), one mapping may stand for all its tensors.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    dynamic_shapes: Mapping[str, Any] | None = None
+
+
+@dataclass
+class Capture:
+    """What the frontend hands on.
+
+    Attributes:
+        module: torch-dialect IR as text, with the user's source lines as locations.
+        entries: the manifest's description of each entry point.
+        state: the manifest's description of the state's tensors, empty without one.
+        weights: the model's tensors by name, not copied.
+    """
+
+    module: str
+    entries: dict[str, Any]
+    state: list[dict[str, Any]]
+    weights: dict[str, torch.Tensor]
+
+
+class _Flat(nn.Module):
+    """The model as a function of flat tensors: inputs, then state; returning outputs, then the new state."""
+
+    def __init__(self, model: nn.Module, call: _Call):
+        super().__init__()
+        self.model = model
+        self._call = call
+
+    def forward(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        arguments = self._call.rebuild(tensors)
+        result = self.model(**arguments)
+        state: Any = ()
+        if self._call.state_name is not None:
+            if not isinstance(result, tuple) or len(result) < 2:
+                raise CompileError(
+                    f"entry {self._call.name!r} does not return its state",
+                    why=f"forward must return (outputs, {self._call.state_name})",
+                )
+            *outputs, state = result
+            result = outputs
+        new_state, spec = pytree.tree_flatten(state)
+        if self._call.state_name is not None and spec != self._call.state_spec:
+            raise CompileError(
+                f"entry {self._call.name!r} returns a state of another structure than it takes", why=f"{spec}"
+            )
+        outputs, self._call.output_spec = pytree.tree_flatten(result)
+        return [*outputs, *new_state]
+
+
+class _Call:
+    """Flattens one entry's arguments: which leaves are tensors, which belong to the state."""
+
+    def __init__(self, model: nn.Module, name: str, entry: Entry, state: str | None):
+        self.name, self.state_name = name, state
+        signature = inspect.signature(model.forward)
+        try:
+            bound = signature.bind(*entry.args, **entry.kwargs)
+        except TypeError as error:
+            raise CompileError(f"entry {name!r} does not fit the model's forward{signature}", why=str(error)) from None
+        self._arguments: dict[str, Any] = dict(bound.arguments)
+        if state is not None and state not in self._arguments:
+            raise CompileError(
+                f"entry {name!r} has no argument {state!r}, which was named as the state",
+                hint=f"arguments are {', '.join(self._arguments)}",
+            )
+        shapes = entry.dynamic_shapes or {}
+        unknown = set(shapes) - set(self._arguments)
+        if unknown:
+            raise ShapeError(
+                f"dynamic_shapes of entry {name!r} names {', '.join(sorted(unknown))}",
+                why=f"the arguments are {', '.join(self._arguments)}",
+            )
+        order = [n for n in self._arguments if n != state] + ([state] if state else [])
+        self._slots: list[tuple[str, Any, list[Any]]] = []  # (argument, tree spec, leaves; tensors as None)
+        self.tensors: list[torch.Tensor] = []
+        self.names: list[str] = []
+        self.dims: list[Any] = []
+        self.inputs = 0
+        self.state_spec: Any = None
+        self.output_spec: Any = None
+        for n in order:
+            value = self._arguments[n]
+            paths, spec = pytree.tree_flatten_with_path(value)
+            dims = _leaf_shapes(value, shapes.get(n), n)
+            leaves = []
+            for (path, leaf), dim in zip(paths, dims, strict=True):
+                is_tensor = isinstance(leaf, torch.Tensor)
+                leaves.append(None if is_tensor else leaf)
+                if is_tensor:
+                    self.tensors.append(leaf)
+                    self.names.append(n + pytree.keystr(path) if n != state else _field_path(path))
+                    self.dims.append(dim)
+            self._slots.append((n, spec, leaves))
+            if n == state:
+                self.state_spec = spec
+            else:
+                self.inputs = len(self.tensors)
+
+    def rebuild(self, tensors: tuple[torch.Tensor, ...]) -> dict[str, Any]:
+        """Returns the arguments of forward with ``tensors`` in their places."""
+        given = iter(tensors)
+        return {
+            n: pytree.tree_unflatten([next(given) if leaf is None else leaf for leaf in leaves], spec)
+            for n, spec, leaves in self._slots
+        }
+
+
+def capture(
+    model: nn.Module,
+    entries: Mapping[str, Entry],
+    state: str | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Capture:
+    """Exports every entry point and imports all of them into one module.
+
+    Args:
+        state: name of the parameter of forward that carries the state; forward then returns ``(*outputs, new_state)``.
+
+    Raises CompileError (or ShapeError, UnsupportedOp) naming the entry and the user's line.
+    """
+    if not entries:
+        raise CompileError("no entry points", hint="entries={'main': Entry((example,))}")
+    names = _WeightNames()
+    importer = Importer(names.name)
+    described: dict[str, Any] = {}
+    layout: list[dict[str, Any]] = []
+    donated: dict[str, list[int]] = {}
+    for name, entry in entries.items():
+        if not name.isidentifier():
+            raise CompileError(f"entry point name {name!r} is not an identifier")
+        progress(f"capture {name}")
+        call = _Call(model, name, entry, state)
+        program = _export(model, call)
+        names.entry = name
+        _import(importer, program, call)
+        described[name], state_fields = _describe(program, call)
+        donated[name] = list(range(call.inputs, len(call.tensors)))
+        if layout and [(f["name"], f["shape"]) for f in layout] != [(f["name"], f["shape"]) for f in state_fields]:
+            raise CompileError(f"entry {name!r} has a state of another shape than the first entry")
+        layout = state_fields
+    module = importer.module
+    with module.context:
+        i64 = ir.IntegerType.get_signless(64)
+        for op in module.body.operations:
+            function = op.operation.attributes["sym_name"].value if "sym_name" in op.operation.attributes else ""
+            if function in donated:
+                op.operation.attributes["spikingbrain.donated"] = ir.ArrayAttr.get(
+                    [ir.IntegerAttr.get(i64, i) for i in donated[function]]
+                )
+        text: str = module.operation.get_asm(enable_debug_info=True)
+    return Capture(text, described, layout, names.tensors)
+
+
+class _WeightNames:
+    """Gives each tensor of the model one name, also where two parameters share it."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.entry = ""
+        self._by_identity: dict[Any, str] = {}
+
+    def name(self, target: str, value: torch.Tensor) -> str:
+        value = value.detach()
+        identity = (value.data_ptr(), tuple(value.shape), tuple(value.stride()), value.dtype, value.device)
+        if value.numel() and identity in self._by_identity:
+            return self._by_identity[identity]
+        own = target.removeprefix("model.")
+        if own in self.tensors:  # constants made by tracing have the same names in every entry
+            own = f"{self.entry}.{own}"
+        self.tensors[own] = value
+        self._by_identity[identity] = own
+        return own
+
+
+def _export(model: nn.Module, call: _Call) -> torch.export.ExportedProgram:
+    flat = _Flat(model, call)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(
+                flat, tuple(call.tensors), dynamic_shapes=(tuple(call.dims),), strict=False
+            )
+            table = {op: f for op, f in get_decomposition_table().items() if op not in _KEPT}
+            return program.run_decompositions(table)
+    except CompileError:
+        raise
+    except Exception as error:
+        raise CompileError(
+            f"torch.export cannot capture entry {call.name!r}",
+            where=_user_line(error),
+            why=_first_lines(str(error)),
+            hint="the same error appears with torch.export.export(model, args); its documentation lists remedies",
+        ) from error
+
+
+def _import(importer: Importer, program: torch.export.ExportedProgram, call: _Call) -> None:
+    normalise(program.graph)
+    try:
+        importer.add(program, call.name)
+    except NotImplementedError as error:
+        raise UnsupportedOp(f"entry {call.name!r} cannot be imported", why=str(error)) from error
+
+
+def _describe(program: torch.export.ExportedProgram, call: _Call) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    placeholders = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
+    nodes = [placeholders[name] for name in program.graph_signature.user_inputs]
+    symbols: dict[str, str] = {}
+    for node, dims in zip(nodes, call.dims, strict=True):
+        for axis, size in enumerate(node.meta["val"].shape):
+            if isinstance(size, torch.SymInt):
+                declared = dims.get(axis) if isinstance(dims, dict) else None
+                given = getattr(declared, "__name__", None)
+                symbols.setdefault(str(size), given or f"d{len(symbols)}")
+
+    def spec(name: str, value: torch.Tensor) -> dict[str, Any]:
+        shape = [int(s) if isinstance(s, int) else symbols.get(str(s), str(s)) for s in value.shape]
+        return {"name": name, "shape": shape, "dtype": str(value.dtype).removeprefix("torch.")}
+
+    inputs = [spec(n, node.meta["val"]) for n, node in zip(call.names, nodes, strict=True)]
+    results = [n.meta["val"] for n in program.graph.output_node().args[0]]
+    state_count = len(call.tensors) - call.inputs
+    outputs = [spec(f"output{i}", v) for i, v in enumerate(results[: len(results) - state_count])]
+    fields = []
+    for described, value in zip(inputs[call.inputs :], call.tensors[call.inputs :], strict=True):
+        fields.append({**described, **_initial(value, described["name"])})
+    for before, after in zip(fields, results[len(results) - state_count :], strict=True):
+        if spec("", after)["shape"] != before["shape"]:
+            raise ShapeError(
+                f"entry {call.name!r} changes the shape of its state tensor {before['name']}",
+                why=f"from {before['shape']} to {spec('', after)['shape']}; compiled state is updated in place",
+                hint="preallocate it with a bounded size",
+            )
+    ranges = {}
+    for symbol, range_ in program.range_constraints.items():
+        if str(symbol) in symbols:
+            high = int(range_.upper) if range_.upper.is_finite and int(range_.upper) < 2**62 else None
+            ranges[symbols[str(symbol)]] = [int(range_.lower), high]
+    entry = {"inputs": inputs[: call.inputs], "outputs": outputs, "ranges": ranges, "uses_state": state_count > 0}
+    return entry, fields
+
+
+def _initial(value: torch.Tensor, name: str) -> dict[str, Any]:
+    """Returns how a state tensor begins; the example given to the first entry is the state before the first call."""
+    first = value.reshape(-1)[0] if value.numel() else torch.zeros((), dtype=value.dtype)
+    if not bool((value == first).all()):
+        raise CompileError(
+            f"state tensor {name} does not begin with one value everywhere",
+            why="a compiled program makes its own fresh states, and stores one number for each tensor",
+            hint="pass the state as it is before the first token",
+        )
+    return {"fill": first.item()}
+
+
+def _leaf_shapes(value: Any, spec: Any, name: str) -> list[Any]:
+    """Returns the dynamic dimensions of each leaf of ``value`` from a spec of the same or a coarser structure."""
+    leaves = pytree.tree_leaves(value)
+    if spec is None or isinstance(value, torch.Tensor):
+        return [spec] * len(leaves) if isinstance(value, torch.Tensor) else [None] * len(leaves)
+    if isinstance(spec, dict) and all(isinstance(k, int) for k in spec):
+        return [dict(spec) if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
+    children, _ = pytree.tree_flatten(value, is_leaf=lambda x: x is not value)
+    if isinstance(spec, dict):
+        keys = list(value) if isinstance(value, dict) else list(getattr(value, "__dataclass_fields__", {}))
+        parts = [spec.get(k) for k in keys]
+    elif isinstance(spec, (list, tuple)):
+        parts = list(spec)
+    else:
+        parts = pytree.tree_flatten(spec, is_leaf=lambda x: x is not spec)[0]
+    if len(parts) != len(children):
+        raise ShapeError(f"dynamic_shapes of {name!r} has {len(parts)} parts for {len(children)} values")
+    return [dim for child, part in zip(children, parts, strict=True) for dim in _leaf_shapes(child, part, name)]
+
+
+def _field_path(path: Any) -> str:
+    return pytree.keystr(path).replace("][", ".").replace("[", ".").replace("]", "").replace("'", "").lstrip(".")
+
+
+def _user_line(error: BaseException) -> SourceLine | None:
+    """Returns the innermost line of the traceback that is in the user's model, not in torch or this package."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        inside = frame.filename.replace("\\", "/")
+        if "/torch/" not in inside and "/frontend/" not in inside and not inside.startswith("<"):
+            return SourceLine(frame.filename, frame.lineno or 0)
+    return None
+
+
+def _first_lines(text: str, count: int = 3) -> str:
+    return " ".join(line.strip() for line in text.strip().splitlines()[:count] if line.strip())[:600]
