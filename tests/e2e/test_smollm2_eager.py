@@ -72,7 +72,7 @@ def test_next_word_is_the_right_one(model: Llama, words: Tokenizer) -> None:
 
 
 def test_greedy_continuation(model: Llama, words: Tokenizer) -> None:
-    # The closest runner-up on the way is 0.16 behind, a thousand times the rounding of float32.
+    # The closest runner-up on the way is 0.16 behind, far more than the rounding of float32.
     step = torch.tensor([words.encode("Once upon a time").ids])
     state, written = model.initial_state(1, capacity=64), []
     for _ in range(24):
@@ -85,16 +85,18 @@ def test_greedy_continuation(model: Llama, words: Tokenizer) -> None:
     )
 
 
+# Measured with torch 2.13 on x86-64 in float32. On 4 chunks of 1024 tokens: full 21.76, window 22.30; another
+# cleaning of the same markup gave 21.59. Without the sink, window 256 falls to 43.1 on the two chunks here.
+
+
 def test_perplexity_on_wiki(model: Llama, words: Tokenizer, wiki: str) -> None:
-    # 21.76 measured with torch 2.13 on x86-64 in float32; 21.59 with another cleaning of the same markup.
-    ids = [0, *words.encode(wiki[:40_000]).ids]
-    assert perplexity(model, ids, chunks=4, length=1024) == pytest.approx(21.76, rel=0.01)
+    ids = [0, *words.encode(wiki[:20_000]).ids]
+    assert perplexity(model, ids, chunks=2, length=1024) == pytest.approx(21.91, rel=0.01)
 
 
 def test_perplexity_with_window_and_sink(windowed: Llama, words: Tokenizer, wiki: str) -> None:
-    # Measured as above: 21.65 (full attention 20.93, window 256 without the sink 43.2).
-    ids = [0, *words.encode(wiki[:40_000]).ids]
-    assert perplexity(windowed, ids, chunks=2, length=2048) == pytest.approx(21.65, rel=0.01)
+    ids = [0, *words.encode(wiki[:20_000]).ids]
+    assert perplexity(windowed, ids, chunks=2, length=1024) == pytest.approx(22.28, rel=0.01)
 
 
 def test_window_decodes_as_it_prefills(windowed: Llama, words: Tokenizer, wiki: str) -> None:

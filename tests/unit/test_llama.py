@@ -180,6 +180,19 @@ def test_window_keeps_its_last_tokens_and_the_sinks(pieces: list[int]) -> None:
     assert state.slot_positions[0, -1] == -1, "the spill slot is never valid"
 
 
+@attentions
+@pytest.mark.parametrize("seen", [0, 3, 30])
+def test_no_slot_but_the_spill_slot_is_written_twice(window: int | None, sinks: int, seen: int) -> None:
+    # The order of writes to one place is open, so two of them could leave either token.
+    model = tiny(window, sinks)
+    state = model.initial_state(1, capacity=40)
+    spill = state.slot_positions.shape[1] - 1
+    slots, kept = (t[0].tolist() for t in model.cache_slots(seen + torch.arange(19)[None], state))
+    written = [slot for slot in slots if slot != spill]
+    assert len(written) == len(set(written))
+    assert [slot == spill for slot in slots] == [position == -1 for position in kept]
+
+
 def test_window_state_has_one_size() -> None:
     model = tiny(window=6, sinks=2)
     assert model.initial_state(3).keys[0].shape == (3, 2 + 6 + 1, 2, 8)
