@@ -22,8 +22,16 @@ class MacaOptions:
 
 
 def _target(name: str) -> Target:
-    return Target(name=name, kind="gpu", backend="maca", arch="maca", cpu="xcore1000", wave_width=64,
-                  shared_bytes=64 << 10, l2_bytes=8 << 20)  # fmt: skip
+    return Target(
+        name=name,
+        kind="gpu",
+        backend="maca",
+        arch="maca",
+        cpu="xcore1000",
+        wave_width=64,
+        shared_bytes=64 << 10,
+        l2_bytes=8 << 20,
+    )
 
 
 class MacaBackend:
@@ -38,7 +46,9 @@ class MacaBackend:
 
         found = shutil.which(compiler()) is not None
         device = "source only: nothing here launches on a device; target 'maca-emulator' runs the same source"
-        emulator = "a checking emulator on the CPU, slow" if found else f"needs the C++ compiler '{compiler()}'"
+        emulator = (
+            "a checking emulator on the CPU, slow" if found else f"needs the C++ compiler '{compiler()}'"
+        )
         return [
             TargetStatus(_target("maca"), compiles=True, runs=False, note=device),
             TargetStatus(_target("maca-emulator"), compiles=True, runs=found, note=emulator),
@@ -55,7 +65,10 @@ class MacaBackend:
         return {"bufferize": _bufferize, "kernels": _build_kernels, "maca": _print}
 
     def load(
-        self, code: Mapping[str, memoryview], manifest: Mapping[str, Any], weights: Mapping[str, np.ndarray[Any, Any]]
+        self,
+        code: Mapping[str, memoryview],
+        manifest: Mapping[str, Any],
+        weights: Mapping[str, np.ndarray[Any, Any]],
     ) -> Executable:
         """Compiles the kernels for the emulator and returns the program."""
         from spikingbrain.backend_maca.runtime import Program
@@ -65,8 +78,11 @@ class MacaBackend:
             raise CorruptArtifact(f"the artifact has no {' and no '.join(missing)}")
         plan = json.loads(bytes(code["plan.json"]))
         if plan["target"] == "maca":
-            raise TargetError("code for target 'maca' cannot run here", why="nothing here launches on a MetaX device",
-                              hint="compile for target 'maca-emulator', which runs the same source")  # fmt: skip
+            raise TargetError(
+                "code for target 'maca' cannot run here",
+                why="nothing here launches on a MetaX device",
+                hint="compile for target 'maca-emulator', which runs the same source",
+            )
         return Program(bytes(code["kernels.maca"]).decode(), plan, weights)
 
 
@@ -74,7 +90,9 @@ def _need_compiler_packages() -> None:
     try:
         import torch_mlir.ir  # noqa: F401
     except ImportError as error:
-        raise MissingDependency("torch-mlir is needed to compile", hint="pip install spikingbrain[compile]") from error
+        raise MissingDependency(
+            "torch-mlir is needed to compile", hint="pip install spikingbrain[compile]"
+        ) from error
 
 
 def _bufferize(module: str, context: StageContext) -> str:

@@ -1,8 +1,8 @@
 """From linear algebra on tensors to kernels of the ``gpu`` dialect.
 
-Upstream passes decide where results live (one-shot bufferization), fold views into index arithmetic and outline
-the kernels. The kernels themselves are built here: upstream maps one loop to one grid axis, at most three and
-without collapsing them, and knows no reduction over a wave. There are two forms:
+Upstream passes decide where results live (one-shot bufferization), fold views into index arithmetic and
+outline the kernels. The kernels themselves are built here: upstream maps one loop to one grid axis, at most
+three and without collapsing them, and knows no reduction over a wave. There are two forms:
 
 - *thread*: one thread per result element, reduced axes in loops; any rank, the grid is a flat count;
 - *wave*: one wave of 64 lanes per result element, for one long reduced axis (GEMV, norms, row maxima); lanes
@@ -58,19 +58,38 @@ OUTLINE = (
 
 
 def source_of(location: ir.Location) -> SourceLine | str:
-    """Returns the user's line behind a location, or its text when there is none."""
-    node: Any = location.maybe_downcast() if hasattr(location, "maybe_downcast") else location
-    while True:
+    """Returns the innermost line of the user's own code behind a location, or else a text that says where."""
+    lines: list[SourceLine] = []
+
+    def collect(node: Any) -> None:
         if isinstance(node, ir.FileLineColLoc):
-            return SourceLine(node.filename, node.start_line)
-        if isinstance(node, ir.NameLoc):
-            node = node.child_loc
+            lines.append(SourceLine(node.filename, node.start_line))
+        elif isinstance(node, ir.NameLoc):
+            collect(node.child_loc)
         elif isinstance(node, ir.CallSiteLoc):
-            node = node.caller  # the callee of a call chain is the innermost frame; the user's line is outermost
-        elif isinstance(node, ir.FusedLoc) and len(node.locations):
-            node = node.locations[0]
-        else:
-            return str(location)
+            collect(node.callee)
+            collect(node.caller)
+        elif isinstance(node, ir.FusedLoc):
+            for part in node.locations:
+                collect(part)
+
+    collect(location)
+    own = [s for s in lines if s.file[:1] not in "<-" and "site-packages" not in s.file]
+    if own:
+        return own[0]
+    return f"line {lines[0].line} of the module" if lines else "an unknown place"
+
+
+def nested(root: ir.Operation) -> list[ir.Operation]:
+    """Returns the operations inside an operation, outer ones first."""
+    found: list[ir.Operation] = []
+
+    def visit(op: ir.Operation) -> ir.WalkResult:
+        found.append(op.operation)
+        return ir.WalkResult.ADVANCE
+
+    root.walk(visit, ir.WalkOrder.PRE_ORDER)
+    return found[1:]
 
 
 def parse(text: str, context: ir.Context) -> ir.Module:
@@ -102,13 +121,14 @@ def parameter_key(op: ir.Operation) -> str:
 def bufferize(text: str) -> str:
     """Puts tensors into buffers; weights and constant tensors become trailing arguments of the entries.
 
-    An argument attribute says what it holds: ``spikingbrain.weight`` (the key) or ``spikingbrain.constant`` (the
-    elements). Arguments are never written. Every linalg op gets a location that names it.
+    An argument attribute says what it holds: ``spikingbrain.weight`` (the key) or ``spikingbrain.constant``
+    (the elements). Arguments are never written. Every linalg op gets a location that names it.
     """
     with dialect.load() as context:
         module = parse(text, context)
-        for op in _linalg_ops(module):
-            op.location = ir.Location.name(_label(op), op.location)
+        for op in nested(module.operation):
+            if op.name.startswith("linalg.") and len(op.regions):
+                op.location = ir.Location.name(_label(op), op.location)
         for function in _functions(module):
             _take_arguments(function)
         run_passes(module, ("func.func(linalg-generalize-named-ops)", *BUFFERIZE))
@@ -136,18 +156,6 @@ def _functions(module: ir.Module) -> list[ir.Operation]:
     return [f for f in found if len(f.regions[0].blocks)]
 
 
-def _linalg_ops(module: ir.Module) -> list[ir.Operation]:
-    found: list[ir.Operation] = []
-
-    def visit(op: ir.Operation) -> ir.WalkResult:
-        if op.name.startswith("linalg.") and len(op.regions):
-            found.append(op)
-        return ir.WalkResult.ADVANCE
-
-    module.operation.walk(visit)
-    return found
-
-
 def _label(op: ir.Operation) -> str:
     """Returns the op's name, a generic one with what it computes: ``linalg.generic mulf, addf``."""
     if op.name != "linalg.generic":
@@ -168,6 +176,13 @@ def _take_arguments(function: ir.Operation) -> None:
             note: ir.Attribute = ir.StringAttr.get(key)
         elif op.name == "arith.constant" and isinstance(op.results[0].type, ir.RankedTensorType):
             key, kind, note = str(op), "spikingbrain.constant", op.attributes["value"]
+            if not isinstance(note, ir.DenseElementsAttr) or "bf16" in str(note.type):
+                raise UnsupportedOp(
+                    f"a constant of type {op.results[0].type} cannot be stored",
+                    where=source_of(op.location),
+                    why="only 'dense' elements can be read here, and not as bf16",
+                    hint="make it a spikingbrain.parameter",
+                )
         else:
             continue
         if key not in weights:
@@ -216,8 +231,14 @@ def _less(a: ir.Value, b: ir.Value) -> ir.Value:
     return arith.cmpi(arith.CmpIPredicate.slt, a, b)
 
 
-def _launch(op: ir.Operation, kind: str, names: dict[str, int], count: ir.Value, each: int,
-            body: Callable[[ir.Value, ir.Value], None]) -> None:  # fmt: skip
+def _launch(
+    op: ir.Operation,
+    kind: str,
+    names: dict[str, int],
+    count: ir.Value,
+    each: int,
+    body: Callable[[ir.Value, ir.Value], None],
+) -> None:
     """Emits a launch with one block per ``each`` elements; ``body(block, thread)`` fills it."""
     one = _index(1)
     grid = arith.ceildivsi(count, _index(each))
@@ -247,8 +268,9 @@ def _build_copy(op: ir.Operation, names: dict[str, int]) -> None:
         _launch(op, "copy", names, count, BLOCK, body)
 
 
-def _for_each(block: ir.Value, thread: ir.Value, sizes: list[ir.Value],
-              element: Callable[[list[ir.Value]], None]) -> None:  # fmt: skip
+def _for_each(
+    block: ir.Value, thread: ir.Value, sizes: list[ir.Value], element: Callable[[list[ir.Value]], None]
+) -> None:
     """Emits the thread form: ``element`` at the coordinates of this thread, when it is in range."""
     flat = arith.addi(arith.muli(block, _index(BLOCK)), thread)
     inside = scf.IfOp(_less(flat, _product(sizes)))
@@ -286,7 +308,9 @@ class _Generic:
 
     def sizes(self, *, parallel: bool) -> list[ir.Value]:
         """Returns the lengths of the parallel, or of the reduced, loops."""
-        return [_size(*p[0]) for p, wanted in zip(self.places, self.parallel, strict=True) if wanted is parallel]
+        return [
+            _size(*p[0]) for p, wanted in zip(self.places, self.parallel, strict=True) if wanted is parallel
+        ]
 
     def check_sizes(self) -> None:
         """Emits a check for every loop that operands could disagree about; known sizes fold away."""
@@ -348,23 +372,23 @@ class _Generic:
         length = ir.MemRefType(reduced[0][0][0].type).shape[reduced[0][0][1]]
         last = self.terminator.operands[0].owner
         accumulator = list(self.body.arguments)[-1]
-        if isinstance(last, ir.Block) or last.name not in COMBINERS or list(last.operands).count(accumulator) != 1:
+        if (
+            isinstance(last, ir.Block)
+            or last.name not in COMBINERS
+            or list(last.operands).count(accumulator) != 1
+        ):
             return None
         short = length != ir.ShapedType.get_dynamic_size() and length < WAVE_FORM_FROM
         shuffles = str(accumulator.type) in SHUFFLED_TYPES and len(list(accumulator.uses)) == 1
         return None if short or not shuffles else last.operation
 
 
-def _rename(op: ir.Operation, known: dict[ir.Value, ir.Value]) -> None:
+def _rename(root: ir.Operation, known: dict[ir.Value, ir.Value]) -> None:
     """Replaces the operands of an op and of everything nested in it."""
-
-    def visit(inner: ir.Operation) -> ir.WalkResult:
-        for i, value in enumerate(inner.operands):
+    for op in [root, *nested(root)]:
+        for i, value in enumerate(op.operands):
             if value in known:
-                inner.operands[i] = known[value]
-        return ir.WalkResult.ADVANCE
-
-    op.walk(visit)
+                op.operands[i] = known[value]
 
 
 def _build_generic(op: ir.Operation, names: dict[str, int]) -> None:
@@ -383,7 +407,7 @@ def _build_generic(op: ir.Operation, names: dict[str, int]) -> None:
 
 
 def _thread_form(generic: _Generic, block: ir.Value, thread: ir.Value) -> None:
-    """One thread computes one element of the outputs; reduced loops run inside it, accumulators in registers."""
+    """One thread computes one element of the outputs; reduced loops run inside it, sums in registers."""
 
     def element(at: list[ir.Value]) -> None:
         def loop(sizes: list[ir.Value], reduced: list[ir.Value], values: list[ir.Value]) -> list[ir.Value]:
@@ -423,11 +447,10 @@ def _wave_form(generic: _Generic, combiner: ir.Operation, block: ir.Value, threa
         scf.yield_(generic.compute(generic.coordinates(at, [loop.induction_variable]), loop.inner_iter_args))
     total = loop.results[0]
     i32 = ir.IntegerType.get_signless(32)
+    xor = ir.Attribute.parse("#gpu<shuffle_mode xor>")
     distance = WAVE // 2
     while distance:
-        shuffle = gpu.ShuffleOp(
-            total, arith.constant(i32, distance), arith.constant(i32, WAVE), ir.Attribute.parse("#gpu<shuffle_mode xor>")
-        )
+        shuffle = gpu.ShuffleOp(total, arith.constant(i32, distance), arith.constant(i32, WAVE), xor)
         total = combine(total, shuffle.results[0])
         distance //= 2
     writes = arith.andi(inside, arith.cmpi(arith.CmpIPredicate.eq, lane, _index(0)))

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Union
+from functools import reduce
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import numpy as np
 from spikingbrain.errors import UnsupportedOp
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from torch_mlir import ir
 
 FORMAT = 1
-Size = Union[int, list[Any]]
+Size: TypeAlias = int | list[Any]
 
 OPERATIONS: dict[str, Callable[..., int]] = {
     "add": lambda a, b: a + b,
@@ -40,13 +41,33 @@ OPERATIONS: dict[str, Callable[..., int]] = {
     "gt": lambda a, b: int(a > b),
     "ge": lambda a, b: int(a >= b),
 }
-HOST_OPS = {"arith.addi": "add", "arith.subi": "sub", "arith.muli": "mul", "arith.divsi": "div",
-            "arith.divui": "div", "arith.ceildivsi": "ceildiv", "arith.floordivsi": "floordiv", "arith.remsi": "rem",
-            "arith.remui": "rem", "arith.maxsi": "max", "arith.minsi": "min", "arith.select": "select",
-            "arith.andi": "and"}  # fmt: skip
+HOST_OPS = {
+    "arith.addi": "add",
+    "arith.subi": "sub",
+    "arith.muli": "mul",
+    "arith.divsi": "div",
+    "arith.divui": "div",
+    "arith.ceildivsi": "ceildiv",
+    "arith.floordivsi": "floordiv",
+    "arith.remsi": "rem",
+    "arith.remui": "rem",
+    "arith.maxsi": "max",
+    "arith.minsi": "min",
+    "arith.select": "select",
+    "arith.andi": "and",
+}
 PREDICATES = ["eq", "ne", "lt", "le", "gt", "ge"]
-DTYPES = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16", "i64": "int64", "i32": "int32",
-          "i16": "int16", "i8": "int8", "i1": "bool"}  # fmt: skip
+DTYPES = {
+    "f64": "float64",
+    "f32": "float32",
+    "f16": "float16",
+    "bf16": "bfloat16",
+    "i64": "int64",
+    "i32": "int32",
+    "i16": "int16",
+    "i8": "int8",
+    "i1": "bool",
+}
 
 
 def evaluate(size: Size, shapes: Mapping[int, Sequence[int]]) -> int:
@@ -85,7 +106,12 @@ class _Entry:
             self._add_argument(argument, attributes)
         for view in entry.operations:
             self._add(view.operation)
-        return {"buffers": self.buffers, "checks": self.checks, "launches": self.launches, "outputs": self.outputs}
+        return {
+            "buffers": self.buffers,
+            "checks": self.checks,
+            "launches": self.launches,
+            "outputs": self.outputs,
+        }
 
     def _add_argument(self, value: ir.Value, attributes: ir.DictAttr) -> None:
         number = len(self.buffers)
@@ -94,7 +120,7 @@ class _Entry:
             record = {"role": "weight", "key": attributes["spikingbrain.weight"].value}
         elif "spikingbrain.constant" in attributes:
             elements = attributes["spikingbrain.constant"]
-            kind = np.dtype(DTYPES[str(value.type.element_type)].replace("bfloat16", "uint16"))
+            kind = np.dtype(DTYPES[str(value.type.element_type)])
             values = np.broadcast_to(np.array(elements).astype(kind, copy=False), value.type.shape)
             record = {"role": "constant", "data": base64.b64encode(values.tobytes()).decode()}
         self._add_buffer(value, record, lambda axis: ["dim", number, axis])
@@ -107,12 +133,15 @@ class _Entry:
         self.memrefs[value] = (len(self.buffers), shape)
         self.buffers.append({**record, "dtype": DTYPES[kind], "shape": shape})
 
-    def _refuse(self, op: Any, why: str) -> None:
+    def _refuse(self, op: Any, why: str) -> NoReturn:
         from spikingbrain.backend_maca.kernels import source_of
 
         location = getattr(op, "location", self.function.location)
-        raise UnsupportedOp(f"'{getattr(op, 'name', 'argument')}' cannot run between kernels",
-                            where=source_of(location), why=why)  # fmt: skip
+        raise UnsupportedOp(
+            f"'{getattr(op, 'name', 'argument')}' cannot run between kernels",
+            where=source_of(location),
+            why=why,
+        )
 
     def _add(self, op: ir.Operation) -> None:
         name = op.name
@@ -153,37 +182,25 @@ class _Entry:
         size = self._known_size(op, op.operands[operand])
         if not isinstance(size, int):
             self._refuse(op, "an axis must be known at compile time")
-        return int(size)  # type: ignore[call-overload,no-any-return]
+        return size
 
     def _add_view(self, op: ir.Operation) -> None:
-        """Gives a buffer another shape; at most one size may be dynamic when none is written down."""
+        """Gives a buffer another shape."""
         buffer, shape = self.memrefs[op.operands[0]]
-        result = op.results[0]
-        if op.name == "memref.cast":
-            self.memrefs[result] = (buffer, shape)
-            return
-        sizes = list(result.type.shape)
         if op.name == "memref.expand_shape":
             given = iter(list(op.operands)[1:])
-            known = [s if s >= 0 else self._known_size(op, next(given)) for s in sizes]
-        else:
-            groups = [[a.value for a in group] for group in op.attributes["reassociation"]]
-            known = []
-            for group in groups:
-                total: Size = 1
-                for axis in group:
-                    factor = shape[axis]
-                    both = isinstance(total, int) and isinstance(factor, int)
-                    total = total * factor if both else ["mul", total, factor]  # type: ignore[operator]
-                known.append(total)
-        self.memrefs[result] = (buffer, known)
+            sizes = op.results[0].type.shape
+            shape = [size if size >= 0 else self._known_size(op, next(given)) for size in sizes]
+        elif op.name == "memref.collapse_shape":
+            groups = [[shape[axis.value] for axis in group] for group in op.attributes["reassociation"]]
+            shape = [reduce(lambda a, b: ["mul", a, b], group) for group in groups]
+        self.memrefs[op.results[0]] = (buffer, shape)
 
     def _add_launch(self, op: ir.Operation) -> None:
+        launch = op.opview
         kernel = self.kernels[op.attributes["kernel"].value[-1]]
-        segments = list(op.attributes["operandSegmentSizes"])
-        starts = np.cumsum([0, *segments])
-        grid = [self._known_size(op, v) for v in list(op.operands)[starts[1] : starts[4]]]
-        operands = list(op.operands)[starts[-2] - segments[-2] : starts[-2]]
+        grid = [self._known_size(op, v) for v in (launch.gridSizeX, launch.gridSizeY, launch.gridSizeZ)]
+        operands = list(launch.kernelOperands)
         arguments: list[dict[str, Any]] = []
         for number, axis in kernel.arguments:
             value = operands[number]

@@ -1,70 +1,39 @@
-"""Prints kernels of the ``gpu`` dialect as MACA C++, from the subset that ``docs/maca.md`` lists.
+"""Prints kernels of the ``gpu`` dialect as MACA C++.
 
-Every function is checked before it is printed: an op outside the subset is refused with its name and place, and so
-is a barrier or shuffle that part of a wave could miss. Memrefs are contiguous; one becomes a pointer plus the
-dynamic sizes that its index arithmetic needs.
+Memrefs are contiguous; one becomes a pointer plus the dynamic sizes that its index arithmetic needs. A value
+that is used once is written where it is used; loads and long expressions get a name. Kernels that come out
+alike are printed once, with every place that asked for them.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-from spikingbrain.backend_maca.kernels import WAVE, source_of
+from spikingbrain.backend_maca.kernels import WAVE, nested, source_of
+from spikingbrain.backend_maca.subset import (
+    BIT_OPS,
+    COMPARE_FLOATS,
+    COMPARE_INTS,
+    EXTREMES,
+    FLOAT_CALLS,
+    FLOAT_OPS,
+    SIGNED_OPS,
+    STORAGE_ONLY,
+    TYPES,
+    UNSIGNED_OPS,
+    WRAPPING_OPS,
+    constant,
+    verify,
+)
 from spikingbrain.errors import UnsupportedOp
 from torch_mlir import ir
 
-MAX_THREADS = 1024
 MAX_SHARED_BYTES = 64 << 10
 INLINE_LENGTH = 60  # a value used once is written where it is used, up to this many characters
-
-# MLIR element type -> (C++ type, bytes).
-TYPES = {
-    "index": ("int64_t", 8),
-    "i64": ("int64_t", 8),
-    "i32": ("int32_t", 4),
-    "i16": ("int16_t", 2),
-    "i8": ("int8_t", 1),
-    "i1": ("bool", 1),
-    "f64": ("double", 8),
-    "f32": ("float", 4),
-    "f16": ("half", 2),
-    "bf16": ("maca_bfloat16", 2),
-}
-STORAGE_ONLY = {"f16": ("__half2float", "__float2half"), "bf16": ("__bfloat162float", "__float2bfloat16")}
-
-FLOAT_OPS = {"arith.addf": "{0} + {1}", "arith.subf": "{0} - {1}", "arith.mulf": "{0} * {1}",
-             "arith.divf": "{0} / {1}", "arith.negf": "-{0}"}  # fmt: skip
-FLOAT_CALLS = {
-    "arith.remf": "fmod", "arith.maxnumf": "fmax", "arith.minnumf": "fmin", "math.absf": "fabs", "math.ceil": "ceil",
-    "math.copysign": "copysign", "math.cos": "cos", "math.erf": "erf", "math.exp": "exp", "math.exp2": "exp2",
-    "math.expm1": "expm1", "math.floor": "floor", "math.fma": "fma", "math.log": "log", "math.log1p": "log1p",
-    "math.log2": "log2", "math.powf": "pow", "math.round": "round", "math.roundeven": "rint", "math.sin": "sin",
-    "math.sqrt": "sqrt", "math.tanh": "tanh", "math.trunc": "trunc",
-}  # fmt: skip
-# Signed overflow is undefined in C++ and wraps in MLIR, so these go through the unsigned type.
-WRAPPING_OPS = {"arith.addi": "+", "arith.subi": "-", "arith.muli": "*", "arith.shli": "<<"}
-SIGNED_OPS = {"arith.divsi": "{0} / {1}", "arith.remsi": "{0} % {1}", "arith.shrsi": "{0} >> {1}",
-              "arith.maxsi": "{0} > {1} ? {0} : {1}", "arith.minsi": "{0} < {1} ? {0} : {1}"}  # fmt: skip
-UNSIGNED_OPS = {"arith.divui": "/", "arith.remui": "%", "arith.shrui": ">>"}
-BIT_OPS = {"arith.andi": ("&", "&&"), "arith.ori": ("|", "||"), "arith.xori": ("^", "!=")}
-COMPARE_INTS = ["==", "!=", "<", "<=", ">", ">=", "u<", "u<=", "u>", "u>="]
-COMPARE_FLOATS = ["false", "{0} == {1}", "{0} > {1}", "{0} >= {1}", "{0} < {1}", "{0} <= {1}",
-                  "{0} < {1} || {0} > {1}", "{0} == {0} && {1} == {1}", "!({0} < {1} || {0} > {1})", "!({0} <= {1})",
-                  "!({0} < {1})", "!({0} >= {1})", "!({0} > {1})", "{0} != {1}", "{0} != {0} || {1} != {1}",
-                  "true"]  # fmt: skip
-CONVERSIONS = ("arith.extsi", "arith.extui", "arith.trunci", "arith.extf", "arith.truncf", "arith.sitofp",
-               "arith.uitofp", "arith.fptosi", "arith.index_cast")  # fmt: skip
-STATEMENTS = ("arith.constant", "arith.cmpi", "arith.cmpf", "arith.select", "arith.maximumf", "arith.minimumf",
-              "math.rsqrt", "memref.load", "memref.store", "memref.dim", "scf.for", "scf.if", "scf.yield",
-              "gpu.block_id", "gpu.thread_id", "gpu.shuffle", "gpu.barrier", "gpu.return")  # fmt: skip
-SUBSET = frozenset([*FLOAT_OPS, *FLOAT_CALLS, *WRAPPING_OPS, *SIGNED_OPS, *UNSIGNED_OPS, *BIT_OPS, *CONVERSIONS,
-                    *STATEMENTS])  # fmt: skip
-COLLECTIVES = ("gpu.shuffle", "gpu.barrier")
-MOVES_VALUES = ("arith.select", "arith.constant", "arith.extf", "arith.truncf", "memref.load", "memref.store",
-                "memref.dim", "scf.for", "scf.if", "scf.yield")  # fmt: skip
 
 _EXTREME = """\
 // Propagates NaN and orders zeros, as the model's {word} does.
@@ -77,6 +46,7 @@ PRELUDE = {
     "<maca_fp16.h>": "#include <maca_fp16.h>\n",
     "<maca_bfloat16.h>": "#include <maca_bfloat16.h>\n",
     "SB_FULL_WAVE": "#define SB_FULL_WAVE 0xffffffffffffffffULL\n",
+    "SB_CHECK": "#ifndef SB_CHECK  // for the emulator\n#define SB_CHECK(condition, message)\n#endif\n",
     "sb_maximum": _EXTREME.format(word="maximum", zeros="b : a", sign=">"),
     "sb_minimum": _EXTREME.format(word="minimum", zeros="a : b", sign="<"),
 }
@@ -86,8 +56,8 @@ PRELUDE = {
 class Kernel:
     """One printed kernel.
 
-    ``arguments`` says what each C++ parameter is: (argument of the function, None) for a pointer or scalar, and
-    (argument, axis) for a size of a memref. ``written`` lists the memref arguments that are stored to.
+    ``arguments`` says what each C++ parameter is: (argument of the function, None) for a pointer or scalar,
+    and (argument, axis) for a size of a memref. ``written`` lists the memref arguments that are stored to.
     """
 
     name: str
@@ -115,61 +85,16 @@ def print_kernels(module: ir.Module) -> tuple[str, dict[str, Kernel]]:
         verify(function)
         kernel = _Printer(function).print()
         kernel = unique.setdefault((kernel.parameters, kernel.threads, kernel.body), kernel)
-        where = source_of(function.location)
         label = f"{function.location.name_str}, " if isinstance(function.location, ir.NameLoc) else ""
-        place = label + (f"at {where}" if not isinstance(where, str) else "place unknown")
+        place = f"{label}at {source_of(function.location)}"
         kernel.places += [place] if place not in kernel.places else []
         kernels[_name(function)] = kernel
     needs = {n for kernel in unique.values() for n in kernel.needs}
-    head = "// Generated by SpikingBrain for MetaX GPUs (waves of 64 lanes). Compile with -ffp-contract=off.\n"
+    head = "// Generated by SpikingBrain for MetaX GPUs, waves of 64 lanes. Compile with -ffp-contract=off.\n"
     head += "#include <mc_runtime.h>\n" + "".join(t for n, t in PRELUDE.items() if n in needs and n[0] == "<")
     head += "#include <stdint.h>\n"
     helpers = ["\n" + t for n, t in PRELUDE.items() if n in needs and n[0] != "<"]
     return head + "".join(helpers) + "".join(f"\n{k.text}" for k in unique.values()), kernels
-
-
-def verify(function: ir.Operation) -> None:
-    """Raises UnsupportedOp for the first op of a kernel that cannot be printed faithfully."""
-    attributes = function.attributes
-    size = list(attributes["known_block_size"]) if "known_block_size" in attributes else []
-    threads = size[0] if len(size) == 3 and size[1:] == [1, 1] else 0
-    if not 0 < threads <= MAX_THREADS:
-        why = f"blocks must be one-dimensional with 1 to {MAX_THREADS} threads known at compile time, not {size}"
-        raise UnsupportedOp(f"kernel '{_name(function)}' cannot be launched", where=source_of(function.location), why=why)
-
-    def refuse(op: ir.Operation, why: str) -> None:
-        hint = "docs/maca.md lists the subset; lower the op to it, or keep this part off the 'maca' target"
-        raise UnsupportedOp(f"'{op.name}' has no form in MACA C++", where=source_of(op.location), why=why, hint=hint)
-
-    def visit(op: ir.Operation) -> ir.WalkResult:
-        if op.name == function.name:
-            return ir.WalkResult.ADVANCE
-        if op.name not in SUBSET:
-            refuse(op, "it is outside the printed subset")
-        for value in [*op.operands, *op.results]:
-            kind = value.type.element_type if isinstance(value.type, ir.MemRefType) else value.type
-            if str(kind) not in TYPES:
-                refuse(op, f"type {value.type} is not supported")
-            if isinstance(value.type, ir.MemRefType) and not isinstance(value.type.layout, ir.AffineMapAttr):
-                refuse(op, f"{value.type} is not contiguous")
-            if str(kind) in STORAGE_ONLY and op.name not in MOVES_VALUES:
-                refuse(op, f"{kind} is for storage; extend to f32 first")
-        if op.name.startswith("math.") or op.name in ("arith.maximumf", "arith.minimumf"):
-            kinds = ("f32",) if "imumf" in op.name else ("f32", "f64")
-            if str(op.results[0].type) not in kinds:
-                refuse(op, f"it works on {' or '.join(kinds)}, not {op.results[0].type}")
-        if op.name == "gpu.shuffle":
-            if "xor" not in str(op.attributes["mode"]) or _constant(op.operands[2]) != WAVE:
-                refuse(op, f"shuffles are xor butterflies over {WAVE} lanes")
-            if str(op.results[0].type) not in ("f32", "i32"):
-                refuse(op, f"a lane shuffles 4 bytes, not {op.results[0].type}")
-            if list(op.results[1].uses) or threads % WAVE:
-                refuse(op, "whole waves are needed: blocks of a multiple of 64 threads, the validity unused")
-        if op.name in COLLECTIVES and not _uniform_place(op, function):
-            refuse(op, "part of a wave could miss it: it stands under a condition that depends on the thread")
-        return ir.WalkResult.ADVANCE
-
-    function.walk(visit)
 
 
 def _kernel_functions(module: ir.Module) -> list[ir.Operation]:
@@ -180,38 +105,6 @@ def _kernel_functions(module: ir.Module) -> list[ir.Operation]:
 
 def _name(function: ir.Operation) -> str:
     return str(ir.StringAttr(function.attributes["sym_name"]).value)
-
-
-def _constant(value: ir.Value) -> int | float | None:
-    op = value.owner
-    if isinstance(op, ir.Block) or op.name != "arith.constant":
-        return None
-    number: int | float = op.attributes["value"].value
-    return number
-
-
-def _uniform_place(op: ir.Operation, function: ir.Operation) -> bool:
-    """Returns whether all threads of a block reach an op together."""
-    parent = op.operation.parent
-    while parent.operation != function:
-        bounds = list(parent.operation.operands)[: 1 if parent.operation.name == "scf.if" else 3]
-        if not all(map(_uniform, bounds)):
-            return False
-        parent = parent.operation.parent
-    return True
-
-
-def _uniform(value: ir.Value) -> bool:
-    """Returns whether a value is surely the same in all threads of a block."""
-    owner = value.owner
-    if isinstance(owner, ir.Block):
-        parent = owner.owner.operation
-        if parent.name == "scf.for":  # the induction variable; carried values may differ between threads
-            return value == owner.arguments[0] and all(map(_uniform, list(parent.operands)[:3]))
-        return parent.name == "gpu.func"
-    if owner.name in ("gpu.block_id", "memref.dim", "arith.constant"):
-        return True
-    return owner.name.startswith("arith.") and all(map(_uniform, owner.operands))
 
 
 class _Printer:
@@ -254,29 +147,33 @@ class _Printer:
                 if owner == number:
                     layout.append((number, axis))
                     parameters.append(f"int64_t {size}")
-        threads = list(self.function.attributes["known_block_size"])[0]
+        threads = next(iter(self.function.attributes["known_block_size"]))
         body = "".join(f"{line}\n" for line in self.lines)
-        return Kernel(_name(self.function), threads, shared_bytes, layout, self.stored, ", ".join(parameters), body,
-                      self.needs)  # fmt: skip
+        return Kernel(
+            _name(self.function),
+            threads,
+            shared_bytes,
+            layout,
+            self.stored,
+            ", ".join(parameters),
+            body,
+            self.needs,
+        )
 
     def _stored(self) -> set[int]:
-        found: set[int] = set()
-
-        def visit(op: ir.Operation) -> ir.WalkResult:
-            if op.name == "memref.store":
-                found.add(self.number[op.operands[1]])
-            return ir.WalkResult.ADVANCE
-
-        self.function.walk(visit)
-        return found
+        stores = [op for op in nested(self.function) if op.name == "memref.store"]
+        return {self.number[op.operands[1]] for op in stores}
 
     def _shared(self, value: ir.Value) -> int:
         count = int(np.prod(value.type.shape))
         kind = str(value.type.element_type)
         total = count * TYPES[kind][1]
         if total > MAX_SHARED_BYTES:
-            raise UnsupportedOp("a kernel needs too much shared memory", where=source_of(self.function.location),
-                                why=f"{total} bytes asked for, {MAX_SHARED_BYTES} there")  # fmt: skip
+            raise UnsupportedOp(
+                "a kernel needs too much shared memory",
+                where=source_of(self.function.location),
+                why=f"{total} bytes asked for, {MAX_SHARED_BYTES} there",
+            )
         self._line(f"__shared__ {self._type(value.type.element_type)} {self._new(value, 'shared')}[{count}];")
         return total
 
@@ -304,8 +201,8 @@ class _Printer:
         if not uses and pure:
             return
         if pure and len(uses) == 1 and uses[0].owner.operation.block == value.owner.operation.block:
-            inside_region = uses[0].owner.operation.name in ("scf.for",)
-            if len(text) <= INLINE_LENGTH and not inside_region:
+            repeated = uses[0].owner.operation.name == "scf.for"  # a bound is evaluated in every round
+            if len(text) <= INLINE_LENGTH and not repeated:
                 self.text[value] = text
                 return
         kind = self._type(value.type)
@@ -320,16 +217,17 @@ class _Printer:
     def _op(self, op: ir.Operation) -> None:
         name = op.name
         special: dict[str, Callable[[ir.Operation], None]] = {
-            "memref.load": lambda o: self._define(o.results[0], self._element(o.operands[0], o.operands[1:]), pure=False),
+            "memref.load": self._load,
             "memref.store": self._store,
-            "memref.dim": lambda o: self.text.__setitem__(o.results[0], self._size(o.operands[0], _constant(o.operands[1]))),
+            "memref.dim": self._dim,
             "scf.for": self._for,
             "scf.if": self._if,
             "gpu.shuffle": self._shuffle,
             "gpu.block_id": self._id,
             "gpu.thread_id": self._id,
+            "cf.assert": self._assert,
             "gpu.barrier": lambda _: self._line("__syncthreads();"),
-            "arith.constant": lambda o: self.text.__setitem__(o.results[0], self._literal(o)),
+            "arith.constant": self._literal,
         }
         if name in ("scf.yield", "gpu.return"):
             return
@@ -356,6 +254,13 @@ class _Printer:
             return str(size)
         return self.sizes.setdefault((self.number[buffer], axis), f"{self.text[buffer]}_size{axis}")
 
+    def _load(self, op: ir.Operation) -> None:
+        buffer, *at = op.operands
+        self._define(op.results[0], self._element(buffer, at), pure=False)
+
+    def _dim(self, op: ir.Operation) -> None:
+        self.text[op.results[0]] = self._size(op.operands[0], constant(op.operands[1]))
+
     def _store(self, op: ir.Operation) -> None:
         value, buffer, *at = op.operands
         self._line(f"{self._element(buffer, at)} = {self.text[value]};")
@@ -370,6 +275,11 @@ class _Printer:
         value, distance, _ = op.operands
         call = f"__shfl_xor_sync(SB_FULL_WAVE, {self.text[value]}, {self.text[distance]}, {WAVE})"
         self._define(op.results[0], call, pure=False)
+
+    def _assert(self, op: ir.Operation) -> None:
+        self.needs.add("SB_CHECK")
+        message = json.dumps(op.attributes["msg"].value)
+        self._line(f"SB_CHECK({self.text[op.operands[0]]}, {message});")
 
     def _for(self, op: ir.Operation) -> None:
         low, high, step, *initial = op.operands
@@ -414,7 +324,10 @@ class _Printer:
 
     # Expressions.
 
-    def _literal(self, op: ir.Operation) -> str:
+    def _literal(self, op: ir.Operation) -> None:
+        self.text[op.results[0]] = self._number(op)
+
+    def _number(self, op: ir.Operation) -> str:
         kind, value = str(op.results[0].type), op.attributes["value"].value
         if kind == "i1":
             return "true" if value else "false"
@@ -434,28 +347,33 @@ class _Printer:
         if name in FLOAT_OPS:
             return FLOAT_OPS[name].format(*operands)
         if name in FLOAT_CALLS:
-            return f"{FLOAT_CALLS[name]}{'f' if kind == 'f32' else ''}({', '.join(self.text[v] for v in op.operands)})"
+            call = FLOAT_CALLS[name] + ("f" if kind == "f32" else "")
+            return f"{call}({', '.join(self.text[v] for v in op.operands)})"
         if name in WRAPPING_OPS:
-            return self._wrapping(kind, f" {WRAPPING_OPS[name]} ".join(self._unsigned(kind, o) for o in operands))
+            words = [self._unsigned(kind, o) for o in operands]
+            return self._wrapping(kind, f" {WRAPPING_OPS[name]} ".join(words))
         if name in SIGNED_OPS:
             return self._narrow(kind, SIGNED_OPS[name].format(*operands))
         if name in UNSIGNED_OPS:
-            return self._wrapping(kind, f" {UNSIGNED_OPS[name]} ".join(self._unsigned(kind, o, force=True) for o in operands))
+            words = [self._unsigned(kind, o, force=True) for o in operands]
+            return self._wrapping(kind, f" {UNSIGNED_OPS[name]} ".join(words))
         if name in BIT_OPS:
             return self._narrow(kind, f" {BIT_OPS[name][kind == 'i1']} ".join(operands))
         if name == "arith.cmpi":
             sign = COMPARE_INTS[op.attributes["predicate"].value]
-            force = sign[0] == "u"
-            return f" {sign.lstrip('u')} ".join(self._unsigned(kind, o, force=True) if force else o for o in operands)
+            words = [self._unsigned(kind, o, force=True) for o in operands] if sign[0] == "u" else operands
+            return " ".join([words[0], sign.lstrip("u"), words[1]])
         if name == "arith.cmpf":
-            return COMPARE_FLOATS[op.attributes["predicate"].value].format(*operands)
+            form: str = COMPARE_FLOATS[op.attributes["predicate"].value]
+            return form.format(*operands)
         if name == "arith.select":
-            return "{0} ? {1} : {2}".format(*operands)
-        if name in ("arith.maximumf", "arith.minimumf"):
-            self.needs.add(f"sb_{name[6:-1]}")
-            return f"sb_{name[6:-1]}({', '.join(self.text[v] for v in op.operands)})"
+            return "{} ? {} : {}".format(*operands)
+        if name in EXTREMES:
+            self.needs.add(EXTREMES[name])
+            return f"{EXTREMES[name]}({', '.join(self.text[v] for v in op.operands)})"
         if name == "math.rsqrt":
-            return f"1.0f / sqrtf({self.text[op.operands[0]]})" if kind == "f32" else f"1.0 / sqrt({self.text[op.operands[0]]})"
+            f = "f" if kind == "f32" else ""
+            return f"1.0{f} / sqrt{f}({self.text[op.operands[0]]})"
         return self._conversion(name, kind, str(op.results[0].type), operands[0])
 
     def _unsigned(self, kind: str, operand: str, *, force: bool = False) -> str:

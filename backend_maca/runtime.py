@@ -1,4 +1,4 @@
-"""Runs generated kernels on the emulator: compiles them with the system's C++ compiler and follows a launch plan."""
+"""Runs generated kernels on the emulator: compiles them with the system's C++ compiler, follows the plan."""
 
 from __future__ import annotations
 
@@ -17,7 +17,16 @@ from spikingbrain.backend_maca.plan import FORMAT, evaluate
 from spikingbrain.errors import CallError, CorruptArtifact, MissingDependency, NewerFormat, SpikingBrainError
 
 HEADERS = Path(__file__).parent / "emulator"
-FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-fwrapv", "-fno-strict-aliasing", "-w")
+FLAGS = (
+    "-std=c++17",
+    "-O2",
+    "-fPIC",
+    "-shared",
+    "-ffp-contract=off",
+    "-fwrapv",
+    "-fno-strict-aliasing",
+    "-w",
+)
 ORDERS = ("forward", "reverse", "shuffled")
 MAX_GRID = (1 << 31) - 1
 POISON = 0xCD  # what memory holds before a kernel writes it
@@ -57,8 +66,10 @@ def build(source: str, kernels: Sequence[str], flags: Sequence[str] = ()) -> Pat
     """Compiles kernels for the emulator into a cached shared library; ``kernels`` can be launched."""
     version = compiler_version()
     if not version:
-        raise MissingDependency(f"the C++ compiler '{compiler()}' is needed to run kernels on the emulator",
-                                hint="install g++, or name another compiler in CXX")  # fmt: skip
+        raise MissingDependency(
+            f"the C++ compiler '{compiler()}' is needed to run kernels on the emulator",
+            hint="install g++, or name another compiler in CXX",
+        )
     text = source + "\n" + "".join(f"SB_LAUNCHER({name})\n" for name in kernels)
     parts = [version, *FLAGS, *flags, text, *(p.read_text() for p in sorted(HEADERS.glob("*.h")))]
     library = cache_folder() / (hashlib.sha256("\0".join(parts).encode()).hexdigest() + ".so")
@@ -66,7 +77,17 @@ def build(source: str, kernels: Sequence[str], flags: Sequence[str] = ()) -> Pat
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             (Path(folder) / "kernels.maca").write_text(text)
-            command = [compiler(), *FLAGS, *flags, f"-I{HEADERS}", "-x", "c++", "kernels.maca", "-o", "kernels.so"]
+            command = [
+                compiler(),
+                *FLAGS,
+                *flags,
+                f"-I{HEADERS}",
+                "-x",
+                "c++",
+                "kernels.maca",
+                "-o",
+                "kernels.so",
+            ]
             done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
             if done.returncode:
                 raise KernelBuildError("the generated kernels do not compile", why=done.stderr.strip()[:2000])
@@ -82,8 +103,14 @@ class Kernels:
             raise CallError(f"unknown thread order {order!r}", hint=f"one of {', '.join(ORDERS)}")
         self.library, self.order = ctypes.CDLL(str(library)), order
 
-    def launch(self, name: str, grid: Sequence[int], block: Sequence[int], shared_bytes: int,
-               arguments: Sequence[Any]) -> None:  # fmt: skip
+    def launch(
+        self,
+        name: str,
+        grid: Sequence[int],
+        block: Sequence[int],
+        shared_bytes: int,
+        arguments: Sequence[Any],
+    ) -> None:
         """Runs a kernel; arguments are ctypes values, passed by address. Raises KernelFault."""
         if not all(0 < size <= MAX_GRID for size in grid) or np.prod(grid) > MAX_GRID:
             raise CallError(f"kernel '{name}' cannot be launched", why=f"grid {list(grid)} is out of range")
@@ -101,7 +128,9 @@ class Program:
 
     def __init__(self, source: str, plan: Mapping[str, Any], weights: Mapping[str, Array], order: str = ""):
         if plan.get("format", FORMAT + 1) > FORMAT:
-            raise NewerFormat("the launch plan is of a later format", why=f"this package reads up to {FORMAT}")
+            raise NewerFormat(
+                "the launch plan is of a later format", why=f"this package reads up to {FORMAT}"
+            )
         self.plan, self.weights = plan, weights
         order = order or os.environ.get("SPIKINGBRAIN_EMULATOR_ORDER", "forward")
         self.kernels = Kernels(build(source, sorted(plan["kernels"])), order)
@@ -139,9 +168,13 @@ class Program:
             self._launch(launch, buffers, shapes)
             if any((m[:GUARD_BYTES] != POISON).any() or (m[-GUARD_BYTES:] != POISON).any() for m in guards):
                 raise KernelFault(f"kernel '{launch['kernel']}' writes outside its buffers")
-        return [buffers[o["buffer"]].reshape([evaluate(s, shapes) for s in o["shape"]]) for o in plan["outputs"]]
+        return [
+            buffers[o["buffer"]].reshape([evaluate(s, shapes) for s in o["shape"]]) for o in plan["outputs"]
+        ]
 
-    def _launch(self, launch: Mapping[str, Any], buffers: Mapping[int, Array], shapes: Mapping[int, Any]) -> None:
+    def _launch(
+        self, launch: Mapping[str, Any], buffers: Mapping[int, Array], shapes: Mapping[int, Any]
+    ) -> None:
         grid = [evaluate(size, shapes) for size in launch["grid"]]
         if 0 in grid:
             return

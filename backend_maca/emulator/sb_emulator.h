@@ -281,6 +281,8 @@ T __shfl_xor_sync(unsigned long long mask, T value, int distance, int width = 64
   return value;
 }
 
+#define SB_CHECK(condition, message) ((condition) ? (void)0 : sb::fail(message))
+
 // Gives a kernel the one launch signature: grid, block, dynamic shared bytes, arguments by address, thread order.
 #define SB_LAUNCHER(name)                                                                                        \
   extern "C" const char* sb_launch_##name(const unsigned* grid, const unsigned* block, unsigned shared,          \
