@@ -1,0 +1,25 @@
+"""``spikingbrain cache``: shows or clears what is kept between runs."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+
+from spikingbrain.artifact import cache_folder
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--clear", action="store_true", help="remove everything")
+
+
+def run(args: argparse.Namespace) -> int:
+    folder = cache_folder()
+    if args.clear:
+        shutil.rmtree(folder, ignore_errors=True)
+        print(f"removed {folder}")
+        return 0
+    print(folder)
+    for part in sorted(folder.iterdir()) if folder.is_dir() else []:
+        files = [f for f in part.rglob("*") if f.is_file()]
+        print(f"  {part.name:12}{len(files):6} files {sum(f.stat().st_size for f in files) / 1e6:10.1f} MB")
+    return 0
