@@ -16,6 +16,8 @@ decided from the smallest and the largest position of the block. Positions must 
 
 from __future__ import annotations
 
+import array
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Sequence
@@ -27,7 +29,7 @@ from spikingbrain.target import Target
 from torch_mlir import ir
 from torch_mlir.dialects import arith, func, memref, scf, tensor, vector
 
-SCRATCH_BYTES = 30 << 10  # IREE allows a dispatch 32 KB of stack unless told otherwise
+SCRATCH_BYTES = 32 << 10  # IREE allows a dispatch 32 KB of stack unless told otherwise
 ROW_LIMIT = 64  # more query rows per block gained nothing
 DECODE_KEY_BLOCK = 128
 LINE_BYTES = 64
@@ -154,33 +156,37 @@ def plan(heads: int, key_heads: int, head_size: int, target: Target) -> Schedule
             hint="the portable form",
         )
     many = target.vector_registers >= 32
-    row_vectors, key_tile = (4, 4) if many else (2, 4)
     head_vectors = head_size // head_lanes
-    value_vectors = next(n for n in (4, 3, 2, 1) if head_vectors % n == 0) if many else (2 - head_vectors % 2)
-    key_block = 32
-    step = lanes * row_vectors
-    # Scratch holds the transposed queries, one block of scores, and four values per row.
-    fitting = SCRATCH_BYTES // (4 * (head_size + key_block + 4)) // step * step
-    if not fitting and row_vectors > 1:
-        row_vectors, step = 1, lanes
-        fitting = SCRATCH_BYTES // (4 * (head_size + key_block + 4)) // step * step
-    if not fitting:
-        raise UnsupportedOp(
-            f"no attention kernel for heads of {head_size}",
-            why=f"a block of queries exceeds {SCRATCH_BYTES} bytes of scratch",
-            hint="the portable form",
+    value_vectors = next(n for n in ((4, 3, 2, 1) if many else (2, 1)) if head_vectors % n == 0)
+    # Measured on AVX-512 and AVX2: three vectors of rows against as many keys as registers hold is best.
+    for row_vectors, key_block in ((3, 64), (3, 32), (2, 32), (1, 32), (1, 16)):
+        step = lanes * row_vectors
+        rows = ROW_LIMIT // step * step
+        fitting = next(
+            (n for n in range(rows, 0, -step) if _scratch_bytes(head_size, n, key_block) <= SCRATCH_BYTES), 0
         )
-    return Schedule(
-        lanes=lanes,
-        head_lanes=head_lanes,
-        row_vectors=row_vectors,
-        key_tile=key_tile,
-        rows=max(step, min(fitting, ROW_LIMIT // step * step)),
-        key_block=key_block,
-        value_rows=4,
-        value_vectors=value_vectors,
-        fused=target.arch == "aarch64" or bool(target.features & {"fma", "avx512f"}),
+        if fitting and key_block % lanes == 0:
+            return Schedule(
+                lanes=lanes,
+                head_lanes=head_lanes,
+                row_vectors=row_vectors,
+                key_tile=8 if many else 4,
+                rows=fitting,
+                key_block=key_block,
+                value_rows=6,
+                value_vectors=value_vectors,
+                fused=target.arch == "aarch64" or bool(target.features & {"fma", "avx512f"}),
+            )
+    raise UnsupportedOp(
+        f"no attention kernel for heads of {head_size}",
+        why=f"a block of queries exceeds {SCRATCH_BYTES} bytes of scratch",
+        hint="the portable form",
     )
+
+
+def _scratch_bytes(head_size: int, rows: int, key_block: int) -> int:
+    """Returns the scratch of a prefill kernel: transposed queries, scores, four values per row, positions."""
+    return 4 * (rows * (head_size + key_block + 4) + key_block) + 8 * LINE_BYTES
 
 
 def _problem_of(op: Any) -> _Problem:
@@ -361,6 +367,33 @@ def _larger(a: ir.Value, b: ir.Value) -> ir.Value:
     return arith.select(_greater(a, b), a, b)
 
 
+def _folded(combine: Callable[[ir.Value, ir.Value], ir.Value], values: Sequence[ir.Value]) -> ir.Value:
+    return functools.reduce(combine, values)
+
+
+def _reduced(kind: str, value: ir.Value) -> ir.Value:
+    """Returns one scalar from all lanes of a vector."""
+    element = ir.VectorType(value.type).element_type
+    return vector.reduction(element, ir.Attribute.parse(f"#vector.kind<{kind}>"), value)
+
+
+def _reduced_float(combine: Callable[[ir.Value, ir.Value], ir.Value], value: ir.Value) -> ir.Value:
+    """Returns one float from all lanes, in halves; ``vector.reduction`` keeps order, lane by lane."""
+    width = ir.VectorType(value.type).shape[0]
+    while width > 1:
+        width //= 2
+        value = combine(
+            vector.shuffle(value, value, list(range(width))),
+            vector.shuffle(value, value, list(range(width, 2 * width))),
+        )
+    return vector.extract(value, [], [0])
+
+
+def _lane_numbers(lanes: int, first: int) -> ir.Value:
+    kind = ir.VectorType.get([lanes], _i32_type())
+    return arith.constant(kind, array.array("i", range(first, first + lanes)))
+
+
 def _shuffled_halves(a: ir.Value, b: ir.Value, stride: int) -> tuple[ir.Value, ir.Value]:
     """Returns a and b after one transposition step, which swaps blocks of ``stride`` lanes."""
     lanes = ir.VectorType(a.type).shape[0]
@@ -380,28 +413,39 @@ def _transposed(rows: Sequence[ir.Value]) -> list[ir.Value]:
     return rows
 
 
-def _grouped_lane_sums(products: Callable[[int], list[ir.Value]], lanes: int, width: int) -> list[ir.Value]:
-    """Returns vectors of ``lanes`` sums: lane i of vector g sums the ``width`` lanes of ``products(i)[g]``.
+def _lane_sums(vectors: Callable[[int], ir.Value], lanes: int, width: int) -> ir.Value:
+    """Returns a vector of ``lanes`` sums: lane i sums the ``width`` lanes of ``vectors(i)``.
 
-    The tree is walked depth first, so that few vectors live at a time.
+    Pairs are added along a tree, walked depth first so that few vectors live at a time.
     """
 
-    def tree(first: int, stride: int, base: int) -> list[ir.Value]:
+    def tree(base: int, first: int, stride: int) -> ir.Value:
         if stride == width:
-            return products(base + first)
-        pairs = zip(tree(first, stride * 2, base), tree(first + stride, stride * 2, base), strict=True)
-        return [arith.addf(*_shuffled_halves(a, b, stride)) for a, b in pairs]
+            return vectors(base + first)
+        a, b = tree(base, first, stride * 2), tree(base, first + stride, stride * 2)
+        return arith.addf(*_shuffled_halves(a, b, stride))
 
-    parts = [tree(0, 1, base) for base in range(0, lanes, width)]
+    parts = [tree(base, 0, 1) for base in range(0, lanes, width)]
     while len(parts) > 1:  # heads narrower than a vector of keys: join the pieces
-        parts = [
-            [
-                vector.shuffle(a, b, list(range(2 * ir.VectorType(a.type).shape[0])))
-                for a, b in zip(x, y, strict=True)
-            ]
-            for x, y in zip(parts[::2], parts[1::2], strict=True)
-        ]
+        both = list(range(2 * ir.VectorType(parts[0].type).shape[0]))
+        parts = [vector.shuffle(a, b, both) for a, b in zip(parts[::2], parts[1::2], strict=True)]
     return parts[0]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A block of keys in a kernel: where it starts, which part is visible, and whether to all queries."""
+
+    keys: ir.Value
+    values: ir.Value
+    start: ir.Value
+    begin: ir.Value  # first key that is visible to some query, from the block's start
+    end: ir.Value  # one past the last
+    whole: ir.Value
+
+    @property
+    def last_key(self) -> ir.Value:
+        return _sub(_size(self.keys, 1), 1)
 
 
 class _Kernel:
@@ -451,11 +495,8 @@ class _Kernel:
 
     def _read_positions(
         self, source: ir.Value, start: ir.Value, count: ir.Value, block: int, scratch: ir.Value
-    ) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """Copies a block of key positions to scratch, -1 beyond ``count``.
-
-        Returns the smallest position of the filled slots, the largest, and the smallest of all slots.
-        """
+    ) -> None:
+        """Copies a block of key positions to scratch, -1 beyond ``count``."""
         lanes = self.schedule.lanes
         narrow = ir.VectorType.get([lanes], _i32_type())
 
@@ -465,65 +506,75 @@ class _Kernel:
                 _store(arith.trunci(narrow, wide), scratch, [i])
 
         def part() -> None:
+            def copy(i: ir.Value) -> None:
+                _put(self._position(source, [self.batch, _add(start, i)]), scratch, [i])
+
             for i in range(0, block, lanes):
                 _store(_splat(-1, lanes), scratch, [i])
-            _loop(
-                0,
-                count,
-                1,
-                lambda i: _put(self._position(source, [self.batch, _add(start, i)]), scratch, [i]),
-            )
+            _loop(0, count, 1, copy)
 
         _when(_compare("eq", count, _index(block)), whole, part)
-        filled, high, every = _splat(MAX_POSITION, lanes), _splat(-1, lanes), _splat(MAX_POSITION, lanes)
-        for i in range(0, block, lanes):
-            position = _load(scratch, [i], lanes)
-            empty = _compare("slt", position, _splat(0, lanes))
-            filled = arith.minsi(filled, arith.select(empty, _splat(MAX_POSITION, lanes), position))
-            high, every = arith.maxsi(high, position), arith.minsi(every, position)
-        kinds = vector.CombiningKind
-        reduced = [(filled, kinds.MINSI), (high, kinds.MAXSI), (every, kinds.MINSI)]
-        low, top, bottom = (
-            vector.reduction(_i32_type(), ir.Attribute.parse(f"#vector.kind<{kind.name.lower()}>"), v)
-            for v, kind in reduced
-        )
-        return low, top, bottom
 
-    def _block_visibility(
-        self, keys: tuple[ir.Value, ir.Value, ir.Value], first: ir.Value, last: ir.Value
-    ) -> tuple[ir.Value, ir.Value]:
-        """Returns whether any query between two positions may see a key block, and whether all see all."""
-        low, high, every = keys
-        some = _compare("sle", low, last)
-        whole = arith.andi(_compare("sge", every, _i32(0)), _compare("sle", high, first))
-        if self.problem.window:
-            window, sinks = _i32(self.problem.window), _i32(self.problem.sinks)
-            reached = _compare("sgt", high, arith.subi(first, window))
-            some = arith.andi(some, arith.ori(reached, _compare("slt", low, sinks)))
-            kept = _compare("sgt", low, arith.subi(last, window))
-            whole = arith.andi(whole, arith.ori(kept, _compare("slt", high, sinks)))
-        return some, whole
+    def _visible(self, key: ir.Value, upper: ir.Value, lower: ir.Value) -> ir.Value:
+        """Returns the lanes where 0 <= key <= upper and key > lower - window, sinks included; vectors of i32.
 
-    def _visible(self, query: ir.Value, key: ir.Value) -> ir.Value:
-        """Returns the lanes where the key position is visible from the query position; vectors of i32."""
+        With both bounds the position of one query, that is the rule; with the bounds of several queries it
+        tells which keys all of them see, or some may see.
+        """
         lanes = ir.VectorType(key.type).shape[0]
-        seen = arith.andi(_compare("sge", key, _splat(0, lanes)), _compare("sle", key, query))
+        seen = arith.andi(_compare("sge", key, _splat(0, lanes)), _compare("sle", key, upper))
         if self.problem.window:
-            near = _compare("sgt", key, arith.subi(query, _splat(self.problem.window, lanes)))
+            near = _compare("sgt", key, arith.subi(lower, _splat(self.problem.window, lanes)))
             if self.problem.sinks:
                 near = arith.ori(near, _compare("slt", key, _splat(self.problem.sinks, lanes)))
             seen = arith.andi(seen, near)
         return seen
 
-    def _key_blocks(self, block: int, body: Callable[[list[ir.Value], ir.Value, ir.Value], None]) -> None:
-        """Visits the key blocks of all segments: ``body(segment, start, count)``."""
+    def _visible_blocks(
+        self,
+        block: int,
+        positions: ir.Value,
+        first: ir.Value,
+        last: ir.Value,
+        body: Callable[[_Block], None],
+    ) -> None:
+        """Visits every key block that some query between positions ``first`` and ``last`` may see.
+
+        Emits ``body(block)`` with the positions of the block in scratch.
+        """
+        lanes = self.schedule.lanes
+
+        def visit(segment: Sequence[ir.Value], start: ir.Value) -> None:
+            keys, values, key_positions = segment
+            count = _min(_sub(_size(keys, 1), start), block)
+            self._read_positions(key_positions, start, count, block, positions)
+            low, high = _splat(first, lanes), _splat(last, lanes)
+            parts = [_load(positions, [i], lanes) for i in range(0, block, lanes)]
+            some = [self._visible(part, high, low) for part in parts]
+
+            def found() -> None:
+                order = [_lane_numbers(lanes, i) for i in range(0, block, lanes)]
+                begins = [arith.select(m, n, _splat(block, lanes)) for m, n in zip(some, order, strict=True)]
+                ends = [arith.select(m, n, _splat(-1, lanes)) for m, n in zip(some, order, strict=True)]
+                begin = _reduced("minsi", _folded(arith.minsi, begins))
+                end = arith.addi(_reduced("maxsi", _folded(arith.maxsi, ends)), _i32(1))
+                whole = _folded(arith.andi, [self._visible(part, low, high) for part in parts])
+                index = ir.IndexType.get()
+                body(
+                    _Block(
+                        keys,
+                        values,
+                        start,
+                        arith.index_cast(index, begin),
+                        arith.index_cast(index, end),
+                        _reduced("and", whole),
+                    )
+                )
+
+            _when(_reduced("or", _folded(arith.ori, some)), found)
+
         for segment in self.segments:
-            size = _size(segment[0], 1)
-
-            def visit(start: ir.Value, segment: list[ir.Value] = segment, size: ir.Value = size) -> None:
-                body(segment, start, _min(_sub(size, start), block))
-
-            _loop(0, size, block, visit)
+            _loop(0, _size(segment[0], 1), block, functools.partial(visit, segment))
 
     # Prefill
 
@@ -551,21 +602,15 @@ class _Kernel:
         )
         first, last = self._gather_queries()
 
-        def visit(segment: list[ir.Value], start: ir.Value, count: ir.Value) -> None:
-            keys, values, key_positions = segment
-            extent = self._read_positions(key_positions, start, count, s.key_block, positions)
-            some, whole = self._block_visibility(extent, first, last)
+        def visit(block: _Block) -> None:
+            _when(
+                block.whole,
+                lambda: self._score_block(block, None),
+                lambda: self._score_block(block, positions),
+            )
+            self._accumulate_values(block)
 
-            def scored(masked: bool) -> None:
-                self._score_block(keys, start, count, positions if masked else None)
-
-            def attended() -> None:
-                _when(whole, lambda: scored(False), lambda: scored(True))
-                self._accumulate_values(values, start, count)
-
-            _when(some, attended)
-
-        self._key_blocks(s.key_block, visit)
+        self._visible_blocks(s.key_block, positions, first, last, visit)
         self._normalise_rows()
 
     def _row(self, row: Index) -> tuple[ir.Value, ir.Value]:
@@ -623,12 +668,10 @@ class _Kernel:
         _loop(0, self.row_count, 1, clear)
         return low, high
 
-    def _score_block(
-        self, keys: ir.Value, start: ir.Value, count: ir.Value, positions: ir.Value | None
-    ) -> None:
+    def _score_block(self, block: _Block, positions: ir.Value | None) -> None:
         """Leaves the block's unnormalised probabilities in scratch; updates all maxima and sums."""
         p, s = self.problem, self.schedule
-        last_key = _sub(_size(keys, 1), 1)
+        begin = _round_down(block.begin, s.key_tile)
 
         def row_group(row: ir.Value) -> None:
             at = [_add(row, v * s.lanes) for v in range(s.row_vectors)]
@@ -637,13 +680,13 @@ class _Kernel:
 
             def tile(key: ir.Value, *largest: ir.Value) -> list[ir.Value]:
                 # Beyond the segment's end the last key is read again; its position in scratch is -1.
-                index = [_min(_add(_add(start, key), i), last_key) for i in range(s.key_tile)]
+                index = [_min(_add(_add(block.start, key), i), block.last_key) for i in range(s.key_tile)]
 
                 def products(d: ir.Value, *sums: ir.Value) -> list[ir.Value]:
                     columns = [_load(self.columns, [d, a], s.lanes) for a in at]
                     result = []
                     for i in range(s.key_tile):
-                        k = _splat(_get(keys, [self.batch, index[i], self.key_head, d]), s.lanes)
+                        k = _splat(_get(block.keys, [self.batch, index[i], self.key_head, d]), s.lanes)
                         base = i * s.row_vectors
                         result += [self._fma(k, c, sums[base + v]) for v, c in enumerate(columns)]
                     return result
@@ -658,13 +701,13 @@ class _Kernel:
                     for v in range(s.row_vectors):
                         score = scores[i * s.row_vectors + v]
                         if position is not None:
-                            seen = self._visible(queries[v], position)
+                            seen = self._visible(position, queries[v], queries[v])
                             score = arith.select(seen, score, _splat(MASKED, s.lanes))
                         maxima[v] = _larger(score, maxima[v])
                         _store(score, self.scores, [_add(key, i), at[v]])
                 return maxima
 
-            new = _loop(0, _round_up(count, s.key_tile), s.key_tile, tile, old)
+            new = _loop(begin, block.end, s.key_tile, tile, old)
 
             def probabilities(key: ir.Value, *sums: ir.Value) -> list[ir.Value]:
                 result = []
@@ -675,7 +718,8 @@ class _Kernel:
                     result.append(arith.addf(total, probability))
                 return result
 
-            sums = _loop(0, count, 1, probabilities, [_splat(0.0, s.lanes)] * s.row_vectors)
+            zeros = [_splat(0.0, s.lanes)] * s.row_vectors
+            sums = _loop(block.begin, block.end, 1, probabilities, zeros)
             for v, a in enumerate(at):
                 factor = self._exp2(arith.subf(old[v], new[v]))
                 _store(new[v], self.maxima, [a])
@@ -684,7 +728,7 @@ class _Kernel:
 
         _loop(0, self.row_count, s.row_vectors * s.lanes, row_group)
 
-    def _accumulate_values(self, values: ir.Value, start: ir.Value, count: ir.Value) -> None:
+    def _accumulate_values(self, block: _Block) -> None:
         """Scales all outputs to the new maxima and adds the block's probabilities times its values."""
         s = self.schedule
         width = s.head_lanes * s.value_vectors
@@ -702,8 +746,8 @@ class _Kernel:
                         sums.append(arith.mulf(value, factor))
 
                 def products(key: ir.Value, *sums: ir.Value) -> list[ir.Value]:
-                    index = [self.batch, _add(start, key), self.key_head]
-                    loaded = [_load(values, [*index, a], s.head_lanes) for a in at]
+                    index = [self.batch, _add(block.start, key), self.key_head]
+                    loaded = [_load(block.values, [*index, a], s.head_lanes) for a in at]
                     result = []
                     for i in range(rows):
                         probability = _splat(_get(self.scores, [key, _add(row, i)]), s.head_lanes)
@@ -711,7 +755,7 @@ class _Kernel:
                         result += [self._fma(probability, x, sums[base + v]) for v, x in enumerate(loaded)]
                     return result
 
-                sums = _loop(0, count, 1, products, sums)
+                sums = _loop(block.begin, block.end, 1, products, sums)
                 for i, (token, head) in enumerate(places):
                     for v, a in enumerate(at):
                         _store(sums[i * s.value_vectors + v], self.out, [self.batch, token, head, a])
@@ -745,11 +789,12 @@ class _Kernel:
         f32, i32 = ir.F32Type.get(), _i32_type()
         head = _mul(self.key_head, p.group)
         steps = range(0, p.head_size, s.head_lanes)
-        queries, outputs, scores, sums, maxima, positions = _scratch(
+        queries, outputs, scores, products, sums, maxima, positions = _scratch(
             [
                 ([p.group, p.head_size], f32),
                 ([p.group, p.head_size], f32),
                 ([p.group, DECODE_KEY_BLOCK], f32),
+                ([p.group, s.lanes, s.head_lanes], f32),
                 ([p.group, s.lanes], f32),
                 ([p.group], f32),
                 ([DECODE_KEY_BLOCK], i32),
@@ -764,89 +809,76 @@ class _Kernel:
             _store(_splat(0.0, s.lanes), sums, [g, 0])
         query_position = self._position(self.query_positions, [self.batch, 0])
 
-        def visit(segment: list[ir.Value], start: ir.Value, count: ir.Value) -> None:
-            keys, values, key_positions = segment
-            extent = self._read_positions(key_positions, start, count, DECODE_KEY_BLOCK, positions)
-            some, _ = self._block_visibility(extent, query_position, query_position)
-            last_key = _sub(_size(keys, 1), 1)
+        def visit(block: _Block) -> None:
+            begin = _round_down(block.begin, s.lanes)
 
             def score_tile(key: ir.Value, *largest: ir.Value) -> list[ir.Value]:
-                base = _add(start, key)
-                index = [_min(_add(base, i), last_key) for i in range(s.lanes)]
-                seen = self._visible(_splat(query_position, s.lanes), _load(positions, [key], s.lanes))
+                query = _splat(query_position, s.lanes)
+                seen = self._visible(_load(positions, [key], s.lanes), query, query)
+                self._dot_products(block, key, queries, products)
                 result = []
-                for tile_scores, old in zip(self._dot_products(keys, index, queries), largest, strict=True):
-                    score = arith.select(seen, tile_scores, _splat(MASKED, s.lanes))
-                    _store(score, scores, [len(result), key])
+                for g, old in enumerate(largest):
+                    load = functools.partial(lambda g, i: _load(products, [g, i, 0], s.head_lanes), g)
+                    score = _lane_sums(load, s.lanes, s.head_lanes)
+                    score = arith.select(seen, score, _splat(MASKED, s.lanes))
+                    _store(score, scores, [g, key])
                     result.append(_larger(score, old))
                 return result
 
-            def attended() -> None:
-                tiles = _round_up(count, s.lanes)
-                old = [_get(maxima, [g]) for g in range(p.group)]
-                largest = _loop(0, tiles, s.lanes, score_tile, [_splat(m, s.lanes) for m in old])
-                kind = ir.Attribute.parse("#vector.kind<maxnumf>")
-                new = [vector.reduction(f32, kind, m) for m in largest]
-                factors = []
-                for g in range(p.group):
-                    change = _splat(arith.subf(old[g], new[g]), s.lanes)
-                    factors.append(self._exp2(change))
-                    _put(new[g], maxima, [g])
+            old = [_get(maxima, [g]) for g in range(p.group)]
+            largest = _loop(begin, block.end, s.lanes, score_tile, [_splat(m, s.lanes) for m in old])
+            new = [_reduced_float(_larger, m) for m in largest]
+            factors = []
+            for g in range(p.group):
+                factors.append(self._exp2(_splat(arith.subf(old[g], new[g]), s.lanes)))
+                _put(new[g], maxima, [g])
 
-                def probabilities(key: ir.Value, *totals: ir.Value) -> list[ir.Value]:
-                    result = []
-                    for g, total in enumerate(totals):
-                        exponent = arith.subf(_load(scores, [g, key], s.lanes), _splat(new[g], s.lanes))
-                        probability = self._exp2(exponent)
-                        _store(probability, scores, [g, key])
-                        result.append(arith.addf(total, probability))
-                    return result
-
-                totals = [arith.mulf(_load(sums, [g, 0], s.lanes), factors[g]) for g in range(p.group)]
-                totals = _loop(0, tiles, s.lanes, probabilities, totals)
+            def probabilities(key: ir.Value, *totals: ir.Value) -> list[ir.Value]:
+                result = []
                 for g, total in enumerate(totals):
-                    _store(total, sums, [g, 0])
-                scalars = [vector.extract(f, [], [0]) for f in factors]
-                self._accumulate_one(values, start, count, last_key, scores, scalars, outputs)
+                    exponent = arith.subf(_load(scores, [g, key], s.lanes), _splat(new[g], s.lanes))
+                    probability = self._exp2(exponent)
+                    _store(probability, scores, [g, key])
+                    result.append(arith.addf(total, probability))
+                return result
 
-            _when(some, attended)
+            totals = [arith.mulf(_load(sums, [g, 0], s.lanes), factors[g]) for g in range(p.group)]
+            totals = _loop(begin, block.end, s.lanes, probabilities, totals)
+            for g, total in enumerate(totals):
+                _store(total, sums, [g, 0])
+            scalars = [vector.extract(f, [], [0]) for f in factors]
+            self._accumulate_one(block, scores, scalars, outputs)
 
-        self._key_blocks(DECODE_KEY_BLOCK, visit)
-        kind = ir.Attribute.parse("#vector.kind<add>")
+        self._visible_blocks(DECODE_KEY_BLOCK, positions, query_position, query_position, visit)
         for g in range(p.group):
-            total = vector.reduction(f32, kind, _load(sums, [g, 0], s.lanes))
+            total = _reduced_float(arith.addf, _load(sums, [g, 0], s.lanes))
             factor = _splat(self._inverse(total), s.head_lanes)
             for d in steps:
                 value = arith.mulf(_load(outputs, [g, d], s.head_lanes), factor)
                 _store(value, self.out, [self.batch, 0, _add(head, g), d])
 
-    def _dot_products(self, keys: ir.Value, index: Sequence[ir.Value], queries: ir.Value) -> list[ir.Value]:
-        """Returns, for each head of the group, the products of its query with ``lanes`` keys."""
+    def _dot_products(self, block: _Block, key: ir.Value, queries: ir.Value, products: ir.Value) -> None:
+        """Multiplies ``lanes`` keys with each query of the group; the lanes remain to be summed.
+
+        A loop with its results in scratch: unrolled over the keys, LLVM's schedule spills most registers.
+        """
         p, s = self.problem, self.schedule
         steps = range(0, p.head_size, s.head_lanes)
+        query = [[_load(queries, [g, d], s.head_lanes) for d in steps] for g in range(p.group)]
 
-        def products(key: int) -> list[ir.Value]:
-            rows = [_load(keys, [self.batch, index[key], self.key_head, d], s.head_lanes) for d in steps]
-            result = []
+        def one_key(i: ir.Value) -> None:
+            place = _min(_add(_add(block.start, key), i), block.last_key)
+            row = [_load(block.keys, [self.batch, place, self.key_head, d], s.head_lanes) for d in steps]
             for g in range(p.group):
-                query = [_load(queries, [g, d], s.head_lanes) for d in steps]
-                total = arith.mulf(query[0], rows[0])
-                for q, k in zip(query[1:], rows[1:], strict=True):
+                total = arith.mulf(query[g][0], row[0])
+                for q, k in zip(query[g][1:], row[1:], strict=True):
                     total = self._fma(q, k, total)
-                result.append(total)
-            return result
+                _store(total, products, [g, i, 0])
 
-        return _grouped_lane_sums(products, s.lanes, s.head_lanes)
+        _loop(0, s.lanes, 1, one_key)
 
     def _accumulate_one(
-        self,
-        values: ir.Value,
-        start: ir.Value,
-        count: ir.Value,
-        last_key: ir.Value,
-        scores: ir.Value,
-        factors: Sequence[ir.Value],
-        outputs: ir.Value,
+        self, block: _Block, scores: ir.Value, factors: Sequence[ir.Value], outputs: ir.Value
     ) -> None:
         """Scales the outputs of the group's heads by ``factors`` and adds probabilities times values."""
         p, s = self.problem, self.schedule
@@ -869,14 +901,17 @@ class _Kernel:
                 sums, result = iter(sums), []
                 for u in range(keys_at_once):
                     # Probabilities beyond the count are 0 up to a whole vector of keys.
-                    place = _min(_add(_add(start, key), u), last_key)
-                    loaded = [_load(values, [self.batch, place, self.key_head, d], s.head_lanes) for d in at]
+                    place = _min(_add(_add(block.start, key), u), block.last_key)
+                    loaded = [
+                        _load(block.values, [self.batch, place, self.key_head, d], s.head_lanes) for d in at
+                    ]
                     for g in heads:
                         probability = _splat(_get(scores, [g, _add(key, u)]), s.head_lanes)
                         result += [self._fma(probability, x, next(sums)) for x in loaded]
                 return result
 
-            sums = _loop(0, count, keys_at_once, products, sums)
+            begin = _round_down(block.begin, keys_at_once)
+            sums = _loop(begin, block.end, keys_at_once, products, sums)
             width = len(heads) * len(at)
             for i in range(width):
                 total = sums[i]
