@@ -1,6 +1,6 @@
 """The CPU kernel for ``spikingbrain.cache_write``: copies rows into slots, in place.
 
-The copy is the same on every processor, as the code generator splits wide moves to the registers there are; so
+The copy is the same on every processor, as the code generator splits wide moves to the registers there are:
 the kernel asks for no target.
 """
 
@@ -19,8 +19,8 @@ def emit_cache_write(cache: ir.Value, rows: ir.Value, slots: ir.Value) -> ir.Val
     """Emits the launch of ``result[b, slots[b, t]] = rows[b, t]`` at the insertion point; returns the result.
 
     ``cache`` is ``[B, R, ...]``, ``rows`` ``[B, T, ...]`` and ``slots`` ``[B, T]`` of i64; B, R and T may be
-    dynamic. Of two rows for one slot the later stays; a row for a slot outside the cache is dropped. The result
-    is tied to the cache: written in place where nothing uses the cache afterwards, else into a copy.
+    dynamic. Of two rows for one slot the later stays; a row for a slot outside the cache is dropped. The
+    result is tied to the cache: written in place where nothing uses the cache afterwards, else into a copy.
     """
     inputs = [ir.RankedTensorType(value.type) for value in (cache, rows, slots)]
     shapes = ["x".join("d" if size < 0 else str(size) for size in t.shape) for t in inputs]
