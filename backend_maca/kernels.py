@@ -127,6 +127,12 @@ def bufferize(text: str) -> str:
     with dialect.load() as context:
         module = parse(text, context)
         for op in nested(module.operation):
+            if op.name.startswith("spikingbrain") and op.name != "spikingbrain.parameter":
+                raise UnsupportedOp(
+                    f"'{op.name}' has no kernel for MetaX GPUs",
+                    where=source_of(op.location),
+                    hint="lower it to linalg before this backend",
+                )
             if op.name.startswith("linalg.") and len(op.regions):
                 op.location = ir.Location.name(_label(op), op.location)
         for function in _functions(module):

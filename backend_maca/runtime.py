@@ -19,10 +19,11 @@ from spikingbrain.errors import CallError, CorruptArtifact, MissingDependency, N
 HEADERS = Path(__file__).parent / "emulator"
 FLAGS = (
     "-std=c++17",
-    "-O2",
+    "-O1",
     "-fPIC",
     "-shared",
     "-ffp-contract=off",
+    "-fvisibility=hidden",  # each library has an emulator of its own
     "-fwrapv",
     "-fno-strict-aliasing",
     "-w",

@@ -1,6 +1,6 @@
 """The part of MLIR that has a form in MACA C++, and the check that a kernel stays inside it.
 
-Besides the ops and types, two rules of the machine are checked: f16 and bf16 are for storage only, and no part
+Besides ops and types, two rules of the machine are checked: f16 and bf16 are for storage only, and no part
 of a wave may miss a barrier or a shuffle. ``docs/maca.md`` shows the subset to users.
 """
 

@@ -17,7 +17,6 @@
 #include <memory>
 #include <mutex>
 #include <numeric>
-#include <random>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -95,7 +94,7 @@ struct Thread {
   uint3 index;
   unsigned number = 0;
   const char* waits_at = nullptr;
-  int line = 0;
+  const Meeting* waits_for = nullptr;
   bool done = false;
 };
 
@@ -138,7 +137,7 @@ inline void meet(Meeting& meeting, const char* what, int line) {
     fail(std::string(what) + " in line " + std::to_string(line) + " meets one in line " + std::to_string(meeting.line));
   meeting.line = line;
   self.waits_at = what;
-  self.line = line;
+  self.waits_for = &meeting;
   const unsigned round = meeting.round;
   if (++meeting.arrived == meeting.size) {
     meeting.arrived = 0;
@@ -146,7 +145,6 @@ inline void meet(Meeting& meeting, const char* what, int line) {
     m.progress = true;
   }
   while (meeting.round == round) leave();
-  self.waits_at = nullptr;
 }
 
 inline void start() {
@@ -157,17 +155,19 @@ inline void start() {
   for (;;) leave();
 }
 
+// Tells which meeting is incomplete; one of a wave explains one of the block, so it comes first.
 inline void report_stuck() {
   Machine& m = machine();
-  unsigned gone = 0;
   const Thread* stuck = nullptr;
-  for (const Thread& t : m.threads) {
-    gone += t.done;
-    if (!t.done && !stuck) stuck = &t;
-  }
-  m.fault = std::string(stuck->waits_at) + " in line " + std::to_string(stuck->line) + " is not reached by all threads: " +
-            std::to_string(gone) + " of " + std::to_string(m.threads.size()) + " left the kernel without it (" +
-            place(*stuck) + " waits)";
+  for (const Thread& t : m.threads)
+    if (!t.done && (!stuck || (stuck->waits_for == &m.meeting && t.waits_for != &m.meeting))) stuck = &t;
+  const bool of_wave = stuck->waits_for != &m.meeting;
+  const unsigned first = of_wave ? stuck->number / kWave * kWave : 0, size = stuck->waits_for->size;
+  unsigned gone = 0;
+  for (unsigned i = first; i < first + size; ++i) gone += m.threads[i].done;
+  m.fault = std::string(stuck->waits_at) + " in line " + std::to_string(stuck->waits_for->line) + " is reached by only " +
+            std::to_string(stuck->waits_for->arrived) + " of " + std::to_string(size) + " threads, " +
+            std::to_string(gone) + " have left the kernel (" + place(*stuck) + " waits)";
 }
 
 // The order in which threads get their turn, and blocks theirs.
@@ -175,7 +175,13 @@ inline std::vector<unsigned> turns(unsigned count, const std::string& order, uns
   std::vector<unsigned> numbers(count);
   std::iota(numbers.begin(), numbers.end(), 0u);
   if (order == "reverse") std::reverse(numbers.begin(), numbers.end());
-  if (order == "shuffled") std::shuffle(numbers.begin(), numbers.end(), std::mt19937(seed));
+  if (order == "shuffled") {
+    uint32_t random = seed * 2654435769u | 1;
+    for (unsigned i = count; i > 1; --i) {
+      random ^= random << 13, random ^= random >> 17, random ^= random << 5;
+      std::swap(numbers[i - 1], numbers[random % i]);
+    }
+  }
   return numbers;
 }
 
@@ -191,7 +197,6 @@ inline void run_block(const std::string& order, unsigned seed) {
     if (!t.stack) t.stack.reset(new char[kStack]);
     t.index = {i % m.block.x, i / m.block.x % m.block.y, i / (m.block.x * m.block.y)};
     t.number = i;
-    t.waits_at = nullptr;
     t.done = false;
     ++m.waves[i / kWave].meeting.size;
     prepare(t.context, t.stack.get(), start);
@@ -284,8 +289,8 @@ T __shfl_xor_sync(unsigned long long mask, T value, int distance, int width = 64
 #define SB_CHECK(condition, message) ((condition) ? (void)0 : sb::fail(message))
 
 // Gives a kernel the one launch signature: grid, block, dynamic shared bytes, arguments by address, thread order.
-#define SB_LAUNCHER(name)                                                                                        \
-  extern "C" const char* sb_launch_##name(const unsigned* grid, const unsigned* block, unsigned shared,          \
-                                          void** arguments, const char* order) {                                 \
-    return sb::enter(name, grid, block, shared, arguments, order);                                               \
+#define SB_LAUNCHER(name)                                                                               \
+  extern "C" __attribute__((visibility("default"))) const char* sb_launch_##name(                      \
+      const unsigned* grid, const unsigned* block, unsigned shared, void** arguments, const char* order) { \
+    return sb::enter(name, grid, block, shared, arguments, order);                                      \
   }

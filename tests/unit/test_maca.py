@@ -1,0 +1,530 @@
+"""The MACA backend: kernels against numpy, the golden source, refusals, and what the emulator catches."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch_mlir")
+
+from spikingbrain.backend import StageContext
+from spikingbrain.backend_maca import runtime
+from spikingbrain.backend_maca.backend import MacaBackend
+from spikingbrain.backend_maca.runtime import HEADERS, ORDERS, KernelFault, Kernels, build
+from spikingbrain.errors import CallError, CorruptArtifact, SpikingBrainError, TargetError, UnsupportedOp
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "maca"
+needs_cxx = pytest.mark.skipif(shutil.which(runtime.compiler()) is None, reason="no C++ compiler")
+Array = np.ndarray[Any, Any]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def compile_text(text: str, target: str = "maca-emulator", until: str = "") -> Any:
+    backend = MacaBackend()
+    (status,) = [s for s in backend.targets() if s.target.name == target]
+    context = StageContext(status.target, backend.options(), Path("."))
+    form: Any = text
+    for name, stage in backend.stages(status.target).items():
+        form = stage(form, context)
+        if name == until:
+            break
+    return form
+
+
+def load(code: Mapping[str, bytes], weights: Mapping[str, Array] | None = None) -> Any:
+    return MacaBackend().load({n: memoryview(c) for n, c in code.items()}, {}, weights or {})
+
+
+def run(
+    text: str, *arguments: Array, weights: Mapping[str, Array] | None = None, entry: str = "main"
+) -> Array:
+    """Compiles and runs; all thread orders must agree bit for bit."""
+    program = load(compile_text(text), weights)
+    results = []
+    for order in ORDERS:
+        program.kernels.order = order
+        results.append(program.call(entry, [program.to_device(a) for a in arguments]))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            np.testing.assert_array_equal(a, b)
+    return results[0][0]
+
+
+def random(*shape: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+MAPS = """
+#id = affine_map<(i, j) -> (i, j)>
+#row = affine_map<(i, j) -> (j)>
+"""
+ADD_AND_SCALE = """
+func.func public @main(%x: tensor<?x?xf32>, %bias: tensor<?xf32>, %scale: tensor<?x?xf32>)
+    -> tensor<?x?xf32> {
+  %c0 = arith.constant 0 : index
+  %c1 = arith.constant 1 : index
+  %m = tensor.dim %x, %c0 : tensor<?x?xf32>
+  %n = tensor.dim %x, %c1 : tensor<?x?xf32>
+  %e = tensor.empty(%m, %n) : tensor<?x?xf32>
+  %y = linalg.generic {indexing_maps = [#id, #row, #id, #id], iterator_types = ["parallel", "parallel"]}
+      ins(%x, %bias, %scale : tensor<?x?xf32>, tensor<?xf32>, tensor<?x?xf32>) outs(%e : tensor<?x?xf32>) {
+  ^bb0(%a: f32, %b: f32, %s: f32, %o: f32):
+    %0 = arith.addf %a, %b : f32
+    %1 = arith.mulf %0, %s : f32
+    linalg.yield %1 : f32
+  } -> tensor<?x?xf32> loc("model.py":7:0)
+  return %y : tensor<?x?xf32>
+}
+"""
+ELEMENTWISE = MAPS + ADD_AND_SCALE
+
+GEMV = """
+#x = affine_map<(m, n, k) -> (m, k)>
+#w = affine_map<(m, n, k) -> (n, k)>
+#y = affine_map<(m, n, k) -> (m, n)>
+func.func public @main(%x: tensor<?xKxf32>) -> tensor<?xNxf32> {
+  %w = "spikingbrain.parameter"() {sources = ["layers.0.weight"], recipe = []} : () -> tensor<NxKxf32>
+  %c0 = arith.constant 0 : index
+  %zero = arith.constant 0.0 : f32
+  %m = tensor.dim %x, %c0 : tensor<?xKxf32>
+  %e = tensor.empty(%m) : tensor<?xNxf32>
+  %init = linalg.fill ins(%zero : f32) outs(%e : tensor<?xNxf32>) -> tensor<?xNxf32> loc("model.py":11:0)
+  %y = linalg.generic {indexing_maps = [#x, #w, #y], iterator_types = ["parallel", "parallel", "reduction"]}
+      ins(%x, %w : tensor<?xKxf32>, tensor<NxKxf32>) outs(%init : tensor<?xNxf32>) {
+  ^bb0(%a: f32, %b: f32, %o: f32):
+    %p = arith.mulf %a, %b : f32
+    %s = arith.addf %o, %p : f32
+    linalg.yield %s : f32
+  } -> tensor<?xNxf32> loc("model.py":12:0)
+  return %y : tensor<?xNxf32>
+}
+"""
+KEY = "layers.0.weight|"
+
+
+def gemv(n: int, k: int) -> str:
+    return GEMV.replace("xNx", f"x{n}x").replace("Nx", f"{n}x").replace("xKx", f"x{k}x")
+
+
+def wave_sum(products: Array) -> Array:
+    """Adds the last axis in the order of a wave: lanes stride by 64, then the butterfly."""
+    steps = -(-products.shape[-1] // 64)
+    padded = np.zeros((*products.shape[:-1], steps * 64), np.float32)
+    padded[..., : products.shape[-1]] = products
+    lanes = np.zeros((*products.shape[:-1], 64), np.float32)
+    for step in range(steps):
+        lanes += padded[..., step * 64 : step * 64 + 64]
+    for distance in (32, 16, 8, 4, 2, 1):
+        lanes = lanes + lanes[..., np.arange(64) ^ distance]
+    return lanes[..., 0]
+
+
+@needs_cxx
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 257), (0, 4)])
+def test_elementwise_is_exact_at_any_size(shape: tuple[int, int]) -> None:
+    x, bias, scale = random(*shape), random(shape[1], seed=1), random(*shape, seed=2)
+    np.testing.assert_array_equal(run(ELEMENTWISE, x, bias, scale), (x + bias) * scale)
+
+
+@needs_cxx
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 5, 128), (1, 33, 201), (6, 7, 517), (0, 5, 128)])
+def test_gemv_adds_in_the_order_of_a_wave(m: int, n: int, k: int) -> None:
+    x, w = random(m, k), random(n, k, seed=1)
+    y = run(gemv(n, k), x, weights={KEY: w})
+    np.testing.assert_array_equal(y, wave_sum(x[:, None, :] * w[None]))
+    np.testing.assert_allclose(y, x @ w.T, rtol=1e-4, atol=1e-4)
+
+
+@needs_cxx
+def test_short_rows_stay_in_one_thread() -> None:
+    x, w = random(4, 9), random(3, 9, seed=1)
+    expected = np.zeros((4, 3), np.float32)
+    for k in range(9):
+        expected += x[:, k, None] * w[None, :, k]
+    assert "__shfl" not in compile_text(gemv(3, 9))["kernels.maca"].decode()
+    np.testing.assert_array_equal(run(gemv(3, 9), x, weights={KEY: w}), expected)
+
+
+@needs_cxx
+def test_named_ops_views_and_copies() -> None:
+    text = """
+func.func public @main(%a: tensor<5x160xf32>, %v: tensor<160xf32>, %z: tensor<5xf32>) -> tensor<2x2xf32> {
+  %y = linalg.matvec ins(%a, %v : tensor<5x160xf32>, tensor<160xf32>)
+      outs(%z : tensor<5xf32>) -> tensor<5xf32>
+  %s = tensor.extract_slice %y[1] [4] [1] : tensor<5xf32> to tensor<4xf32>
+  %r = tensor.expand_shape %s [[0, 1]] output_shape [2, 2] : tensor<4xf32> into tensor<2x2xf32>
+  return %r : tensor<2x2xf32>
+}"""
+    a, v, z = random(5, 160), random(160, seed=1), random(5, seed=2)
+    kept = z.copy()
+    np.testing.assert_allclose(run(text, a, v, z), (z + a @ v)[1:].reshape(2, 2), rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(z, kept)  # arguments are never written
+
+
+UNARY = """
+#id = affine_map<(i) -> (i)>
+func.func public @main(%x: tensor<?xIN>) -> tensor<?xOUT> {
+  %c0 = arith.constant 0 : index
+  %n = tensor.dim %x, %c0 : tensor<?xIN>
+  %e = tensor.empty(%n) : tensor<?xOUT>
+  %y = linalg.generic {indexing_maps = [#id, #id], iterator_types = ["parallel"]}
+      ins(%x : tensor<?xIN>) outs(%e : tensor<?xOUT>) {
+  ^bb0(%a: IN, %o: OUT):
+    BODY
+    linalg.yield %r : OUT
+  } -> tensor<?xOUT> loc("model.py":3:0)
+  return %y : tensor<?xOUT>
+}
+"""
+
+
+def unary(body: str, source: str, result: str) -> str:
+    return UNARY.replace("BODY", body).replace("IN", source).replace("OUT", result)
+
+
+@needs_cxx
+def test_bfloat16_is_computed_in_float_and_rounded_to_even() -> None:
+    x = (random(999) * 100).view(np.uint32)
+    stored = (x >> 16).astype(np.uint16)
+    exact = (stored.astype(np.uint32) << 16).view(np.float32) * np.float32(1.5)
+    bits = exact.view(np.uint32)
+    expected = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    text = unary("%c = arith.constant 1.5 : bf16\n %r = arith.mulf %a, %c : bf16", "bf16", "bf16")
+    np.testing.assert_array_equal(run(text, stored), expected)
+
+
+@needs_cxx
+def test_every_float16_survives_and_rounding_is_numpys() -> None:
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    wide = run(unary("%r = arith.extf %a : f16 to f32", "f16", "f32"), every)
+    np.testing.assert_array_equal(wide, every.astype(np.float32))
+    ties = np.concatenate([random(2000) * np.float32(10.0) ** (i - 9) for i in range(15)])
+    ties = np.concatenate([ties, wide[:31744] + np.diff(wide[:31745]) / 2, np.float32([65519, 65520, 1e30])])
+    with np.errstate(over="ignore"):
+        expected = ties.astype(np.float16)
+    narrow = run(unary("%r = arith.truncf %a : f32 to f16", "f32", "f16"), ties.astype(np.float32))
+    np.testing.assert_array_equal(narrow.view(np.uint16), expected.view(np.uint16))
+
+
+@needs_cxx
+def test_integers_wrap_and_compare_as_in_mlir() -> None:
+    x = np.array([2**31 - 1, -(2**31), -1, 0, 7], np.int32)
+    body = """
+    %c3 = arith.constant 3 : i32
+    %0 = arith.muli %a, %c3 : i32
+    %1 = arith.addi %0, %a : i32
+    %2 = arith.shrui %1, %c3 : i32
+    %3 = arith.cmpi ult, %2, %a : i32
+    %4 = arith.extui %3 : i1 to i32
+    %5 = arith.subi %2, %4 : i32
+    %r = arith.maxsi %5, %c3 : i32"""
+    with np.errstate(over="ignore"):
+        sums = (x * np.int32(3) + x).view(np.uint32) >> np.uint32(3)
+        expected = np.maximum((sums - (sums < x.view(np.uint32))).view(np.int32), 3)
+    np.testing.assert_array_equal(run(unary(body, "i32", "i32"), x), expected)
+
+
+@needs_cxx
+def test_maximum_propagates_nan() -> None:
+    x = np.array([np.nan, -1, 2, -0.0, np.inf], np.float32)
+    got = run(unary("%z = arith.constant 0.0 : f32\n %r = arith.maximumf %a, %z : f32", "f32", "f32"), x)
+    np.testing.assert_array_equal(got, np.maximum(x, np.float32(0)))
+    assert not np.signbit(got[3])
+
+
+@needs_cxx
+def test_math_is_close_to_numpy() -> None:
+    x = np.abs(random(100)) + np.float32(0.1)
+    body = (
+        "%0 = math.exp %a : f32\n %1 = math.rsqrt %0 : f32\n %2 = math.tanh %1 : f32\n %r = math.log %2 : f32"
+    )
+    expected = np.log(np.tanh(1 / np.sqrt(np.exp(x.astype(np.float64)))))
+    np.testing.assert_allclose(run(unary(body, "f32", "f32"), x), expected, rtol=1e-5, atol=1e-6)
+
+
+@needs_cxx
+def test_constant_tensors_travel_in_the_plan() -> None:
+    text = """
+#id = affine_map<(i) -> (i)>
+func.func public @main(%x: tensor<3xf32>) -> tensor<3xf32> {
+  %c = arith.constant dense<[1.0, 2.0, 3.0]> : tensor<3xf32>
+  %e = tensor.empty() : tensor<3xf32>
+  %y = linalg.add ins(%x, %c : tensor<3xf32>, tensor<3xf32>) outs(%e : tensor<3xf32>) -> tensor<3xf32>
+  return %y : tensor<3xf32>
+}"""
+    np.testing.assert_array_equal(run(text, np.zeros(3, np.float32)), np.float32([1, 2, 3]))
+
+
+# The artifact's code and its errors.
+
+
+@pytest.mark.parametrize(("name", "text"), [("elementwise", ELEMENTWISE), ("gemv", gemv(960, 576))])
+def test_golden_source(name: str, text: str) -> None:
+    source = compile_text(text, target="maca")["kernels.maca"].decode()
+    path = GOLDEN / f"{name}.maca"
+    if os.environ.get("SPIKINGBRAIN_UPDATE_GOLDEN") == "1":
+        path.write_text(source)
+    assert source == path.read_text(), "rewrite with SPIKINGBRAIN_UPDATE_GOLDEN=1 and review the difference"
+
+
+def test_equal_kernels_are_printed_once() -> None:
+    other = ADD_AND_SCALE.replace("@main", "@other").replace('"model.py":7', '"model.py":9')
+    text = ELEMENTWISE + other
+    source = compile_text(text)["kernels.maca"].decode()
+    assert source.count("__global__") == 1
+    assert "at model.py:7\n" in source and "at model.py:9\n" in source
+
+
+def test_an_op_outside_the_subset_is_refused_by_name_and_place() -> None:
+    text = unary("%r = math.atan %a : f32", "f32", "f32").replace(
+        "f32\n    linalg", 'f32 loc("model.py":5:0)\n linalg'
+    )
+    with pytest.raises(UnsupportedOp) as refused:
+        compile_text(text)
+    assert str(refused.value) == (
+        "'math.atan' has no form in MACA C++\n"
+        "  at: model.py:5\n"
+        "  because: it is outside the printed subset\n"
+        "  try: docs/maca.md lists the subset; lower the op to it, or keep this part off the 'maca' target"
+    )
+
+
+GPU = """
+module attributes {gpu.container_module} {
+  gpu.module @kernels {
+    gpu.func @block_sum(%x: memref<?xf32>, %y: memref<?xf32>) workgroup(%s: memref<128xf32, 3>)
+        kernel attributes {known_block_size = array<i32: 128, 1, 1>} {
+      %c0 = arith.constant 0 : index
+      %c1 = arith.constant 1 : index
+      %c128 = arith.constant 128 : index
+      %zero = arith.constant 0.0 : f32
+      %b = gpu.block_id x
+      %t = gpu.thread_id x
+      %base = arith.muli %b, %c128 : index
+      %i = arith.addi %base, %t : index
+      %v = memref.load %x[%i] : memref<?xf32>
+      memref.store %v, %s[%t] : memref<128xf32, 3>
+      BARRIER
+      %first = arith.cmpi eq, %t, %c0 : index
+      scf.if %first {
+        INSIDE
+        %sum = scf.for %k = %c0 to %c128 step %c1 iter_args(%a = %zero) -> (f32) {
+          %e = memref.load %s[%k] : memref<128xf32, 3>
+          %n = arith.addf %a, %e : f32
+          scf.yield %n : f32
+        }
+        memref.store %sum, %y[%b] : memref<?xf32>
+      }
+      gpu.return
+    }
+  }
+}
+"""
+
+
+def block_sum(barrier: str = "gpu.barrier", inside: str = "") -> str:
+    code = MacaBackend().stages(MacaBackend().targets()[0].target)["maca"]
+    context = StageContext(MacaBackend().targets()[0].target, None, Path("."))
+    text = GPU.replace("BARRIER", barrier).replace("INSIDE", inside)
+    source: str = code(text, context)["kernels.maca"].decode()
+    return source
+
+
+def test_a_collective_under_a_thread_condition_is_refused() -> None:
+    with pytest.raises(UnsupportedOp, match="part of a wave could miss it"):
+        block_sum(inside="gpu.barrier")
+
+
+def test_arithmetic_on_storage_types_is_refused() -> None:
+    extra = "%h = arith.truncf %v : f32 to bf16\n %h2 = arith.addf %h, %h : bf16\n gpu.barrier"
+    with pytest.raises(UnsupportedOp, match="bf16 is for storage; extend to f32 first"):
+        block_sum(barrier=extra)
+
+
+@needs_cxx
+def test_wrong_arguments_are_named() -> None:
+    program = load(compile_text(ELEMENTWISE))
+    x, bias = random(3, 5), random(5)
+    for arguments, message in [
+        ([x, bias], "'main' takes 3 arguments, got 2"),
+        ([x, x, x], r"argument 1 of 'main' has shape \[3, 5\], declared \['\?'\]"),
+        ([x, bias, x.astype(np.float64)], "argument 2 of 'main' is float64, declared float32"),
+        ([x, random(4), x], r"sizes of the operands of linalg.generic addf, mulf differ, at model.py:7"),
+    ]:
+        with pytest.raises(CallError, match=message):
+            program.call("main", arguments)
+    with pytest.raises(CallError, match="no entry point 'prefill'"):
+        program.call("prefill", [])
+
+
+@needs_cxx
+def test_missing_parts_are_named() -> None:
+    code = compile_text(gemv(5, 9))
+    with pytest.raises(CorruptArtifact, match=r"the weight 'layers.0.weight\|' is missing"):
+        load(code)
+    with pytest.raises(CorruptArtifact, match=r"the artifact has no plan.json"):
+        load({"kernels.maca": b""})
+    with pytest.raises(TargetError, match="compile for target 'maca-emulator'"):
+        load(compile_text(gemv(5, 9), target="maca"))
+
+
+def test_a_value_of_the_device_is_refused_on_the_host() -> None:
+    text = """
+func.func public @main(%x: tensor<4xi64>, %t: tensor<8xf32>) -> tensor<?xf32> {
+  %c0 = arith.constant 0 : index
+  %v = tensor.extract %x[%c0] : tensor<4xi64> loc("model.py":4:0)
+  %n = arith.index_cast %v : i64 to index
+  %y = tensor.extract_slice %t[0] [%n] [1] : tensor<8xf32> to tensor<?xf32>
+  return %y : tensor<?xf32>
+}"""
+    with pytest.raises(UnsupportedOp, match=r"'memref.load' cannot run between kernels\n  at: model.py:4"):
+        compile_text(text)
+
+
+def test_an_op_without_lowering_is_refused_before_anything_runs() -> None:
+    text = """
+func.func public @main(%x: tensor<2x4xf32>, %w: tensor<3x4xf32>) -> tensor<2x3xf32> {
+  %y = "spikingbrain.linear"(%x, %w) {columns = 3 : i64}
+      : (tensor<2x4xf32>, tensor<3x4xf32>) -> tensor<2x3xf32> loc("model.py":8:0)
+  return %y : tensor<2x3xf32>
+}"""
+    with pytest.raises(
+        UnsupportedOp, match=r"'spikingbrain.linear' has no kernel for MetaX GPUs\n  at: model.py:8"
+    ):
+        compile_text(text)
+
+
+def test_the_plan_is_readable() -> None:
+    plan = json.loads(compile_text(gemv(5, 200))["plan.json"])
+    entry = plan["entries"]["main"]
+    assert [b["role"] for b in entry["buffers"]] == ["input", "weight", "temporary"]
+    assert entry["buffers"][2]["shape"] == [["dim", 0, 0], 5]
+    assert [launch["kernel"] for launch in entry["launches"]] == ["fill_0", "wave_mulf_addf_0"]
+    assert entry["launches"][1]["grid"] == [["ceildiv", ["mul", ["dim", 0, 0], 5], 4], 1, 1]
+    assert entry["outputs"] == [{"buffer": 2, "shape": [["dim", 0, 0], 5]}]
+
+
+# What the emulator catches. Each test breaks one rule in a correct kernel.
+
+VOTE = """
+#include <mc_runtime.h>
+extern "C" __global__ void __launch_bounds__(128) total(const float* __restrict__ x, float* __restrict__ y) {
+  __shared__ float waves[2];
+  const int thread = threadIdx.x;
+  float sum = x[blockIdx.x * 128 + thread];
+  // EARLY
+  for (int d = 32; d > 0; d >>= 1) sum = sum + __shfl_xor_sync(0xffffffffffffffffULL, sum, d, 64);
+  if (thread % 64 == 0) waves[thread / 64] = sum;
+  // LATE
+  __syncthreads();
+  if (thread == 0) y[blockIdx.x] = waves[0] + waves[1];
+}
+"""
+
+
+def launch_total(source: str, order: str, flags: tuple[str, ...] = ()) -> Array:
+    x, y = np.arange(3 * 128, dtype=np.float32), np.zeros(3, np.float32)
+    arguments = [ctypes.c_void_p(a.ctypes.data) for a in (x, y)]
+    Kernels(build(source, ["total"], flags), order).launch("total", (3, 1, 1), (128, 1, 1), 0, arguments)
+    return y - x.reshape(3, 128).sum(1)
+
+
+@needs_cxx
+@pytest.mark.parametrize("flags", [(), ("-DSB_UCONTEXT",)])
+def test_the_correct_kernel_passes_in_every_order(flags: tuple[str, ...]) -> None:
+    for order in ORDERS:
+        assert not launch_total(VOTE, order, flags).any()
+
+
+@needs_cxx
+def test_a_missing_barrier_shows_in_some_order() -> None:
+    source = VOTE.replace("__syncthreads();", "")
+    assert any(launch_total(source, order).any() for order in ORDERS)
+
+
+@needs_cxx
+def test_a_missing_barrier_in_generated_code_shows_in_some_order() -> None:
+    source = block_sum().replace("block_sum", "total")
+    assert "__shared__ float shared0[128];" in source
+    assert not any(launch_total(source, order).any() for order in ORDERS)
+    broken = block_sum(barrier="").replace("block_sum", "total")
+    assert any(launch_total(broken, order).any() for order in ORDERS)
+
+
+FAULTS = {
+    "early return before a shuffle": (
+        "// EARLY", "if (thread >= 100) return;",
+        "__shfl_xor_sync in line 8 is reached by only 36 of 64 threads, 28 have left the kernel",
+    ),
+    "a barrier that exiting threads skip": (
+        "// LATE", "if (thread >= 64) return;",
+        "__syncthreads in line 11 is reached by only 64 of 128 threads, 64 have left the kernel",
+    ),
+    "two barriers in two branches": (
+        "__syncthreads();", "if (thread < 64) {\n __syncthreads();\n } else {\n __syncthreads();\n }",
+        "__syncthreads in line 14 meets one in line 12",
+    ),
+    "half a mask": (
+        "0xffffffffffffffffULL", "0xffffffff", "__shfl_xor_sync without the full 64-bit mask",
+    ),
+}  # fmt: skip
+
+
+@needs_cxx
+@pytest.mark.parametrize("order", ["forward", "reverse"])
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_broken_rule_is_reported(name: str, order: str) -> None:
+    old, new, message = FAULTS[name]
+    with pytest.raises(KernelFault, match=message if order == "forward" else message.split(" in line")[0]):
+        launch_total(VOTE.replace(old, new), order)
+
+
+@needs_cxx
+def test_unwritten_shared_memory_is_poisoned() -> None:
+    source = VOTE.replace("if (thread % 64 == 0) waves", "if (thread == 0) waves")
+    assert (np.abs(launch_total(source, "forward")) > 1e8).all()
+
+
+@needs_cxx
+def test_a_write_outside_a_buffer_is_caught() -> None:
+    code = compile_text(unary("%r = arith.addf %a, %a : f32", "f32", "f32"))
+    code["kernels.maca"] = (
+        code["kernels.maca"].replace(b"out0[thread", b"out0[1 + thread").replace(b"out0[i", b"out0[1 + i")
+    )
+    with pytest.raises(KernelFault, match="writes outside its buffers"):
+        load(code).call("main", [random(10)])
+
+
+@needs_cxx
+def test_source_that_does_not_compile_is_reported() -> None:
+    with pytest.raises(SpikingBrainError, match=r"do not compile\n  because: .*error"):
+        build("#include <mc_runtime.h>\nnonsense;", [])
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_nvcc_takes_the_same_source(tmp_path: Path) -> None:
+    sources = {"golden": (GOLDEN / "gemv.maca").read_text(), "shared": block_sum()}
+    half = unary("%c = arith.constant 1.5 : f16\n %r = arith.mulf %a, %c : f16", "f16", "f16")
+    sources["half"] = compile_text(half)["kernels.maca"].decode()
+    for name, source in sources.items():
+        (tmp_path / f"{name}.cu").write_text(source)
+    command = ["nvcc", "-arch=sm_80", "-cubin", "-fmad=false", "-std=c++17", f"-I{HEADERS}", "--threads", "2"]
+    done = subprocess.run(
+        [*command, *(f"{n}.cu" for n in sources)], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
