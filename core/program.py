@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,12 @@ class Program:
             results = results[:count]
         to_host = self.executable.to_host
         return [to_host(r) for r in results]
+
+    def generate(self, prompt: str, max_tokens: int = 128, **options: Any) -> Iterator[str]:
+        """Yields the continuation of ``prompt`` piece by piece; options are those of ``generate.generate``."""
+        from spikingbrain.generate import generate
+
+        return generate(self, prompt, max_tokens, **options)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name not in self.__dict__.get("entries", {}):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -213,7 +214,9 @@ class _WeightNames:
 def _export(model: nn.Module, call: _Call) -> torch.export.ExportedProgram:
     flat = _Flat(model, call)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            # torch warns about its own use of its own deprecated class
+            warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
             program = torch.export.export(
                 flat, tuple(call.tensors), dynamic_shapes=(tuple(call.dims),), strict=False
             )

