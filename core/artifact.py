@@ -129,7 +129,7 @@ def write(
                 _write_safetensors(hashing, list(tensors), content, progress)
                 members[WEIGHTS] = {"size": hashing.size, "block": BLOCK, "blocks": hashing.finish()}
             complete = {"format": FORMAT_VERSION, **manifest, "members": members}
-            archive.writestr(MANIFEST, json.dumps(complete, indent=1))
+            archive.writestr(_aligned(archive, MANIFEST), json.dumps(complete, indent=1))
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
@@ -206,7 +206,8 @@ class Artifact:
             with zipfile.ZipFile(self._file) as archive:
                 self._infos = {i.filename: i for i in archive.infolist()}
                 self.manifest = self._read_manifest(archive)
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
+        except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, ValueError, RuntimeError) as error:
+            self._file.close()
             raise CorruptArtifact(
                 f"{self.path} is not a complete artifact", why=str(error), hint="copy or compile it again"
             ) from error
@@ -222,6 +223,8 @@ class Artifact:
                 f"{self.path} has format {manifest['format']}, this version reads up to {FORMAT_VERSION}",
                 hint="pip install --upgrade spikingbrain",
             )
+        if "members" not in manifest:
+            raise CorruptArtifact(f"{self.path} has no list of members", hint="it is a zip file, but no artifact")
         return manifest
 
     def _check_members(self) -> None:
@@ -242,6 +245,8 @@ class Artifact:
         """Returns where a member's content begins and ends in the file."""
         info = self._infos[name]
         local = info.header_offset
+        if local + 30 > len(self._map):
+            raise CorruptArtifact(f"{self.path}: {name} lies outside the file", hint="copy or compile it again")
         name_length, extra_length = struct.unpack_from("<HH", self._map, local + 26)
         start = local + 30 + name_length + extra_length
         return start, start + info.file_size
