@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from spikingbrain.backend import Executable, Stage, StageContext, TargetStatus
 from spikingbrain.errors import CorruptArtifact, MissingDependency, TargetError
 from spikingbrain.target import Target
@@ -111,9 +112,10 @@ def _build_kernels(module: str, context: StageContext) -> str:
 
 def _print(module: str, context: StageContext) -> dict[str, bytes]:
     _need_compiler_packages()
+    from torch_mlir import ir
+
     from spikingbrain.backend_maca import kernels, plan, printer
     from spikingbrain.passes import dialect
-    from torch_mlir import ir
 
     with dialect.load() as mlir, ir.Location.unknown():
         parsed = kernels.parse(module, mlir)

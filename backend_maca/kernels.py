@@ -13,15 +13,17 @@ No thread leaves early: out-of-range threads are predicated off, and collectives
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from math import inf
 from typing import Any
 
-from spikingbrain.errors import PassFailed, SourceLine, UnsupportedOp
-from spikingbrain.passes import dialect
 from torch_mlir import ir
 from torch_mlir.dialects import affine, arith, cf, gpu, memref, scf
 from torch_mlir.passmanager import PassManager
+
+from spikingbrain.errors import PassFailed, SourceLine, UnsupportedOp
+from spikingbrain.passes import dialect
 
 WAVE = 64
 BLOCK = 256  # four waves; 1024 is the machine's limit, smaller blocks leave it room to overlap them
@@ -51,6 +53,7 @@ OUTLINE = (
     "gpu-kernel-outlining",
     "lower-affine",
     "gpu.module(gpu.func(arith-emulate-unsupported-floats{source-types=bf16,f16 target-type=f32}))",
+    "gpu.module(gpu.func(math-expand-ops{ops=fpowi}))",
     "gpu.module(gpu.func(math-extend-to-supported-types{target-type=f32}))",
     "canonicalize",
     "cse",
@@ -74,10 +77,20 @@ def source_of(location: ir.Location) -> SourceLine | str:
                 collect(part)
 
     collect(location)
-    own = [s for s in lines if s.file[:1] not in "<-" and "site-packages" not in s.file]
+    foreign = ("<", "-", "torch/")  # generated code, the module's own text, the tracer
+    own = [s for s in lines if not s.file.startswith(foreign) and "site-packages" not in s.file]
     if own:
         return own[0]
     return f"line {lines[0].line} of the module" if lines else "an unknown place"
+
+
+def place_of(op: ir.Operation) -> SourceLine | str:
+    """Returns the user's line of an op, or of the closest op around it that has one."""
+    where = source_of(op.location)
+    parent = op.operation.parent
+    if isinstance(where, SourceLine) or parent is None or parent.operation.name == "gpu.module":
+        return where
+    return place_of(parent)
 
 
 def nested(root: ir.Operation) -> list[ir.Operation]:
@@ -97,6 +110,9 @@ def parse(text: str, context: ir.Context) -> ir.Module:
     try:
         return ir.Module.parse(text, context)
     except ir.MLIRError as error:
+        unknown = re.search(r"not found for custom op '([\w.]+)'", str(error))
+        if unknown:
+            raise UnsupportedOp(f"'{unknown[1]}' has no kernel for MetaX GPUs") from error
         raise PassFailed("the module does not parse", why=str(error)) from error
 
 

@@ -13,11 +13,13 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import numpy as np
+
 from spikingbrain.errors import UnsupportedOp
 
 if TYPE_CHECKING:
-    from spikingbrain.backend_maca.printer import Kernel
     from torch_mlir import ir
+
+    from spikingbrain.backend_maca.printer import Kernel
 
 FORMAT = 1
 Size: TypeAlias = int | list[Any]
@@ -34,6 +36,7 @@ OPERATIONS: dict[str, Callable[..., int]] = {
     "min": min,
     "select": lambda c, a, b: a if c else b,
     "and": lambda a, b: a & b,
+    "or": lambda a, b: a | b,
     "eq": lambda a, b: int(a == b),
     "ne": lambda a, b: int(a != b),
     "lt": lambda a, b: int(a < b),
@@ -55,6 +58,7 @@ HOST_OPS = {
     "arith.minsi": "min",
     "arith.select": "select",
     "arith.andi": "and",
+    "arith.ori": "or",
 }
 PREDICATES = ["eq", "ne", "lt", "le", "gt", "ge"]
 DTYPES = {
@@ -120,8 +124,8 @@ class _Entry:
             record = {"role": "weight", "key": attributes["spikingbrain.weight"].value}
         elif "spikingbrain.constant" in attributes:
             elements = attributes["spikingbrain.constant"]
-            kind = np.dtype(DTYPES[str(value.type.element_type)])
-            values = np.broadcast_to(np.array(elements).astype(kind, copy=False), value.type.shape)
+            values = np.array(elements).astype(DTYPES[str(value.type.element_type)], copy=False).reshape(-1)
+            values = values[:1] if elements.is_splat else values
             record = {"role": "constant", "data": base64.b64encode(values.tobytes()).decode()}
         self._add_buffer(value, record, lambda axis: ["dim", number, axis])
 
@@ -151,7 +155,7 @@ class _Entry:
             self.sizes[op.results[0]] = self._shape_of(op)[self._known(op, 1)]
         elif name in HOST_OPS:
             self.sizes[op.results[0]] = [HOST_OPS[name], *(self._known_size(op, v) for v in op.operands)]
-        elif name == "arith.index_cast":
+        elif name in ("arith.index_cast", "arith.extui"):
             self.sizes[op.results[0]] = self._known_size(op, op.operands[0])
         elif name == "arith.cmpi" and op.attributes["predicate"].value < len(PREDICATES):
             predicate = PREDICATES[op.attributes["predicate"].value]

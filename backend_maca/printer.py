@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+from torch_mlir import ir
+
 from spikingbrain.backend_maca.kernels import WAVE, nested, source_of
 from spikingbrain.backend_maca.subset import (
     BIT_OPS,
@@ -30,7 +32,6 @@ from spikingbrain.backend_maca.subset import (
     verify,
 )
 from spikingbrain.errors import UnsupportedOp
-from torch_mlir import ir
 
 MAX_SHARED_BYTES = 64 << 10
 INLINE_LENGTH = 60  # a value used once is written where it is used, up to this many characters

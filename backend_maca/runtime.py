@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from spikingbrain.backend_maca.plan import FORMAT, evaluate
 from spikingbrain.errors import CallError, CorruptArtifact, MissingDependency, NewerFormat, SpikingBrainError
 
@@ -198,8 +199,9 @@ class Program:
                     raise CorruptArtifact(f"the weight '{record['key']}' is missing")
                 fixed[i] = _checked(self.weights[record["key"]], record, {}, f"weight '{record['key']}'")
             elif record["role"] == "constant":
-                kind = _storage(record["dtype"])
-                fixed[i] = np.frombuffer(base64.b64decode(record["data"]), kind).reshape(record["shape"])
+                values = np.frombuffer(base64.b64decode(record["data"]), _storage(record["dtype"]))
+                shape = record["shape"]  # a single value stands for all
+                fixed[i] = np.full(shape, values[0]) if values.size == 1 else values.reshape(shape)
         return fixed
 
 

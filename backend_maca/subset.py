@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-from spikingbrain.backend_maca.kernels import WAVE, nested, source_of
-from spikingbrain.errors import UnsupportedOp
 from torch_mlir import ir
+
+from spikingbrain.backend_maca.kernels import WAVE, nested, place_of
+from spikingbrain.errors import UnsupportedOp
 
 MAX_THREADS = 1024
 
@@ -113,7 +114,7 @@ def verify(function: ir.Operation) -> None:
     if len(size) != 3 or size[1:] != [1, 1] or not 0 < size[0] <= MAX_THREADS:
         why = f"blocks are one-dimensional, with 1 to {MAX_THREADS} threads known at compile time, not {size}"
         what = f"kernel {attributes['sym_name']} cannot be launched"
-        raise UnsupportedOp(what, where=source_of(function.location), why=why)
+        raise UnsupportedOp(what, where=place_of(function), why=why)
     for op in nested(function):
         if op.name not in SUBSET:
             _refuse(op, "it is outside the printed subset")
@@ -138,7 +139,7 @@ def constant(value: ir.Value) -> int | float | None:
 def _refuse(op: ir.Operation, why: str) -> NoReturn:
     what = f"'{op.name}' has no form in MACA C++"
     hint = "docs/maca.md lists the subset; lower the op to it, or keep this part off the 'maca' target"
-    raise UnsupportedOp(what, where=source_of(op.location), why=why, hint=hint)
+    raise UnsupportedOp(what, where=place_of(op), why=why, hint=hint)
 
 
 def _verify_types(op: ir.Operation) -> None:

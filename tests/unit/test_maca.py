@@ -260,14 +260,28 @@ def test_math_is_close_to_numpy() -> None:
 @needs_cxx
 def test_constant_tensors_travel_in_the_plan() -> None:
     text = """
-#id = affine_map<(i) -> (i)>
-func.func public @main(%x: tensor<3xf32>) -> tensor<3xf32> {
-  %c = arith.constant dense<[1.0, 2.0, 3.0]> : tensor<3xf32>
-  %e = tensor.empty() : tensor<3xf32>
-  %y = linalg.add ins(%x, %c : tensor<3xf32>, tensor<3xf32>) outs(%e : tensor<3xf32>) -> tensor<3xf32>
-  return %y : tensor<3xf32>
+func.func public @ENTRY() -> tensor<3xKIND> {
+  %c = arith.constant dense<VALUES> : tensor<3xKIND>
+  %e = tensor.empty() : tensor<3xKIND>
+  %y = linalg.copy ins(%c : tensor<3xKIND>) outs(%e : tensor<3xKIND>) -> tensor<3xKIND>
+  return %y : tensor<3xKIND>
 }"""
-    np.testing.assert_array_equal(run(text, np.zeros(3, np.float32)), np.float32([1, 2, 3]))
+    cases = [
+        ("[1.0, 2.0, 3.0]", "f32", np.float32([1, 2, 3])),
+        ("0.5", "f32", np.float32([0.5] * 3)),
+        ("[1.5, -2.0, 0.0]", "f16", np.float16([1.5, -2, 0])),
+        ("[5, -6, 7]", "i64", np.int64([5, -6, 7])),
+        ("[true, false, true]", "i1", np.array([True, False, True])),
+    ]
+    entries = [
+        text.replace("ENTRY", f"case{i}").replace("KIND", kind).replace("VALUES", values)
+        for i, (values, kind, _) in enumerate(cases)
+    ]
+    program = load(compile_text("".join(entries)))
+    for i, (_, _, expected) in enumerate(cases):
+        (result,) = program.call(f"case{i}", [])
+        assert result.dtype == expected.dtype
+        np.testing.assert_array_equal(result, expected)
 
 
 # The artifact's code and its errors.
