@@ -104,24 +104,12 @@ def test_results_of_shared_kernel_with_dynamic_sizes() -> None:
             "callee = @missing",
             "launch of 'missing', which is not a function of the module",
         ),
-        (
-            "%s: memref<4xf32>",
-            "%s: memref<4xf32, strided<[2]>>",
-            "kernel 'add_row' is of type .* its launch asks",
-        ),
+        ("  return\n}", "  cf.br ^end\n^end:\n  return\n}", "kernel 'add_row' must have a body of one block"),
         ("callee = @add_row", "callee = @main", "kernel 'main' is of type"),
     ],
 )
 def test_refuses_a_launch_that_breaks_the_contract(old: str, new: str, message: str) -> None:
-    text = (KERNEL + MAIN).replace(old, new)
-    if "strided" in new:
-        text = text.replace("[%c0] : memref<4xf32>", "[%c0] : memref<4xf32, strided<[2]>>")
-        text = text.replace("vector.load %s", "memref.load %s").replace(
-            "vector.store %sum, %s", "memref.store %f, %s"
-        )
-        text = text.replace("strided<[2]>>, vector<4xf32>", "strided<[2]>>")
-        text = text.replace("arith.addf %row, %total", "arith.addf %row, %row")
-    module = ir.Module.parse(text, dialect.load())
+    module = ir.Module.parse((KERNEL + MAIN).replace(old, new), dialect.load())
     with pytest.raises(ValueError, match=message):
         wrap_kernels(module)
 
