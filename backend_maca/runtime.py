@@ -8,6 +8,7 @@ import hashlib
 import os
 import subprocess
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from spikingbrain.errors import CallError, CorruptArtifact, MissingDependency, N
 HEADERS = Path(__file__).parent / "emulator"
 FLAGS = (
     "-std=c++17",
-    "-O1",
+    "-O2",
     "-fPIC",
     "-shared",
     "-ffp-contract=off",
@@ -33,6 +34,8 @@ ORDERS = ("forward", "reverse", "shuffled")
 MAX_GRID = (1 << 31) - 1
 POISON = 0xCD  # what memory holds before a kernel writes it
 GUARD_BYTES = 64  # poisoned memory around every buffer that kernels write
+
+_one_launch_at_a_time = threading.Lock()  # a library emulates one machine
 
 Array = np.ndarray[Any, Any]
 
@@ -120,7 +123,8 @@ class Kernels:
         run.restype = ctypes.c_char_p
         addresses = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
         sizes = [(ctypes.c_uint * 3)(*three) for three in (grid, block)]
-        fault = run(*sizes, ctypes.c_uint(shared_bytes), addresses, self.order.encode())
+        with _one_launch_at_a_time:
+            fault = run(*sizes, ctypes.c_uint(shared_bytes), addresses, ORDERS.index(self.order))
         if fault:
             raise KernelFault(f"kernel '{name}' breaks a rule of the machine", why=fault.decode())
 

@@ -10,15 +10,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
-#include <algorithm>
-#include <functional>
-#include <memory>
-#include <mutex>
-#include <numeric>
-#include <string>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -90,12 +84,12 @@ struct Wave {
 
 struct Thread {
   Context context;
-  std::unique_ptr<char[]> stack;
+  char* stack = nullptr;
   uint3 index;
   unsigned number = 0;
   const char* waits_at = nullptr;
   const Meeting* waits_for = nullptr;
-  bool done = false;
+  bool active = false, done = false;
 };
 
 struct Machine {
@@ -106,8 +100,10 @@ struct Machine {
   Thread* running = nullptr;
   Context scheduler;
   bool progress = false;
-  std::function<void()> kernel;
-  std::string fault;
+  void (*body)(const void* kernel, void** arguments);
+  const void* kernel;
+  void** arguments;
+  char fault[300];
 };
 
 inline Machine& machine() {
@@ -117,24 +113,22 @@ inline Machine& machine() {
 
 inline void leave() { change(machine().running->context, machine().scheduler); }
 
-inline std::string place(const Thread& t) {
-  const uint3 b = machine().block_index;
-  char text[120];
-  snprintf(text, sizeof text, "block %u,%u,%u thread %u", b.x, b.y, b.z, t.number);
-  return text;
-}
-
-inline void fail(const std::string& what) {
+// Ends the launch with a message; the scheduler sees it and resumes nobody.
+template <class... A>
+void fail(const char* format, A... values) {
   Machine& m = machine();
-  if (m.fault.empty()) m.fault = what + " (" + place(*m.running) + ")";
-  leave();  // the scheduler sees the fault and resumes nobody
+  const uint3 b = m.block_index;
+  const int length = snprintf(m.fault, sizeof m.fault, format, values...);
+  if (length < 200)
+    snprintf(m.fault + length, sizeof m.fault - length, " (block %u,%u,%u thread %u)", b.x, b.y, b.z, m.running->number);
+  if (m.running->active) leave();
 }
 
 inline void meet(Meeting& meeting, const char* what, int line) {
   Machine& m = machine();
   Thread& self = *m.running;
   if (meeting.arrived && meeting.line != line)
-    fail(std::string(what) + " in line " + std::to_string(line) + " meets one in line " + std::to_string(meeting.line));
+    fail("%s in line %d meets one in line %d", what, line, meeting.line);
   meeting.line = line;
   self.waits_at = what;
   self.waits_for = &meeting;
@@ -149,116 +143,113 @@ inline void meet(Meeting& meeting, const char* what, int line) {
 
 inline void start() {
   Machine& m = machine();
-  m.kernel();
+  m.body(m.kernel, m.arguments);
   m.running->done = true;
   m.progress = true;
   for (;;) leave();
 }
 
 // Tells which meeting is incomplete; one of a wave explains one of the block, so it comes first.
-inline void report_stuck() {
+inline void report_stuck(unsigned count) {
   Machine& m = machine();
-  const Thread* stuck = nullptr;
-  for (const Thread& t : m.threads)
+  Thread* stuck = nullptr;
+  for (unsigned i = 0; i < count; ++i) {
+    Thread& t = m.threads[i];
     if (!t.done && (!stuck || (stuck->waits_for == &m.meeting && t.waits_for != &m.meeting))) stuck = &t;
-  const bool of_wave = stuck->waits_for != &m.meeting;
-  const unsigned first = of_wave ? stuck->number / kWave * kWave : 0, size = stuck->waits_for->size;
+  }
+  const Meeting& meeting = *stuck->waits_for;
+  const unsigned first = &meeting == &m.meeting ? 0 : stuck->number / kWave * kWave;
   unsigned gone = 0;
-  for (unsigned i = first; i < first + size; ++i) gone += m.threads[i].done;
-  m.fault = std::string(stuck->waits_at) + " in line " + std::to_string(stuck->waits_for->line) + " is reached by only " +
-            std::to_string(stuck->waits_for->arrived) + " of " + std::to_string(size) + " threads, " +
-            std::to_string(gone) + " have left the kernel (" + place(*stuck) + " waits)";
+  for (unsigned i = first; i < first + meeting.size; ++i) gone += m.threads[i].done;
+  m.running = stuck;
+  fail("%s in line %d is reached by only %u of %u threads, %u have left the kernel", stuck->waits_at, meeting.line,
+       meeting.arrived, meeting.size, gone);
 }
 
+enum Order { kForward, kReverse, kShuffled };
+
 // The order in which threads get their turn, and blocks theirs.
-inline std::vector<unsigned> turns(unsigned count, const std::string& order, unsigned seed) {
+inline std::vector<unsigned> turns(unsigned count, int order, unsigned seed) {
   std::vector<unsigned> numbers(count);
-  std::iota(numbers.begin(), numbers.end(), 0u);
-  if (order == "reverse") std::reverse(numbers.begin(), numbers.end());
-  if (order == "shuffled") {
-    uint32_t random = seed * 2654435769u | 1;
-    for (unsigned i = count; i > 1; --i) {
-      random ^= random << 13, random ^= random >> 17, random ^= random << 5;
-      std::swap(numbers[i - 1], numbers[random % i]);
-    }
+  for (unsigned i = 0; i < count; ++i) numbers[i] = order == kReverse ? count - 1 - i : i;
+  if (order != kShuffled) return numbers;
+  uint32_t random = seed * 2654435769u | 1;
+  for (unsigned i = count; i > 1; --i) {
+    random ^= random << 13, random ^= random >> 17, random ^= random << 5;
+    std::swap(numbers[i - 1], numbers[random % i]);
   }
   return numbers;
 }
 
-inline void run_block(const std::string& order, unsigned seed) {
+inline void run_block(int order, unsigned seed) {
   Machine& m = machine();
   const unsigned count = m.block.x * m.block.y * m.block.z;
   if (__start_sb_shared) memset(__start_sb_shared, 0xCD, __stop_sb_shared - __start_sb_shared);
-  if (m.threads.size() != count) m.threads = std::vector<Thread>(count);
+  if (m.threads.size() < count) m.threads.resize(count);
   m.waves.assign((count + kWave - 1) / kWave, Wave());
   m.meeting = Meeting{count};
   for (unsigned i = 0; i < count; ++i) {
     Thread& t = m.threads[i];
-    if (!t.stack) t.stack.reset(new char[kStack]);
+    if (!t.stack) t.stack = static_cast<char*>(malloc(kStack));
     t.index = {i % m.block.x, i / m.block.x % m.block.y, i / (m.block.x * m.block.y)};
     t.number = i;
     t.done = false;
     ++m.waves[i / kWave].meeting.size;
-    prepare(t.context, t.stack.get(), start);
+    prepare(t.context, t.stack, start);
   }
   const std::vector<unsigned> order_of_threads = turns(count, order, seed);
   for (bool live = true; live;) {
     live = m.progress = false;
     for (unsigned i : order_of_threads) {
-      m.running = &m.threads[i];
-      if (m.running->done) continue;
-      change(m.scheduler, m.running->context);
-      if (!m.fault.empty()) return;
-      live = live || !m.running->done;
+      Thread& t = m.threads[i];
+      if (t.done) continue;
+      m.running = &t;
+      t.active = true;
+      change(m.scheduler, t.context);
+      t.active = false;
+      if (m.fault[0]) return;
+      live = live || !t.done;
     }
-    if (live && !m.progress) return report_stuck();
+    if (live && !m.progress) return report_stuck(count);
   }
 }
 
-// Runs a kernel over a grid; returns a description of the first fault, or null.
-inline const char* launch(const unsigned* grid, const unsigned* block, unsigned shared, const char* order,
-                          std::function<void()> kernel) {
-  static std::mutex one_at_a_time;
-  static thread_local std::string fault;
-  const std::lock_guard<std::mutex> lock(one_at_a_time);
+template <class... A, size_t... I>
+void call(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
+  kernel(*static_cast<A*>(arguments[I])...);
+}
+
+// Runs a kernel over a grid, one launch at a time; returns a description of the first fault, or null.
+template <class... A>
+const char* launch(void (*kernel)(A...), const unsigned* grid, const unsigned* block, unsigned shared, void** arguments,
+                   int order) {
   Machine& m = machine();
   m.grid = {grid[0], grid[1], grid[2]};
   m.block = {block[0], block[1], block[2]};
-  m.kernel = std::move(kernel);
-  m.fault.clear();
+  m.kernel = reinterpret_cast<const void*>(kernel);
+  m.arguments = arguments;
+  m.body = [](const void* typed, void** values) {
+    call(reinterpret_cast<void (*)(A...)>(const_cast<void*>(typed)), values, std::make_index_sequence<sizeof...(A)>{});
+  };
+  m.fault[0] = 0;
   const unsigned threads = block[0] * block[1] * block[2], blocks = grid[0] * grid[1] * grid[2];
-  if (!threads || threads > kMaxThreads) m.fault = "a block has 1 to 1024 threads, not " + std::to_string(threads);
-  if (shared + (size_t)(__stop_sb_shared - __start_sb_shared) > kSharedBytes) m.fault = "more than 64 KiB of shared memory";
-  if (m.fault.empty()) {
-    for (unsigned i : turns(blocks, order, 1)) {
-      m.block_index = {i % m.grid.x, i / m.grid.x % m.grid.y, i / (m.grid.x * m.grid.y)};
-      run_block(order, i + 1);
-      if (!m.fault.empty()) break;
-    }
+  if (!threads || threads > kMaxThreads) return "a block has 1 to 1024 threads";
+  if (shared + (size_t)(__stop_sb_shared - __start_sb_shared) > kSharedBytes) return "more than 64 KiB of shared memory";
+  for (unsigned i : turns(blocks, order, 1)) {
+    m.block_index = {i % m.grid.x, i / m.grid.x % m.grid.y, i / (m.grid.x * m.grid.y)};
+    run_block(order, i + 1);
+    if (m.fault[0]) return m.fault;
   }
-  fault = m.fault;
-  return fault.empty() ? nullptr : fault.c_str();
+  return nullptr;
 }
 
 inline Wave& wave() { return machine().waves[machine().running->number / kWave]; }
 
 inline Meeting& whole_wave(unsigned long long mask, const char* what) {
   Meeting& meeting = wave().meeting;
-  if (mask != kFullWave) fail(std::string(what) + " without the full 64-bit mask");
-  if (meeting.size != kWave) fail(std::string(what) + " in a wave of fewer than 64 threads");
+  if (mask != kFullWave) fail("%s without the full 64-bit mask", what);
+  if (meeting.size != kWave) fail("%s in a wave of fewer than 64 threads", what);
   return meeting;
-}
-
-template <class... A, size_t... I>
-void call(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
-  kernel(*static_cast<std::remove_const_t<A>*>(arguments[I])...);
-}
-
-template <class... A>
-const char* enter(void (*kernel)(A...), const unsigned* grid, const unsigned* block, unsigned shared, void** arguments,
-                  const char* order) {
-  return launch(grid, block, shared, order,
-                [=] { call(kernel, arguments, std::make_index_sequence<sizeof...(A)>{}); });
 }
 
 }  // namespace sb
@@ -286,11 +277,11 @@ T __shfl_xor_sync(unsigned long long mask, T value, int distance, int width = 64
   return value;
 }
 
-#define SB_CHECK(condition, message) ((condition) ? (void)0 : sb::fail(message))
+#define SB_CHECK(condition, message) ((condition) ? (void)0 : sb::fail("%s", message))
 
 // Gives a kernel the one launch signature: grid, block, dynamic shared bytes, arguments by address, thread order.
-#define SB_LAUNCHER(name)                                                                               \
-  extern "C" __attribute__((visibility("default"))) const char* sb_launch_##name(                      \
-      const unsigned* grid, const unsigned* block, unsigned shared, void** arguments, const char* order) { \
-    return sb::enter(name, grid, block, shared, arguments, order);                                      \
+#define SB_LAUNCHER(name)                                                                                        \
+  extern "C" __attribute__((visibility("default"))) const char* sb_launch_##name(                                \
+      const unsigned* grid, const unsigned* block, unsigned shared, void** arguments, int order) {               \
+    return sb::launch(name, grid, block, shared, arguments, order);                                              \
   }
