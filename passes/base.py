@@ -59,10 +59,11 @@ class Pass(Protocol):
 
 
 def source_line(location: ir.Location) -> SourceLine | None:
-    """Returns the innermost Python line a location names, or None."""
+    """Returns the innermost Python line a location names, or None; code that torch generated does not count."""
     loc: Any = location
     if isinstance(loc, ir.FileLineColLoc):
-        return SourceLine(str(loc.filename).strip('"'), loc.start_line)
+        file = str(loc.filename).strip('"')
+        return None if file.startswith("<") else SourceLine(file, loc.start_line)
     if isinstance(loc, ir.CallSiteLoc):
         return source_line(loc.callee) or source_line(loc.caller)
     if isinstance(loc, ir.NameLoc):

@@ -88,6 +88,34 @@ class Linear(SpikingBrain.Operation, name="linear", traits=[ext.Pure]):
         return True
 
 
+class Embedding(SpikingBrain.Operation, name="embedding", traits=[ext.Pure]):
+    """Rows of a stored table.
+
+    ``y[..., k] = table[ids[...], k]``; a row for an id outside ``0 .. rows - 1`` is NaN. The table is ``[rows, K]``, or packed by
+    blocks of rows as ``[ceil(rows / block), K, block]``, the form in which a head tied to it is stored.
+
+        %y = "spikingbrain.embedding"(%ids, %table) {rows = 49152 : i64}
+               : (tensor<1x?xi64>, tensor<768x576x64xf32>) -> tensor<1x?x576xf32>
+    """
+
+    ids: ext.Operand[ir.RankedTensorType]
+    table: ext.Operand[ir.RankedTensorType]
+    rows: ir.IntegerAttr
+    y: ext.Result[ir.RankedTensorType]
+
+    @staticmethod
+    def verify_invariants(op: Any) -> bool:
+        ids, table, y, rows = _shape(op.ids), _shape(op.table), _shape(op.y), op.rows.value
+        if len(table) not in (2, 3):
+            return _fail(op.operation, f"table must be [rows, K] or [rows/block, K, block], got rank {len(table)}")
+        stored = table[0] if len(table) == 2 else table[0] * table[2]
+        if (len(table) == 2 and stored != rows) or not rows <= stored:
+            return _fail(op.operation, f"table stores {stored} rows, rows = {rows}")
+        if len(y) != len(ids) + 1 or y[-1] != table[1] or not all(map(_fits, ids, y[:-1])):
+            return _fail(op.operation, f"result shape {y} does not follow from ids {ids} and rows of {table[1]}")
+        return True
+
+
 class Attention(SpikingBrain.Operation, name="attention", traits=[ext.Pure]):
     """Softmax attention over keys that carry their positions; no T x T mask exists.
 

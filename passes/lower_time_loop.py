@@ -17,8 +17,9 @@ from spikingbrain.passes.base import PassContext
 class LowerTimeLoop:
     """Lowers the general scan to a loop that slices its inputs and inserts its stacked results.
 
-    In: ``spikingbrain_control.time_loop`` on builtin tensors. Out: scf and tensor. On a CPU through IREE each
-    iteration costs one or two dispatches; recurrences of a known form should have been raised before.
+    In: ``spikingbrain_control.time_loop`` on builtin tensors, its body in any dialect. Out: scf and tensor. On a CPU
+    through IREE each iteration costs one or two dispatches; recurrences of a known form should have been raised
+    before.
     """
 
     name: ClassVar[str] = "lower-time-loop"

@@ -14,9 +14,10 @@ from spikingbrain.passes.kernels.linear import packed_block
 
 @dataclass(frozen=True)
 class PackWeights:
-    """Appends ``pack_columns`` to the recipe of every projection's weight.
+    """Appends ``pack_columns`` to the recipe of every projection's weight, and of tables that are such a weight too.
 
-    In and out: our dialect on builtin tensors. For targets without vector kernels nothing changes.
+    In and out: our dialect on builtin tensors. A table is packed only where a projection stores the same tensor, so that it is
+    stored once. For targets without vector kernels nothing changes.
     """
 
     name: ClassVar[str] = "pack-weights"
@@ -25,15 +26,27 @@ class PackWeights:
         if not context.target.vector_bits:
             return
         block = packed_block(context.target)
+        packed: set[tuple[str, ...]] = set()
         for op in torch_ir.operations(module, "spikingbrain.linear"):
-            weight = parameters.parameter(op.operands[1])
-            type_ = ir.RankedTensorType(op.operands[1].type)
-            if weight is None or len(type_.shape) != 2:
-                continue
-            n, k = type_.shape
-            old = parameters.stored(weight)
-            packed_type = ir.RankedTensorType.get([-(-n // block), k, block], type_.element_type)
-            with ir.InsertionPoint(op), op.location:
-                packed = parameters.create(old.sources, [*old.recipe, f"pack_columns block={block}"], packed_type)
-            op.operands[1] = packed
-            context.record(self, "packed", op, f"blocks of {block} columns")
+            if sources := _pack(op, block):
+                packed.add(sources)
+                context.record(self, "packed", op, f"blocks of {block} columns")
+        for op in torch_ir.operations(module, "spikingbrain.embedding"):
+            table = parameters.parameter(op.operands[1])
+            if table is not None and parameters.stored(table).sources in packed:
+                _pack(op, block)
+                context.record(self, "packed", op, "shared with a projection")
+
+
+def _pack(op: ir.Operation, block: int) -> tuple[str, ...] | None:
+    """Packs operand 1 of ``op`` if it is a stored matrix; returns the tensors it is made from."""
+    weight = parameters.parameter(op.operands[1])
+    type_ = ir.RankedTensorType(op.operands[1].type)
+    if weight is None or len(type_.shape) != 2:
+        return None
+    n, k = type_.shape
+    old = parameters.stored(weight)
+    packed_type = ir.RankedTensorType.get([-(-n // block), k, block], type_.element_type)
+    with ir.InsertionPoint(op), op.location:
+        op.operands[1] = parameters.create(old.sources, [*old.recipe, f"pack_columns block={block}"], packed_type)
+    return old.sources

@@ -17,27 +17,29 @@ from spikingbrain.passes.decompose_attention import DecomposeAttention
 from spikingbrain.passes.fuse_shared_input import FuseSharedInput
 from spikingbrain.passes.lower_attention import LowerAttention
 from spikingbrain.passes.lower_cache_write import LowerCacheWrite
+from spikingbrain.passes.lower_embedding import LowerEmbedding
 from spikingbrain.passes.lower_linear import LowerLinear
 from spikingbrain.passes.lower_time_loop import LowerTimeLoop
 from spikingbrain.passes.lower_torch import LowerTorch
 from spikingbrain.passes.pack_weights import PackWeights
 from spikingbrain.passes.raise_attention import RaiseAttention
 from spikingbrain.passes.raise_cache_write import RaiseCacheWrite
+from spikingbrain.passes.raise_embedding import RaiseEmbedding
 from spikingbrain.passes.raise_linear import RaiseLinear
 
 log = logging.getLogger(__name__)
 
 PHASES: dict[str, list[type[Any]]] = {
     # find the building blocks of a language model in torch's ops
-    "raise": [RaiseAttention, RaiseCacheWrite, RaiseLinear, DecomposeAttention],
-    # everything else becomes linear algebra on tensors
-    "torch": [LowerTorch],
+    "raise": [RaiseAttention, RaiseCacheWrite, RaiseEmbedding, RaiseLinear, DecomposeAttention],
+    # everything else becomes linear algebra on tensors; time loops first, as torch-mlir crashes on torch ops inside them
+    "torch": [LowerTimeLoop, LowerTorch],
     # do together what reads the same values
     "fuse": [FuseSharedInput],
     # choose layouts for the target and store weights in them
     "schedule": [PackWeights],
     # kernels where the target has them, linalg and loops where not
-    "lower": [LowerAttention, LowerCacheWrite, LowerLinear, LowerTimeLoop],
+    "lower": [LowerAttention, LowerCacheWrite, LowerLinear],
 }
 
 PASSES: dict[str, type[Any]] = {cls.name: cls for phase in PHASES.values() for cls in phase}

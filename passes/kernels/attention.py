@@ -24,10 +24,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spikingbrain.errors import UnsupportedOp
-from spikingbrain.target import Target
 from torch_mlir import ir
 from torch_mlir.dialects import arith, func, memref, scf, tensor, vector
+
+from spikingbrain.errors import UnsupportedOp
+from spikingbrain.target import Target
 
 SCRATCH_BYTES = 32 << 10  # IREE allows a dispatch 32 KB of stack unless told otherwise
 ROW_LIMIT = 64  # more query rows per block gained nothing
@@ -81,7 +82,7 @@ class _Problem:
     scale: float
     window: int
     sinks: int
-    segments: int
+    time: int | None
 
     @property
     def group(self) -> int:
@@ -91,13 +92,13 @@ class _Problem:
 def emit_attention_launch(op: Any, target: Target) -> ir.Operation:
     """Replaces a ``spikingbrain.attention`` op by the launch of a kernel for ``target``; returns the launch.
 
-    The kernel function is created at the end of the module unless an equal one exists. Raises UnsupportedOp,
-    with the module unchanged, when the target has no vectors or the op is of a kind that the kernels do not
-    handle; ``attention_portable`` then does.
+    The kernel function is created at the end of the module unless an equal one exists. Values in empty cache
+    slots must be finite. Raises UnsupportedOp, with the module unchanged, when the target has no vectors or the
+    op is of a kind that the kernels do not handle; ``attention_portable`` then does.
     """
     problem = _problem_of(op)
-    decode = ir.RankedTensorType(op.query.type).shape[1] == 1
-    schedule = plan(problem.heads, problem.key_heads, problem.head_size, target)
+    schedule = plan(problem.group, problem.head_size, target, problem.time)
+    decode = problem.time == 1 and _decode_scratch_bytes(problem, schedule) <= SCRATCH_BYTES
     inputs = [op.query, op.query_positions, op.keys, op.values, op.key_positions]
     if op.cache_keys is not None:
         inputs += [op.cache_keys, op.cache_values, op.cache_positions]
@@ -139,8 +140,11 @@ def emit_attention_launch(op: Any, target: Target) -> ir.Operation:
     return launch
 
 
-def plan(heads: int, key_heads: int, head_size: int, target: Target) -> Schedule:
-    """Returns the blocking for a target; raises UnsupportedOp when the kernels cannot serve it."""
+def plan(group: int, head_size: int, target: Target, time: int | None = None) -> Schedule:
+    """Returns the blocking for ``group`` query heads per key head and ``time`` queries (None: unknown).
+
+    Raises UnsupportedOp when the kernels cannot serve the target or the head size.
+    """
     lanes = target.vector_lanes_f32
     if lanes < 4:
         raise UnsupportedOp(
@@ -159,7 +163,10 @@ def plan(heads: int, key_heads: int, head_size: int, target: Target) -> Schedule
     head_vectors = head_size // head_lanes
     value_vectors = next(n for n in ((4, 3, 2, 1) if many else (2, 1)) if head_vectors % n == 0)
     # Measured on AVX-512 and AVX2: three vectors of rows against as many keys as registers hold is best.
-    for row_vectors, key_block in ((3, 64), (3, 32), (2, 32), (1, 32), (1, 16)):
+    few_rows = time is not None and time * group <= lanes
+    for row_vectors, key_block in ((3, 64), (3, 32), (2, 32), (1, 64), (1, 32), (1, 16)):
+        if few_rows and row_vectors > 1:
+            continue
         step = lanes * row_vectors
         rows = ROW_LIMIT // step * step
         fitting = next(
@@ -189,6 +196,12 @@ def _scratch_bytes(head_size: int, rows: int, key_block: int) -> int:
     return 4 * (rows * (head_size + key_block + 4) + key_block) + 8 * LINE_BYTES
 
 
+def _decode_scratch_bytes(problem: _Problem, schedule: Schedule) -> int:
+    s = schedule
+    per_head = 2 * problem.head_size + DECODE_KEY_BLOCK + s.lanes * s.head_lanes + s.lanes + 1
+    return 4 * (problem.group * per_head + DECODE_KEY_BLOCK) + 7 * LINE_BYTES
+
+
 def _problem_of(op: Any) -> _Problem:
     query = ir.RankedTensorType(op.query.type)
     keys = ir.RankedTensorType(op.keys.type)
@@ -209,7 +222,7 @@ def _problem_of(op: Any) -> _Problem:
         scale=op.scale.value,
         window=min(op.window.value, MAX_POSITION),
         sinks=min(op.sinks.value, MAX_POSITION),
-        segments=1 if op.cache_keys is None else 2,
+        time=None if query.is_dynamic_dim(1) else query.shape[1],
     )
 
 
