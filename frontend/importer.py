@@ -10,7 +10,7 @@ from torch_mlir import ir
 from torch_mlir.extras.fx_importer import FxImporter, FxImporterHooks, GraphNodeImporter, InputInfo
 
 from spikingbrain.frontend import reshape
-from spikingbrain.passes.casts import builtin_type, from_builtin, to_builtin, to_index, vtensor_type
+from spikingbrain.passes.casts import builtin_type, from_builtin, to_builtin, to_index
 from spikingbrain.passes.context import new_context
 
 aten = torch.ops.aten
@@ -46,44 +46,60 @@ class NodeImporter(GraphNodeImporter):  # type: ignore[misc]
         return True
 
     def _import_hop_scan(self, loc: ir.Location, node: torch.fx.Node, hop: Any) -> None:
-        """Imports ``torch._higher_order_ops.scan`` as a ``time_loop`` whose body is inlined by calls."""
-        body_ref, init, xs, additional = node.args
-        body = getattr(node.graph.owning_module, body_ref.target)
-        callee = self.fx_importer._graph_module_to_func_name[id(body)]
-        with loc:
-            values = [self.resolve_node_value(n) for n in [*init, *xs]]
-            closed = [self.resolve_node_value(n) for n in additional]
-            plain = [to_builtin(v) for v in values]
-            torch_results = self._unpack_node_result_types_of(node)
-            builtin_results = [builtin_type(t) for t in torch_results]
-            loop = ir.Operation.create(
-                "spikingbrain_control.time_loop",
-                builtin_results,
-                plain,
-                {
-                    "carried": ir.IntegerAttr.get(ir.IntegerType.get_signless(64), len(init)),
-                    "reverse": ir.BoolAttr.get(False),
-                },
-                regions=1,
-            )
-            slices = [v.type for v in plain[: len(init)]] + [_slice_type(v.type) for v in plain[len(init) :]]
-            block = loop.regions[0].blocks.append(*slices)
-            with ir.InsertionPoint(block):
-                operands = [from_builtin(a) for a in block.arguments] + closed
-                yielded = builtin_results[: len(init)] + [_slice_type(t) for t in builtin_results[len(init) :]]
-                call = ir.Operation.create(
-                    "func.call",
-                    [vtensor_type(t) for t in yielded],
-                    operands,
-                    {"callee": ir.FlatSymbolRefAttr.get(callee)},
-                )
-                ir.Operation.create("spikingbrain_control.yield", operands=[to_builtin(r) for r in call.results])
-            self._multi_result_nodes.add(node)
-            for i, (result, wanted) in enumerate(zip(loop.results, torch_results, strict=True)):
-                self.bind_node_value(node, from_builtin(result, wanted), i)
+        """Imports ``torch._higher_order_ops.scan`` as a ``time_loop`` that holds the body itself.
 
-    def _unpack_node_result_types_of(self, node: torch.fx.Node) -> list[ir.Type]:
-        return [self._cc.tensor_to_vtensor_type(v) if not v.shape else self._cc.value_info_to_type(v) for v in node.meta["val"]]
+        The body sees what it closes over directly. Reversed scans arrive as flips around the op.
+        """
+        body_ref, init, scanned, closed_over = node.args
+        results = [v for v in node.meta["val"]]
+        _check_stacks(results[len(init) :], scanned[0].meta["val"])
+        body = getattr(node.graph.owning_module, body_ref.target)
+        name = self.fx_importer._graph_module_to_func_name[id(body)]
+        function = self.fx_importer.symbol_table[name].operation.clone(ip=False)
+        with loc:
+            plain = [to_builtin(self.resolve_node_value(n)) for n in [*init, *scanned]]
+            outer = [self._import_argument(loc, value) for value in closed_over]
+            wanted = [self._cc.value_info_to_type(v) for v in results]
+            attributes = {
+                "carried": ir.IntegerAttr.get(ir.IntegerType.get_signless(64), len(init)),
+                "reverse": ir.BoolAttr.get(False),
+            }
+            loop = ir.Operation.create(
+                "spikingbrain_control.time_loop", [builtin_type(t) for t in wanted], plain, attributes, regions=1
+            )
+            types = [v.type for v in plain[: len(init)]] + [_slice_type(v.type) for v in plain[len(init) :]]
+            block = loop.regions[0].blocks.append(*types, arg_locs=[loc] * len(types))
+            with ir.InsertionPoint(block):
+                arguments = [from_builtin(a) for a in block.arguments] + outer
+                yielded = _move_body(function, block, arguments)
+                ir.Operation.create("spikingbrain_control.yield", operands=[to_builtin(v) for v in yielded])
+            self._multi_result_nodes.add(node)
+            for i, (result, type_) in enumerate(zip(loop.results, wanted, strict=True)):
+                self.bind_node_value(node, from_builtin(result, type_), i)
+
+
+def _check_stacks(stacked: list[torch.Tensor], scanned: torch.Tensor) -> None:
+    """Raises NotImplementedError where ``lower-time-loop`` could not tell the size of a stacked result."""
+    for result in stacked:
+        for axis, size in enumerate(result.shape):
+            if isinstance(size, torch.SymInt) and (axis >= scanned.dim() or str(scanned.shape[axis]) != str(size)):
+                raise NotImplementedError(
+                    f"scan stacks a result of shape {list(result.shape)}: its dynamic sizes must be those of the "
+                    f"same axes of the first scanned tensor, {list(scanned.shape)}"
+                )
+
+
+def _move_body(function: ir.Operation, block: ir.Block, arguments: list[ir.Value]) -> list[ir.Value]:
+    """Moves the ops of ``function`` to the end of ``block``; returns the values it returned."""
+    source = function.regions[0].blocks[0]
+    for old, new in zip(source.arguments, arguments, strict=True):
+        old.replace_all_uses_with(new)
+    *ops, terminator = [op.operation for op in source.operations]
+    last = block.operations[len(block.operations) - 1].operation
+    for op in ops:
+        op.move_after(last)
+        last = op
+    return list(terminator.operands)
 
 
 def _slice_type(tensor: ir.Type) -> ir.Type:
@@ -117,10 +133,12 @@ class Importer:
 
     def __init__(self, name_of: Callable[[str, Any], str]):
         self.context = new_context()
+        self._programs: list[torch.export.ExportedProgram] = []  # upstream names subgraphs by id(): keep them alive
         self._fx = FxImporter(context=self.context, hooks=_Parameters(name_of), graph_node_importer_cls=NodeImporter)
 
     def add(self, program: torch.export.ExportedProgram, name: str) -> None:
         """Imports ``program`` as the public function ``name``."""
+        self._programs.append(program)
         self._fx.import_program(program, func_name=name)
 
     @property

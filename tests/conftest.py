@@ -1,0 +1,41 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite the files under tests/golden")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keeps compiled code out of the user's cache; child processes inherit the variable."""
+    folder = tmp_path_factory.mktemp("cache")
+    before = os.environ.get("SPIKINGBRAIN_CACHE")
+    os.environ["SPIKINGBRAIN_CACHE"] = str(folder)
+    yield folder
+    if before is None:
+        del os.environ["SPIKINGBRAIN_CACHE"]
+    else:
+        os.environ["SPIKINGBRAIN_CACHE"] = before
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """Returns ``check(name, text)``: compares with ``tests/golden/<name>``, which ``--update-golden`` rewrites."""
+
+    def check(name: str, text: str) -> None:
+        file = Path(__file__).parent / "golden" / name
+        if request.config.getoption("--update-golden"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+        assert file.is_file(), f"{file} does not exist; run pytest --update-golden"
+        assert text == file.read_text(), f"{file} differs; run pytest --update-golden and review the change"
+
+    return check
