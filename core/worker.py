@@ -56,6 +56,7 @@ def compile_module(text: str, job: dict[str, Any], workdir: Path) -> tuple[dict[
         pipeline.run(pipeline.default_pipeline(), module, context, verify_each=job.get("verify_each", False), observe=observe)
         start = time.perf_counter()
         pipeline.clean(module)
+        pipeline.check_lowered(module)
         timings.append(("clean", time.perf_counter() - start))
         value: Any = module.operation.get_asm(enable_debug_info=True)
     options = backend.options(**job["options"])

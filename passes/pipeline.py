@@ -10,9 +10,9 @@ from typing import Any
 from torch_mlir import ir
 from torch_mlir.passmanager import PassManager
 
-from spikingbrain.errors import PassFailed
-from spikingbrain.passes import dialect
-from spikingbrain.passes.base import Pass, PassContext
+from spikingbrain.errors import PassFailed, UnsupportedOp
+from spikingbrain.passes import dialect, torch_ir
+from spikingbrain.passes.base import Pass, PassContext, source_line
 from spikingbrain.passes.decompose_attention import DecomposeAttention
 from spikingbrain.passes.fuse_shared_input import FuseSharedInput
 from spikingbrain.passes.lower_attention import LowerAttention
@@ -77,6 +77,13 @@ def run(
                     raise PassFailed(f"pass {pass_.name} left invalid IR", why=str(error)) from error
             if observe:
                 observe(pass_, module, seconds)
+
+
+def check_lowered(module: ir.Module) -> None:
+    """Raises UnsupportedOp if an op of ours is left that no backend knows (they take parameters and launches)."""
+    for op in torch_ir.walk(module):
+        if op.name.startswith("spikingbrain") and op.name not in ("spikingbrain.parameter", "spikingbrain_control.launch"):
+            raise UnsupportedOp(f"no lowering for {op.name}", where=source_line(op.location))
 
 
 def clean(module: ir.Module) -> None:
