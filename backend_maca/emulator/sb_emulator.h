@@ -119,8 +119,9 @@ void fail(const char* format, A... values) {
   Machine& m = machine();
   const uint3 b = m.block_index;
   const int length = snprintf(m.fault, sizeof m.fault, format, values...);
+  const unsigned thread = m.running->number;
   if (length < 200)
-    snprintf(m.fault + length, sizeof m.fault - length, " (block %u,%u,%u thread %u)", b.x, b.y, b.z, m.running->number);
+    snprintf(m.fault + length, sizeof m.fault - length, " (block %u,%u,%u thread %u)", b.x, b.y, b.z, thread);
   if (m.running->active) leave();
 }
 
@@ -166,7 +167,7 @@ inline void report_stuck(unsigned count) {
        meeting.arrived, meeting.size, gone);
 }
 
-enum Order { kForward, kReverse, kShuffled };
+enum Order { kForward, kReverse, kShuffled };  // as ORDERS in runtime.py
 
 // The order in which threads get their turn, and blocks theirs.
 inline std::vector<unsigned> turns(unsigned count, int order, unsigned seed) {
@@ -234,7 +235,8 @@ const char* launch(void (*kernel)(A...), const unsigned* grid, const unsigned* b
   m.fault[0] = 0;
   const unsigned threads = block[0] * block[1] * block[2], blocks = grid[0] * grid[1] * grid[2];
   if (!threads || threads > kMaxThreads) return "a block has 1 to 1024 threads";
-  if (shared + (size_t)(__stop_sb_shared - __start_sb_shared) > kSharedBytes) return "more than 64 KiB of shared memory";
+  shared += __stop_sb_shared - __start_sb_shared;
+  if (shared > kSharedBytes) return "more than 64 KiB of shared memory";
   for (unsigned i : turns(blocks, order, 1)) {
     m.block_index = {i % m.grid.x, i / m.grid.x % m.grid.y, i / (m.grid.x * m.grid.y)};
     run_block(order, i + 1);

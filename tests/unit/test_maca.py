@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -384,6 +385,23 @@ def test_wrong_arguments_are_named() -> None:
             program.call("main", arguments)
     with pytest.raises(CallError, match="no entry point 'prefill'"):
         program.call("prefill", [])
+
+
+@needs_cxx
+def test_loading_needs_no_compiler_packages(tmp_path: Path) -> None:
+    for name, content in compile_text(ELEMENTWISE).items():
+        (tmp_path / name).write_bytes(content)
+    script = """
+import pathlib, sys
+sys.modules["torch"] = sys.modules["torch_mlir"] = None
+import numpy as np
+from spikingbrain.backend_maca.backend import MacaBackend
+code = {p.name: memoryview(p.read_bytes()) for p in pathlib.Path(sys.argv[1]).iterdir()}
+one = np.ones((2, 3), np.float32)
+print(MacaBackend().load(code, {}, {}).call("main", [one, one[0], one])[0].sum())
+"""
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True)
+    assert done.stdout == "12.0\n", done.stderr
 
 
 @needs_cxx
