@@ -39,7 +39,7 @@ PHASES: dict[str, list[type[Any]]] = {
     # choose layouts for the target and store weights in them
     "schedule": [PackWeights],
     # kernels where the target has them, linalg and loops where not
-    "lower": [LowerAttention, LowerCacheWrite, LowerLinear],
+    "lower": [LowerAttention, LowerCacheWrite, LowerEmbedding, LowerLinear],
 }
 
 PASSES: dict[str, type[Any]] = {cls.name: cls for phase in PHASES.values() for cls in phase}

@@ -18,7 +18,7 @@ _HEADS_LAST = [0, 2, 1, 3]  # [B, H, T, D] <-> [B, T, H, D]
 
 @dataclass(frozen=True)
 class RaiseAttention:
-    """Raises ``scaled_dot_product_attention`` whose mask compares key and query positions, or that is causal.
+    """Raises ``scaled_dot_product_attention`` whose mask compares key and query positions.
 
     In: torch dialect, the op kept whole. Out: ``spikingbrain.attention`` on [B, T, H, D] between ``torch_c`` casts.
     A ``cat([cache, new], 1)`` of keys, values and positions alike becomes the two segments of the op, so that the
@@ -61,6 +61,11 @@ def _rewrite(op: ir.Operation) -> None:
     visible = analyse(mask)
     if any(len(torch_ir.shape(p) or []) != 2 for p in (visible.query_positions, visible.key_positions)):
         raise NotShown("positions without a batch dimension")
+    # Dynamic sizes that torch compared without a guard are equal; only a one can stand for more by broadcasting.
+    (b, _, t, _), (key_b, _, s, _), value_sizes = sizes  # type: ignore[misc]
+    of_query, of_key = torch_ir.shape(visible.query_positions), torch_ir.shape(visible.key_positions)
+    if b != key_b or sizes[1] != value_sizes or of_query != [b, t] or of_key != [b, s]:
+        raise NotShown("sizes of positions, keys and values differ: broadcasting is not raised")
 
     with ir.InsertionPoint(op), op.location:
         segments = _segments(_heads_last(key), _heads_last(value), visible)

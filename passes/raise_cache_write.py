@@ -35,6 +35,9 @@ class RaiseCacheWrite:
             if slots is None or not whole_rows or torch_ir.shape(slots) != (of_rows or [])[:2]:
                 context.record(self, "refused", op, "the index differs within a row")
                 continue
+            if of_rows is None or of_rows[0] != sizes[0] or -1 in sizes[2:]:
+                context.record(self, "refused", op, "the rows cover part of the batch, or their size is dynamic")
+                continue
             with ir.InsertionPoint(op), op.location:
                 write = ir.Operation.create(
                     "spikingbrain.cache_write",

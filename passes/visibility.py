@@ -62,6 +62,8 @@ def analyse(mask: ir.Value) -> Visibility:
     seen_causal = False
     seen_lower = _is_never_negative(reader.key)
     for clause in clauses:
+        if any(other < clause for other in clauses):
+            continue  # holds wherever the shorter one does
         atoms = {(a.subject, a.side): a.bound for a in clause}
         if len(atoms) != len(clause):
             raise NotShown("the mask repeats a bound within one alternative")
@@ -72,15 +74,13 @@ def analyse(mask: ir.Value) -> Visibility:
         elif atoms.keys() == {(DISTANCE, "low")}:
             window, sinks = _once(window, 1 - atoms[DISTANCE, "low"]), 0
         elif atoms.keys() == {(DISTANCE, "low"), (KEY, "high")}:
-            window, sinks = _once(window, 1 - atoms[DISTANCE, "low"]), atoms[KEY, "high"] + 1
+            window, sinks = _once(window, 1 - atoms[DISTANCE, "low"]), max(0, atoms[KEY, "high"] + 1)
         else:
             raise NotShown(f"the mask holds a condition of another form: {sorted(map(str, clause))}")
     if not seen_causal:
         raise NotShown("the mask lets a token see later ones")
     if not seen_lower:
         raise NotShown("the mask does not exclude negative key positions (empty cache slots): add key >= 0")
-    if window < 0 or sinks < 0:
-        raise NotShown("the window ends before the token itself")
     return Visibility(reader.query, reader.key, window, sinks)
 
 
@@ -141,15 +141,15 @@ class _Reader:
             raise NotShown(f"the mask is computed with {op.name}")
         left = self._position(op.operands[0], frame)
         right = self._position(op.operands[1], frame) if overload == "Tensor" else torch_ir.constant(op.operands[1])
-        if right is None:
-            raise NotShown("a position is compared with a value that is not constant")
+        if not isinstance(right, (int, _Position)):
+            raise NotShown("a position is compared with a value that is not a constant integer")
         # left (kind) right  ->  low <= left - right  or  left - right <= high, over integers
         kind = kinds[base]
         side = "low" if kind in (">", ">=") else "high"
         bound = {">": 1, ">=": 0, "<": -1, "<=": 0}[kind]
         if not isinstance(right, _Position):
             self._note_key(left)
-            return [Atom(KEY, side, bound + int(right) - left.offset)]
+            return [Atom(KEY, side, bound + right - left.offset)]
         bound += right.offset - left.offset
         if self._is_key(left) and self._is_query(right):
             self._note_key(left)
