@@ -63,8 +63,9 @@ def compiler_version() -> str:
 
 def cache_folder() -> Path:
     """Returns where compiled kernels are kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "spikingbrain" / "maca"
+    own = os.environ.get("SPIKINGBRAIN_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(own or Path(base) / "spikingbrain") / "maca"
 
 
 def build(source: str, kernels: Sequence[str], flags: Sequence[str] = ()) -> Path:

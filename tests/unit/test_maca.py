@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,6 @@ from spikingbrain.errors import CallError, CorruptArtifact, SpikingBrainError, T
 GOLDEN = Path(__file__).parents[1] / "golden" / "maca"
 needs_cxx = pytest.mark.skipif(shutil.which(runtime.compiler()) is None, reason="no C++ compiler")
 Array = np.ndarray[Any, Any]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def compile_text(text: str, target: str = "maca-emulator", until: str = "") -> Any:
@@ -289,12 +281,8 @@ func.func public @ENTRY() -> tensor<3xKIND> {
 
 
 @pytest.mark.parametrize(("name", "text"), [("elementwise", ELEMENTWISE), ("gemv", gemv(960, 576))])
-def test_golden_source(name: str, text: str) -> None:
-    source = compile_text(text, target="maca")["kernels.maca"].decode()
-    path = GOLDEN / f"{name}.maca"
-    if os.environ.get("SPIKINGBRAIN_UPDATE_GOLDEN") == "1":
-        path.write_text(source)
-    assert source == path.read_text(), "rewrite with SPIKINGBRAIN_UPDATE_GOLDEN=1 and review the difference"
+def test_golden_source(name: str, text: str, golden: Callable[[str, str], None]) -> None:
+    golden(f"maca/{name}.maca", compile_text(text, target="maca")["kernels.maca"].decode())
 
 
 def test_equal_kernels_are_printed_once() -> None:
