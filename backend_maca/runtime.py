@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from spikingbrain.artifact import cache_folder
 from spikingbrain.backend_maca.plan import FORMAT, evaluate
 from spikingbrain.errors import CallError, CorruptArtifact, MissingDependency, NewerFormat, SpikingBrainError
 
@@ -61,13 +62,6 @@ def compiler_version() -> str:
         return ""
 
 
-def cache_folder() -> Path:
-    """Returns where compiled kernels are kept."""
-    own = os.environ.get("SPIKINGBRAIN_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(own or Path(base) / "spikingbrain") / "maca"
-
-
 def build(source: str, kernels: Sequence[str], flags: Sequence[str] = ()) -> Path:
     """Compiles kernels for the emulator into a cached shared library; ``kernels`` can be launched."""
     version = compiler_version()
@@ -78,7 +72,7 @@ def build(source: str, kernels: Sequence[str], flags: Sequence[str] = ()) -> Pat
         )
     text = source + "\n" + "".join(f"SB_LAUNCHER({name})\n" for name in kernels)
     parts = [version, *FLAGS, *flags, text, *(p.read_text() for p in sorted(HEADERS.glob("*.h")))]
-    library = cache_folder() / (hashlib.sha256("\0".join(parts).encode()).hexdigest() + ".so")
+    library = cache_folder() / "maca" / (hashlib.sha256("\0".join(parts).encode()).hexdigest() + ".so")
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
