@@ -81,12 +81,12 @@ class IreeExecutable:
         element = _ELEMENTS.get(array.dtype.name)
         if element is None:
             raise CallError(f"element type {array.dtype} cannot be passed", hint=f"one of {', '.join(_ELEMENTS)}")
-        array = np.ascontiguousarray(array)
+        array = np.asarray(array, order="C")  # ascontiguousarray would give a scalar an axis
         return self._device.allocator.allocate_buffer_copy(
             memory_type=rt.MemoryType.DEVICE_LOCAL,
             allowed_usage=rt.BufferUsage.DEFAULT | rt.BufferUsage.MAPPING,
             device=self._device,
-            buffer=array.view(np.uint8) if array.dtype.name in ("bool", "bfloat16") else array,
+            buffer=array.view({"bool": np.uint8, "bfloat16": np.uint16}.get(array.dtype.name, array.dtype)),
             element_type=element,
         )
 

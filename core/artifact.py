@@ -185,7 +185,7 @@ def _write_safetensors(
         if tensor is None:
             sink.write(bytes(size))
         else:
-            array = np.ascontiguousarray(content(tensor))
+            array = np.asarray(content(tensor), order="C")  # ascontiguousarray would give a scalar an axis
             if array.shape != tensor.shape or array.nbytes != size:
                 raise ArtifactError(f"stored tensor {tensor.key!r} came out as {array.shape}, declared {tensor.shape}")
             sink.write(array.reshape(-1).view(np.uint8))
