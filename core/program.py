@@ -73,6 +73,10 @@ class Program:
         if spec.uses_state != (state is not None):
             what = "needs a state" if spec.uses_state else "takes no state"
             raise CallError(f"entry point {entry!r} {what}", hint="program.new_state() makes one")
+        if state is not None and not state.fits(self.executable, self._state_layout):
+            raise CallError(
+                f"entry point {entry!r} got a state of another program", hint="program.new_state() makes one"
+            )
         arrays = [_as_array(a) for a in arguments]
         _check(spec, arrays, state)
         to_device = self.executable.to_device

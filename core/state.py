@@ -91,13 +91,26 @@ class State:
         return copy
 
     def save(self, path: str | Path) -> None:
-        """Writes the state to a safetensors file."""
+        """Writes the state to a safetensors file (bfloat16 as its bits)."""
         from safetensors.numpy import save
 
-        write_atomically(Path(path), save(self.snapshot()))
+        bits = {n: a.view(np.uint16) if a.dtype.name == "bfloat16" else a for n, a in self.snapshot().items()}
+        write_atomically(Path(path), save(bits))
 
     def load(self, path: str | Path) -> None:
         """Reads what ``save`` wrote; raises CallError if it belongs to another layout or batch size."""
-        from safetensors.numpy import load_file
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
 
-        self.restore(load_file(path))
+        try:
+            bits = load(Path(path).read_bytes())
+        except SafetensorError as error:
+            raise CallError(f"{path} is not a saved state", why=str(error)) from error
+        for field in self._layout:
+            if field["dtype"] == "bfloat16" and (array := bits.get(field["name"])) is not None:
+                bits[field["name"]] = array.view(numpy_dtype("bfloat16"))
+        self.restore(bits)
+
+    def fits(self, executable: Any, layout: Sequence[Mapping[str, Any]]) -> bool:
+        """Returns whether a program with this layout can take the state."""
+        return type(executable) is type(self._executable) and layout == self._layout

@@ -126,7 +126,8 @@ class _Call:
                 is_tensor = isinstance(leaf, torch.Tensor)
                 leaves.append(None if is_tensor else leaf)
                 if is_tensor:
-                    self.tensors.append(leaf)
+                    # torch.export takes one tensor given twice for one argument
+                    self.tensors.append(leaf.clone() if any(leaf is t for t in self.tensors) else leaf)
                     self.names.append(n + pytree.keystr(path) if n != state else _field_path(path))
                     self.dims.append(dim)
             self._slots.append((n, spec, leaves))

@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import spikingbrain
 import torch
-from spikingbrain import artifact, errors
-from spikingbrain.artifact import Artifact, TensorHeader
 from torch import nn
 from torch.export import Dim
+
+import spikingbrain
+from spikingbrain import artifact, errors
+from spikingbrain.artifact import Artifact, TensorHeader
 
 F32 = 1e-5  # absolute, for sums of a few dozen products of numbers around 1
 
@@ -177,7 +178,10 @@ def test_entry_points_and_states_that_do_not_fit(mlp: Path, summing: Path) -> No
     refusals: list[tuple[Callable[[], Any], str]] = [
         (lambda: stateless.call("other", x), "no entry point 'other'\n  try: one of main"),
         (lambda: stateless.main(x, state=state), "entry point 'main' takes no state"),
-        (lambda: stateless.new_state(), "this program has no state\n  try: call its entry points without one"),
+        (
+            lambda: stateless.new_state(),
+            "this program has no state\n  try: call its entry points without one",
+        ),
         (lambda: stateful.step(x), "entry point 'step' needs a state\n  try: program.new_state() makes one"),
         (
             lambda: stateful.new_state(),
@@ -281,9 +285,55 @@ def test_a_state_in_use_is_refused(summing: Path) -> None:
     for use in (lambda: program.step(numbers(1, 1, 8), state=state), state.snapshot, state.fork):
         with pytest.raises(errors.CallError) as caught:
             use()
-        assert str(caught.value).startswith("this state is in use by another call, or was lost when one failed")
+        assert str(caught.value).startswith(
+            "this state is in use by another call, or was lost when one failed"
+        )
     state.give(buffers)
     program.step(numbers(1, 1, 8), state=state)
+
+
+class Scaling(nn.Module):
+    """A state without names and of another type."""
+
+    def forward(self, x: torch.Tensor, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x * factor, factor + factor
+
+
+@pytest.fixture(scope="module")
+def scaling(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("scaling") / "scaling.sbrain"
+    one = torch.ones(2, dtype=torch.bfloat16)  # given twice: still two arguments
+    return spikingbrain.export(
+        Scaling(), {"scale": spikingbrain.Entry((one, one))}, path, state="factor"
+    ).path
+
+
+def test_a_state_of_another_program_is_refused(summing: Path, scaling: Path) -> None:
+    program, other = spikingbrain.load(summing), spikingbrain.load(scaling)
+    state = other.new_state()
+    with pytest.raises(errors.CallError) as caught:
+        program.step(numbers(1, 1, 8), state=state)
+    assert str(caught.value) == (
+        "entry point 'step' got a state of another program\n  try: program.new_state() makes one"
+    )
+    state.snapshot()  # it is not lost
+
+
+def test_a_bfloat16_state_is_saved_and_loaded(scaling: Path, tmp_path: Path) -> None:
+    program = spikingbrain.load(scaling)
+    state, x = program.new_state(), np.full(2, 3, artifact.numpy_dtype("bfloat16"))
+    for factor in (1, 2):
+        np.testing.assert_array_equal(program.scale(x, state=state).astype(np.float32), 3 * factor)
+    state.save(tmp_path / "state")
+    other = program.new_state()
+    other.load(tmp_path / "state")
+    np.testing.assert_array_equal(program.scale(x, state=other).astype(np.float32), 12)
+
+
+def test_a_file_that_is_no_state(scaling: Path, tmp_path: Path) -> None:
+    (tmp_path / "note").write_text("buy milk")
+    with pytest.raises(errors.CallError, match="note is not a saved state\n  because: "):
+        spikingbrain.load(scaling).new_state().load(tmp_path / "note")
 
 
 def test_a_refused_call_leaves_the_state_alone(summing: Path) -> None:
@@ -461,7 +511,11 @@ def contents(header: TensorHeader) -> np.ndarray[Any, Any]:
 
 
 def write(path: Path, content: Callable[[TensorHeader], np.ndarray[Any, Any]]) -> None:
-    headers = [TensorHeader("one", (3, 5), "f32"), TensorHeader("two", (), "f32"), TensorHeader("three", (0, 4), "f32")]
+    headers = [
+        TensorHeader("one", (3, 5), "f32"),
+        TensorHeader("two", (), "f32"),
+        TensorHeader("three", (0, 4), "f32"),
+    ]
     artifact.write(path, {"entries": {}}, {"code.bin": b"code"}, headers, content, {"note.txt": b"note"})
 
 
@@ -471,7 +525,11 @@ def test_writing_and_reading(tmp_path: Path) -> None:
     assert bytes(opened.code["code.bin"]) == b"code"
     assert bytes(opened.member("note.txt")) == b"note"
     weights = opened.weights()
-    assert {name: array.shape for name, array in weights.items()} == {"one": (3, 5), "two": (), "three": (0, 4)}
+    assert {name: array.shape for name, array in weights.items()} == {
+        "one": (3, 5),
+        "two": (),
+        "three": (0, 4),
+    }
     np.testing.assert_array_equal(weights["one"].reshape(-1), np.arange(15))
     assert not weights["one"].flags.writeable
     assert all(array.ctypes.data % artifact.ALIGNMENT == 0 for array in weights.values() if array.size)
