@@ -61,7 +61,7 @@ def _rewrite(op: ir.Operation) -> None:
     visible = analyse(mask)
     if any(len(torch_ir.shape(p) or []) != 2 for p in (visible.query_positions, visible.key_positions)):
         raise NotShown("positions without a batch dimension")
-    # Dynamic sizes that torch compared without a guard are equal; only a one can stand for more by broadcasting.
+    # Two dynamic sizes that meet here are equal, or torch.export had refused; only a static one can be broadcast.
     (b, _, t, _), (key_b, _, s, _), value_sizes = sizes  # type: ignore[misc]
     of_query, of_key = torch_ir.shape(visible.query_positions), torch_ir.shape(visible.key_positions)
     if b != key_b or sizes[1] != value_sizes or of_query != [b, t] or of_key != [b, s]:

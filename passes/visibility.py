@@ -50,7 +50,10 @@ class _Position:
 
 
 def analyse(mask: ir.Value) -> Visibility:
-    """Returns the rule that ``mask`` spells out; raises NotShown with the reason otherwise."""
+    """Returns the rule that ``mask`` spells out; raises NotShown with the reason otherwise.
+
+    A position tensor of size 1 may have been broadcast: the caller compares its sizes with those of queries and keys.
+    """
     reader = _Reader()
     rank = len(torch_ir.shape(mask) or [])
     if not 2 <= rank <= 4:
@@ -61,7 +64,7 @@ def analyse(mask: ir.Value) -> Visibility:
     window = sinks = 0
     seen_causal = False
     seen_lower = _is_never_negative(reader.key)
-    for clause in clauses:
+    for clause in sorted(clauses, key=lambda c: sorted(map(str, c))):  # the same reason in every run
         if any(other < clause for other in clauses):
             continue  # holds wherever the shorter one does
         atoms = {(a.subject, a.side): a.bound for a in clause}
@@ -121,16 +124,10 @@ class _Reader:
         if op.name in ("torch.aten.bitwise_or.Tensor", "torch.aten.logical_or", "torch.aten.__or__.Tensor"):
             left, right = self.clauses(op.operands[0], frame), self.clauses(op.operands[1], frame)
             return {a | b for a in left for b in right}
-        if op.name == "torch.aten.unsqueeze":
-            axis = torch_ir.constant(op.operands[1])
-            if axis is None or frame[int(axis) % len(frame)] > 1:
-                raise NotShown("the mask is broadcast over queries or keys")
+        if op.name == "torch.aten.unsqueeze" and (axis := torch_ir.constant(op.operands[1])) is not None:
             at = int(axis) % len(frame)
             return self.clauses(op.operands[0], frame[:at] + frame[at + 1 :])
         if op.name in ("torch.aten.expand", "torch.aten.broadcast_to"):
-            source, result = torch_ir.shape(op.operands[0]) or [], torch_ir.shape(value) or []
-            if source[-2:] != result[-2:]:
-                raise NotShown("the mask is broadcast over queries or keys")
             return self.clauses(op.operands[0], frame)
         return {frozenset({atom}) for atom in self._comparison(op, frame)}
 
