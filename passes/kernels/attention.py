@@ -33,6 +33,7 @@ from spikingbrain.target import Target
 SCRATCH_BYTES = 32 << 10  # IREE allows a dispatch 32 KB of stack unless told otherwise
 ROW_LIMIT = 64  # more query rows per block gained nothing
 DECODE_KEY_BLOCK = 128
+DECODE_RUN_BYTES = 1024
 LINE_BYTES = 64
 
 MAX_POSITION = 2**31 - 1
@@ -59,6 +60,7 @@ class Schedule:
         value_rows: rows whose outputs are held in registers.
         value_vectors: vectors of each of these outputs.
         fused: whether the target multiplies and adds in one instruction.
+        decode_key_heads: key heads per workgroup of a decode kernel; 0 where it would need too much scratch.
     """
 
     lanes: int
@@ -70,6 +72,7 @@ class Schedule:
     value_rows: int
     value_vectors: int
     fused: bool
+    decode_key_heads: int
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,8 @@ def emit_attention_launch(op: Any, target: Target) -> ir.Operation:
     op is of a kind that the kernels do not handle; ``attention_portable`` then does.
     """
     problem = _problem_of(op)
-    schedule = plan(problem.group, problem.head_size, target, problem.time)
-    decode = problem.time == 1 and _decode_scratch_bytes(problem, schedule) <= SCRATCH_BYTES
+    schedule = plan(problem.heads, problem.key_heads, problem.head_size, target, problem.time)
+    decode = problem.time == 1 and schedule.decode_key_heads > 0
     inputs = [op.query, op.query_positions, op.keys, op.values, op.key_positions]
     if op.cache_keys is not None:
         inputs += [op.cache_keys, op.cache_values, op.cache_positions]
@@ -121,7 +124,7 @@ def emit_attention_launch(op: Any, target: Target) -> ir.Operation:
         with ir.InsertionPoint(operation):
             batch, time = (_size(op.query, axis) for axis in (0, 1))
             if decode:
-                grid = [_index(problem.key_heads), batch, _index(1)]
+                grid = [_index(problem.key_heads // schedule.decode_key_heads), batch, _index(1)]
             else:
                 rows = _mul(time, problem.group)
                 grid = [_ceil_div(rows, schedule.rows), _index(problem.key_heads), batch]
@@ -140,12 +143,12 @@ def emit_attention_launch(op: Any, target: Target) -> ir.Operation:
     return launch
 
 
-def plan(group: int, head_size: int, target: Target, time: int | None = None) -> Schedule:
-    """Returns the blocking for ``group`` query heads per key head and ``time`` queries (None: unknown).
+def plan(heads: int, key_heads: int, head_size: int, target: Target, time: int | None = None) -> Schedule:
+    """Returns the blocking for an op with ``time`` queries (None: unknown).
 
     Raises UnsupportedOp when the kernels cannot serve the target or the head size.
     """
-    lanes = target.vector_lanes_f32
+    lanes, group = target.vector_lanes_f32, heads // key_heads
     if lanes < 4:
         raise UnsupportedOp(
             f"no attention kernel for target {target.name!r}",
@@ -182,6 +185,7 @@ def plan(group: int, head_size: int, target: Target, time: int | None = None) ->
                 key_block=key_block,
                 value_rows=6,
                 value_vectors=value_vectors,
+                decode_key_heads=_decode_key_heads(key_heads, group, head_size, lanes, head_lanes),
                 fused=target.arch == "aarch64" or bool(target.features & {"fma", "avx512f"}),
             )
     raise UnsupportedOp(
@@ -196,10 +200,19 @@ def _scratch_bytes(head_size: int, rows: int, key_block: int) -> int:
     return 4 * (rows * (head_size + key_block + 4) + key_block) + 8 * LINE_BYTES
 
 
-def _decode_scratch_bytes(problem: _Problem, schedule: Schedule) -> int:
-    s = schedule
-    per_head = 2 * problem.head_size + DECODE_KEY_BLOCK + s.lanes * s.head_lanes + s.lanes + 1
-    return 4 * (problem.group * per_head + DECODE_KEY_BLOCK) + 7 * LINE_BYTES
+def _decode_key_heads(key_heads: int, group: int, head_size: int, lanes: int, head_lanes: int) -> int:
+    """Returns how many key heads one decode workgroup takes: enough for it to read memory in long runs.
+
+    With one head of 64 per workgroup, reading 4096 keys took 1.3 times as long as from contiguous rows.
+    """
+    per_head = 2 * head_size + DECODE_KEY_BLOCK + 3 * lanes
+    fixed = 4 * (group * lanes * head_lanes + DECODE_KEY_BLOCK) + 9 * LINE_BYTES
+    for count in range(key_heads, 0, -1):
+        run = 4 * count * head_size
+        fits = fixed + 4 * count * group * per_head <= SCRATCH_BYTES
+        if key_heads % count == 0 and fits and (run <= DECODE_RUN_BYTES or count == 1):
+            return count
+    return 0
 
 
 def _problem_of(op: Any) -> _Problem:
@@ -474,7 +487,8 @@ class _Kernel:
 
     def build(self, decode: bool) -> None:
         if decode:
-            self.key_head, self.batch, _ = self.workgroup
+            key_heads, self.batch, _ = self.workgroup
+            self.key_head = _mul(key_heads, self.schedule.decode_key_heads)
             self._decode()
         else:
             block, self.key_head, self.batch = self.workgroup
@@ -795,139 +809,158 @@ class _Kernel:
         """Returns 1 / total, and 0 for the total of a query that saw no key."""
         return arith.select(_greater(total, _f32(0.0)), arith.divf(_f32(1.0), total), _f32(0.0))
 
-    # Decode
+    # Decode. Head numbers below count from the first head of the workgroup.
 
     def _decode(self) -> None:
-        p, s = self.problem, self.schedule
-        f32, i32 = ir.F32Type.get(), _i32_type()
-        head = _mul(self.key_head, p.group)
-        steps = range(0, p.head_size, s.head_lanes)
-        queries, outputs, scores, products, sums, maxima, positions = _scratch(
+        p, s, f32 = self.problem, self.schedule, ir.F32Type.get()
+        heads = s.decode_key_heads * p.group
+        (
+            self.queries,  # scaled
+            self.outputs,
+            self.weights,  # scores of a block, then probabilities
+            self.products,
+            self.maxima,
+            self.lane_maxima,
+            self.sums,
+            self.positions,
+        ) = _scratch(
             [
-                ([p.group, p.head_size], f32),
-                ([p.group, p.head_size], f32),
-                ([p.group, DECODE_KEY_BLOCK], f32),
+                ([heads, p.head_size], f32),
+                ([heads, p.head_size], f32),
+                ([heads, DECODE_KEY_BLOCK], f32),
                 ([p.group, s.lanes, s.head_lanes], f32),
-                ([p.group, s.lanes], f32),
-                ([p.group], f32),
-                ([DECODE_KEY_BLOCK], i32),
+                ([heads, s.lanes], f32),
+                ([heads, s.lanes], f32),
+                ([heads, s.lanes], f32),
+                ([DECODE_KEY_BLOCK], _i32_type()),
             ]
         )
-        for g in range(p.group):
-            for d in steps:
-                query = _load(self.query, [self.batch, 0, _add(head, g), d], s.head_lanes)
-                _store(arith.mulf(query, _splat(self._score_scale(), s.head_lanes)), queries, [g, d])
-                _store(_splat(0.0, s.head_lanes), outputs, [g, d])
-            _put(_f32(FLOOR), maxima, [g])
-            _store(_splat(0.0, s.lanes), sums, [g, 0])
-        query_position = self._position(self.query_positions, [self.batch, 0])
+        first_head = _mul(self.key_head, p.group)
+        self.query_position = self._position(self.query_positions, [self.batch, 0])
+
+        def start(head: ir.Value) -> None:
+            scale = _splat(self._score_scale(), s.head_lanes)
+            for d in self._channels():
+                query = _load(self.query, [self.batch, 0, _add(first_head, head), d], s.head_lanes)
+                _store(arith.mulf(query, scale), self.queries, [head, d])
+                _store(_splat(0.0, s.head_lanes), self.outputs, [head, d])
+            _store(_splat(FLOOR, s.lanes), self.maxima, [head, 0])
+            _store(_splat(FLOOR, s.lanes), self.lane_maxima, [head, 0])
+            _store(_splat(0.0, s.lanes), self.sums, [head, 0])
 
         def visit(block: _Block) -> None:
             begin = _round_down(block.begin, s.lanes)
 
-            def score_tile(key: ir.Value, *largest: ir.Value) -> list[ir.Value]:
-                query = _splat(query_position, s.lanes)
-                seen = self._visible(_load(positions, [key], s.lanes), query, query)
-                self._dot_products(block, key, queries, products)
-                result = []
-                for g, old in enumerate(largest):
-                    load = functools.partial(lambda g, i: _load(products, [g, i, 0], s.head_lanes), g)
-                    score = _lane_sums(load, s.lanes, s.head_lanes)
-                    score = arith.select(seen, score, _splat(MASKED, s.lanes))
-                    _store(score, scores, [g, key])
-                    result.append(_larger(score, old))
-                return result
+            def over_tiles(body: Callable[[_Block, ir.Value, ir.Value], None]) -> None:
+                def tile(key: ir.Value) -> None:
+                    _loop(0, s.decode_key_heads, 1, functools.partial(body, block, key))
 
-            old = [_get(maxima, [g]) for g in range(p.group)]
-            largest = _loop(begin, block.end, s.lanes, score_tile, [_splat(m, s.lanes) for m in old])
-            new = [_reduced_float(_larger, m) for m in largest]
-            factors = []
-            for g in range(p.group):
-                factors.append(self._exp2(_splat(arith.subf(old[g], new[g]), s.lanes)))
-                _put(new[g], maxima, [g])
+                _loop(begin, block.end, s.lanes, tile)
 
-            def probabilities(key: ir.Value, *totals: ir.Value) -> list[ir.Value]:
-                result = []
-                for g, total in enumerate(totals):
-                    exponent = arith.subf(_load(scores, [g, key], s.lanes), _splat(new[g], s.lanes))
-                    probability = self._exp2(exponent)
-                    _store(probability, scores, [g, key])
-                    result.append(arith.addf(total, probability))
-                return result
+            over_tiles(self._score_tile)
+            _loop(0, heads, 1, functools.partial(self._weigh_block, begin, block.end))
+            over_tiles(self._accumulate_tile)
 
-            totals = [arith.mulf(_load(sums, [g, 0], s.lanes), factors[g]) for g in range(p.group)]
-            totals = _loop(begin, block.end, s.lanes, probabilities, totals)
-            for g, total in enumerate(totals):
-                _store(total, sums, [g, 0])
-            scalars = [vector.extract(f, [], [0]) for f in factors]
-            self._accumulate_one(block, scores, scalars, outputs)
-
-        self._visible_blocks(DECODE_KEY_BLOCK, positions, query_position, query_position, visit)
-        for g in range(p.group):
-            total = _reduced_float(arith.addf, _load(sums, [g, 0], s.lanes))
+        def finish(head: ir.Value) -> None:
+            total = _reduced_float(arith.addf, _load(self.sums, [head, 0], s.lanes))
             factor = _splat(self._inverse(total), s.head_lanes)
-            for d in steps:
-                value = arith.mulf(_load(outputs, [g, d], s.head_lanes), factor)
-                _store(value, self.out, [self.batch, 0, _add(head, g), d])
+            for d in self._channels():
+                value = arith.mulf(_load(self.outputs, [head, d], s.head_lanes), factor)
+                _store(value, self.out, [self.batch, 0, _add(first_head, head), d])
 
-    def _dot_products(self, block: _Block, key: ir.Value, queries: ir.Value, products: ir.Value) -> None:
-        """Multiplies ``lanes`` keys with each query of the group; the lanes remain to be summed.
+        _loop(0, heads, 1, start)
+        self._visible_blocks(
+            DECODE_KEY_BLOCK, self.positions, self.query_position, self.query_position, visit
+        )
+        _loop(0, heads, 1, finish)
 
-        A loop with its results in scratch: unrolled over the keys, LLVM's schedule spills most registers.
-        """
+    def _channels(self) -> range:
+        return range(0, self.problem.head_size, self.schedule.head_lanes)
+
+    def _score_tile(self, block: _Block, key: ir.Value, key_head: ir.Value) -> None:
+        """Stores the scores of ``lanes`` keys for the query heads of one key head."""
         p, s = self.problem, self.schedule
-        steps = range(0, p.head_size, s.head_lanes)
-        query = [[_load(queries, [g, d], s.head_lanes) for d in steps] for g in range(p.group)]
+        first_head = _mul(key_head, p.group)
+        head_of_keys = _add(self.key_head, key_head)
+        query = [
+            [_load(self.queries, [_add(first_head, g), d], s.head_lanes) for d in self._channels()]
+            for g in range(p.group)
+        ]
 
+        # A loop with its results in scratch: unrolled over the keys, LLVM's schedule spills most registers.
         def one_key(i: ir.Value) -> None:
             place = _min(_add(_add(block.start, key), i), block.last_key)
-            row = [_load(block.keys, [self.batch, place, self.key_head, d], s.head_lanes) for d in steps]
+            at = [self.batch, place, head_of_keys]
+            row = [_load(block.keys, [*at, d], s.head_lanes) for d in self._channels()]
             for g in range(p.group):
                 total = arith.mulf(query[g][0], row[0])
                 for q, k in zip(query[g][1:], row[1:], strict=True):
                     total = self._fma(q, k, total)
-                _store(total, products, [g, i, 0])
+                _store(total, self.products, [g, i, 0])
 
         _loop(0, s.lanes, 1, one_key)
+        position = _splat(self.query_position, s.lanes)
+        seen = self._visible(_load(self.positions, [key], s.lanes), position, position)
+        for g in range(p.group):
+            head = _add(first_head, g)
+            load = functools.partial(lambda g, i: _load(self.products, [g, i, 0], s.head_lanes), g)
+            score = _lane_sums(load, s.lanes, s.head_lanes)
+            score = arith.select(seen, score, _splat(MASKED, s.lanes))
+            _store(score, self.weights, [head, key])
+            largest = _larger(score, _load(self.lane_maxima, [head, 0], s.lanes))
+            _store(largest, self.lane_maxima, [head, 0])
 
-    def _accumulate_one(
-        self, block: _Block, scores: ir.Value, factors: Sequence[ir.Value], outputs: ir.Value
-    ) -> None:
-        """Scales the outputs of the group's heads by ``factors`` and adds probabilities times values."""
+    def _weigh_block(self, begin: ir.Value, end: ir.Value, head: ir.Value) -> None:
+        """Turns one head's scores into probabilities and scales its sum and output to the new maximum."""
+        s = self.schedule
+        old = _load(self.maxima, [head, 0], s.lanes)
+        largest = _load(self.lane_maxima, [head, 0], s.lanes)
+        new = _splat(_reduced_float(_larger, largest), s.lanes)
+        factor = self._exp2(arith.subf(old, new))
+        _store(new, self.maxima, [head, 0])
+
+        def probabilities(key: ir.Value, total: ir.Value) -> list[ir.Value]:
+            probability = self._exp2(arith.subf(_load(self.weights, [head, key], s.lanes), new))
+            _store(probability, self.weights, [head, key])
+            return [arith.addf(total, probability)]
+
+        total = arith.mulf(_load(self.sums, [head, 0], s.lanes), factor)
+        (total,) = _loop(begin, end, s.lanes, probabilities, [total])
+        _store(total, self.sums, [head, 0])
+        factor = _splat(vector.extract(factor, [], [0]), s.head_lanes)
+        for d in self._channels():
+            output = arith.mulf(_load(self.outputs, [head, d], s.head_lanes), factor)
+            _store(output, self.outputs, [head, d])
+
+    def _accumulate_tile(self, block: _Block, key: ir.Value, key_head: ir.Value) -> None:
+        """Adds probabilities times values of ``lanes`` keys to the outputs of one key head's query heads."""
         p, s = self.problem, self.schedule
-        vectors = p.head_size // s.head_lanes
-        group_tile = max(1, min(p.group, 16 // vectors))
+        first_head = _mul(key_head, p.group)
+        head_of_keys = _add(self.key_head, key_head)
+        channels = list(self._channels())
+        group_tile = max(1, min(p.group, 16 // len(channels)))
         # A few independent sums per output hide the latency of the additions.
-        keys_at_once = next(n for n in (4, 2, 1) if n * group_tile * vectors <= 16 or n == 1)
-        at = [v * s.head_lanes for v in range(vectors)]
+        keys_at_once = next(n for n in (4, 2, 1) if n * group_tile * len(channels) <= 16 or n == 1)
+        end = _min(_add(key, s.lanes), _round_up(block.end, keys_at_once))
         for first in range(0, p.group, group_tile):
-            heads = range(first, min(first + group_tile, p.group))
-            sums = []
-            for u in range(keys_at_once):
-                for g in heads:
-                    factor = _splat(factors[g], s.head_lanes)
-                    for d in at:
-                        old = arith.mulf(_load(outputs, [g, d], s.head_lanes), factor)
-                        sums.append(_splat(0.0, s.head_lanes) if u else old)
+            heads = [_add(first_head, g) for g in range(first, min(first + group_tile, p.group))]
+            outputs = [_load(self.outputs, [head, d], s.head_lanes) for head in heads for d in channels]
+            extra = [_splat(0.0, s.head_lanes)] * (len(outputs) * (keys_at_once - 1))
 
-            def products(key: ir.Value, *sums: ir.Value, heads: range = heads) -> list[ir.Value]:
-                sums, result = iter(sums), []
+            def products(at: ir.Value, *sums: ir.Value, heads: Sequence[ir.Value] = heads) -> list[ir.Value]:
+                remaining, result = iter(sums), []
                 for u in range(keys_at_once):
-                    # Probabilities beyond the count are 0 up to a whole vector of keys.
-                    place = _min(_add(_add(block.start, key), u), block.last_key)
-                    loaded = [
-                        _load(block.values, [self.batch, place, self.key_head, d], s.head_lanes) for d in at
+                    # Probabilities beyond the block's end are 0 up to a whole vector of keys.
+                    place = _min(_add(_add(block.start, at), u), block.last_key)
+                    row = [
+                        _load(block.values, [self.batch, place, head_of_keys, d], s.head_lanes)
+                        for d in channels
                     ]
-                    for g in heads:
-                        probability = _splat(_get(scores, [g, _add(key, u)]), s.head_lanes)
-                        result += [self._fma(probability, x, next(sums)) for x in loaded]
+                    for head in heads:
+                        probability = _splat(_get(self.weights, [head, _add(at, u)]), s.head_lanes)
+                        result += [self._fma(probability, x, next(remaining)) for x in row]
                 return result
 
-            begin = _round_down(block.begin, keys_at_once)
-            sums = _loop(begin, block.end, keys_at_once, products, sums)
-            width = len(heads) * len(at)
-            for i in range(width):
-                total = sums[i]
-                for u in range(1, keys_at_once):
-                    total = arith.addf(total, sums[u * width + i])
-                _store(total, outputs, [heads[i // len(at)], at[i % len(at)]])
+            sums = _loop(key, end, keys_at_once, products, [*outputs, *extra])
+            for i, (head, d) in enumerate((head, d) for head in heads for d in channels):
+                _store(_folded(arith.addf, sums[i :: len(outputs)]), self.outputs, [head, d])

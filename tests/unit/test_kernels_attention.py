@@ -276,7 +276,7 @@ def test_names_do_not_depend_on_the_order() -> None:
 def test_scratch_stays_below_the_stack_limit() -> None:
     for target in TARGETS.values():
         for size in (4, 20, 64, 96, 128, 192, 256):
-            plan = attention.plan(4, size, target)
+            plan = attention.plan(8, 2, size, target)
             assert plan.rows % (plan.row_vectors * plan.lanes) == 0
             assert plan.key_block % plan.key_tile == 0
             assert size % (plan.head_lanes * plan.value_vectors) == 0
