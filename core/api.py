@@ -48,9 +48,12 @@ def export(
 
     Raises CompileError and its kinds (with the user's line), OptionError, TargetError.
     """
-    from spikingbrain.build import compile_code, write_artifact
-    from spikingbrain.frontend.capture import capture
-    from spikingbrain.frontend.weights import as_numpy
+    try:
+        from spikingbrain.build import compile_code, write_artifact
+        from spikingbrain.frontend.capture import capture
+        from spikingbrain.frontend.weights import as_numpy
+    except ModuleNotFoundError as error:
+        raise errors.needs_compiler(error) from error
 
     _, status = resolve_target(target)
     captured = capture(model, entries, state, progress)

@@ -85,3 +85,10 @@ class WrongTarget(ArtifactError):
 
 class CallError(SpikingBrainError, ValueError):
     """Raised when a compiled program is called with arguments that do not fit its entry point."""
+
+
+def needs_compiler(error: ModuleNotFoundError) -> MissingDependency:
+    """Returns the error to raise where the slim installation was asked to compile."""
+    return MissingDependency(
+        f"compiling needs {error.name}, which is not installed", hint="pip install 'spikingbrain[compile]'"
+    )

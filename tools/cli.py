@@ -7,7 +7,7 @@ import importlib
 import logging
 import sys
 
-from spikingbrain.errors import SpikingBrainError
+from spikingbrain.errors import SpikingBrainError, needs_compiler
 
 # subcommand -> (module with add_arguments and run, help)
 COMMANDS = {
@@ -18,12 +18,18 @@ COMMANDS = {
     "cache": ("spikingbrain.tools.cache", "show or clear the compile cache"),
 }
 
+COMPILER_PACKAGES = ("torch", "torch_mlir", "ml_dtypes", "gguf", "networkx")
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a subcommand; returns the exit code: 0 fine, 1 refused with a message, 2 wrong usage."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="spikingbrain", description="Compiler for brain-inspired language models.")
-    parser.add_argument("--log", default="warning", choices=["debug", "info", "warning"], help="what to log to standard error")
+    parser = argparse.ArgumentParser(
+        prog="spikingbrain", description="Compiler for brain-inspired language models."
+    )
+    parser.add_argument(
+        "--log", default="warning", choices=["debug", "info", "warning"], help="what to log to standard error"
+    )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, text) in COMMANDS.items():
         sub = subparsers.add_parser(name, help=text, description=text)
@@ -36,6 +42,11 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except SpikingBrainError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in COMPILER_PACKAGES:
+            raise
+        print(f"error: {needs_compiler(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -1,0 +1,126 @@
+"""An artifact runs where there is no torch: in an environment that holds the slim installation only."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+
+import spikingbrain
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.slow, pytest.mark.gate]  # it installs packages
+
+THERE = """
+import importlib.util, sys
+import numpy as np
+import spikingbrain
+
+for name in ("torch", "torch_mlir", "iree.compiler", "networkx"):
+    try:
+        found = importlib.util.find_spec(name)
+    except ModuleNotFoundError:
+        found = None
+    assert found is None, f"{name} is installed"
+
+path, inputs, results, saved = sys.argv[1:]
+program = spikingbrain.load(path, verify=True)
+given = np.load(inputs)
+state = program.new_state(batch=2)
+outputs = [program.step(given[name], state=state) for name in sorted(given)]
+state.save(saved)
+np.savez(results, *outputs, **{"state_" + k: v for k, v in state.snapshot().items()})
+
+try:
+    spikingbrain.export(None, {}, "never")
+except ImportError as error:
+    print(error)
+"""
+
+
+class Running(nn.Module):
+    """Returns each projected token less the mean of all tokens up to the end of this call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 40), nn.Linear(40, 8)
+
+    def forward(
+        self, x: torch.Tensor, state: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        y = self.down(torch.relu(self.up(x)))
+        total, count = state["total"] + y.sum(1), state["count"] + x.shape[1]
+        return y - (total / count[:, None])[:, None], {"total": total, "count": count}
+
+
+def run(*command: str | Path, **options: Any) -> str:
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def slim_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of an environment with ``spikingbrain[iree]`` from a wheel."""
+    folder = tmp_path_factory.mktemp("slim")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    run(*pip, "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--wheel-dir", folder, ROOT)
+    wheel = next(folder.glob("spikingbrain-*.whl"))
+    venv.EnvBuilder(with_pip=False, symlinks=True).create(folder / "environment")
+    python = folder / "environment" / "bin" / "python"
+    run(*pip, "--python", python, "install", "--quiet", f"{wheel}[iree]")
+    return python
+
+
+def test_an_artifact_runs_without_torch(slim_python: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Running().eval()
+    batch, length = Dim("B", min=1, max=8), Dim("T", min=1, max=64)
+    state = {"total": torch.zeros(2, 8), "count": torch.zeros(2, dtype=torch.int64)}
+    entry = spikingbrain.Entry(
+        (torch.randn(2, 5, 8), state), dynamic_shapes={"x": {0: batch, 1: length}, "state": {0: batch}}
+    )
+    path = tmp_path / "running.sbrain"
+    spikingbrain.export(model, {"step": entry}, path, state="state")
+
+    inputs = {f"x{i}": torch.randn(2, length, 8).numpy() for i, length in enumerate((9, 1, 30))}
+    np.savez(tmp_path / "inputs.npz", **inputs)
+    environment = {**os.environ, "SPIKINGBRAIN_CACHE": str(tmp_path / "cache")}
+    files = [path, tmp_path / "inputs.npz", tmp_path / "results.npz", tmp_path / "saved.safetensors"]
+    output = run(slim_python, "-I", "-c", THERE, *files, env=environment, cwd=tmp_path)
+
+    results = np.load(tmp_path / "results.npz")
+    here = spikingbrain.load(path)
+    own = here.new_state(batch=2)
+    for i, x in enumerate(inputs.values()):
+        with torch.no_grad():
+            expected, state = model(torch.from_numpy(x), state)
+        np.testing.assert_allclose(results[f"arr_{i}"], expected.numpy(), atol=1e-5)
+        np.testing.assert_array_equal(
+            results[f"arr_{i}"], here.step(x, state=own)
+        )  # the same code, the same bits
+    np.testing.assert_allclose(results["state_total"], state["total"].numpy(), atol=1e-4)
+    np.testing.assert_array_equal(results["state_count"], [40, 40])
+    own.load(files[-1])
+    np.testing.assert_array_equal(own.snapshot()["total"], results["state_total"])
+    assert "pip install 'spikingbrain[compile]'" in output
+
+
+def test_the_command_works_without_torch(slim_python: Path) -> None:
+    command = slim_python.with_name("spikingbrain")
+    listing = run(command, "targets")
+    assert "pip install 'spikingbrain[compile]'" in listing
+    assert "cpu" in listing
+    refused = subprocess.run([command, "opt", "--list"], capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("error: ")
+    assert "pip install 'spikingbrain[compile]'" in refused.stderr
