@@ -8,19 +8,19 @@ from spikingbrain.backend_iree import SCOPE
 from spikingbrain.passes import parameters, torch_ir
 
 
-def emit_globals(module: ir.Module) -> list[parameters.StoredTensor]:
-    """Replaces every ``spikingbrain.parameter`` by a load of a named external global; returns what is stored.
+def emit_globals(module: ir.Module) -> None:
+    """Replaces every ``spikingbrain.parameter`` by a load of a named external global.
 
     The globals are immutable and external, so that the runtime maps them and never copies.
     """
-    table: dict[str, tuple[str, parameters.StoredTensor]] = {}
+    symbols: dict[str, str] = {}
     for op in torch_ir.operations(module, "spikingbrain.parameter"):
         stored = parameters.stored(op)
         type_ = op.results[0].type
         with op.location:
-            if stored.key not in table:
-                symbol = f"weight_{len(table)}"
-                table[stored.key] = symbol, stored
+            symbol = symbols.get(stored.key)
+            if symbol is None:
+                symbol = symbols[stored.key] = f"weight_{len(symbols)}"
                 with ir.InsertionPoint.at_block_begin(module.body):
                     ir.Operation.create(
                         "util.global",
@@ -37,11 +37,10 @@ def emit_globals(module: ir.Module) -> list[parameters.StoredTensor]:
                 load = ir.Operation.create(
                     "util.global.load",
                     [type_],
-                    attributes={"global": ir.FlatSymbolRefAttr.get(table[stored.key][0])},
+                    attributes={"global": ir.FlatSymbolRefAttr.get(symbol)},
                 )
         op.results[0].replace_all_uses_with(load.result)
         op.erase()
-    return [stored for _, stored in table.values()]
 
 
 def protect_arguments(module: ir.Module) -> None:

@@ -23,7 +23,7 @@ from torch_mlir.dialects import affine, arith, cf, gpu, memref, scf
 from torch_mlir.passmanager import PassManager
 
 from spikingbrain.errors import PassFailed, SourceLine, UnsupportedOp
-from spikingbrain.passes import dialect
+from spikingbrain.passes import dialect, parameters
 
 WAVE = 64
 BLOCK = 256  # four waves; 1024 is the machine's limit, smaller blocks leave it room to overlap them
@@ -45,13 +45,14 @@ BUFFERIZE = (
     "canonicalize",
     "cse",
 )
+FOLD_VIEWS = ("func.func(fold-memref-alias-ops)", "canonicalize")
 OUTLINE = (
-    "func.func(fold-memref-alias-ops)",
     "canonicalize",
     "cse",
     "func.func(gpu-launch-sink-index-computations)",
     "gpu-kernel-outlining",
     "lower-affine",
+    "gpu.module(gpu.func(arith-expand))",
     "gpu.module(gpu.func(arith-emulate-unsupported-floats{source-types=bf16,f16 target-type=f32}))",
     "gpu.module(gpu.func(math-expand-ops{ops=fpowi}))",
     "gpu.module(gpu.func(math-extend-to-supported-types{target-type=f32}))",
@@ -126,12 +127,26 @@ def run_passes(module: ir.Module, passes: Sequence[str]) -> None:
             raise PassFailed(f"pass '{name}' failed", where=where, why=str(error)) from error
 
 
-def parameter_key(op: ir.Operation) -> str:
-    """Returns the key under which the value of a ``spikingbrain.parameter`` is stored."""
-    if "key" in op.attributes:
-        return str(op.attributes["key"].value)
-    sources, recipe = ([a.value for a in op.attributes[name]] for name in ("sources", "recipe"))
-    return "+".join(sources) + "|" + "|".join(recipe)
+def _resolve_metadata(module: ir.Module) -> None:
+    """Replaces what folded views ask of a contiguous buffer (its sizes and strides) by ``memref.dim`` and products."""
+    for op in list(nested(module.operation)):
+        if op.name != "memref.extract_strided_metadata":
+            continue
+        buffer, rank = op.operands[0], ir.MemRefType(op.operands[0].type).rank
+        if ir.MemRefType(buffer.type).affine_map != ir.AffineMap.get_identity(rank):
+            continue  # the verifier will name it
+        with ir.InsertionPoint(op), op.location:
+            index = ir.IndexType.get()
+            axes = [arith.ConstantOp(index, axis).result for axis in range(rank)]
+            sizes = [memref.DimOp(buffer, axis).result for axis in axes]
+            strides = [arith.ConstantOp(index, 1).result]
+            for size in reversed(sizes[1:]):
+                strides.insert(0, arith.MulIOp(strides[0], size).result)
+            offset = arith.ConstantOp(index, 0).result
+        for old, new in zip(list(op.results)[1:], [offset, *sizes, *strides[:rank]], strict=True):
+            old.replace_all_uses_with(new)
+        if not list(op.results[0].uses):
+            op.erase()
 
 
 def bufferize(text: str) -> str:
@@ -169,6 +184,8 @@ def build_kernels(text: str) -> str:
                     _build_copy(op, names)
                 elif op.name == "linalg.generic":
                     _build_generic(op, names)
+        run_passes(module, FOLD_VIEWS)
+        _resolve_metadata(module)
         run_passes(module, OUTLINE)
         return str(module.operation.get_asm(enable_debug_info=True))
 
@@ -194,7 +211,7 @@ def _take_arguments(function: ir.Operation) -> None:
     weights: dict[str, ir.Value] = {}
     for op in [v.operation for v in entry.operations]:
         if op.name == "spikingbrain.parameter":
-            key, kind = parameter_key(op), "spikingbrain.weight"
+            key, kind = parameters.stored(op).key, "spikingbrain.weight"
             note: ir.Attribute = ir.StringAttr.get(key)
         elif op.name == "arith.constant" and isinstance(op.results[0].type, ir.RankedTensorType):
             key, kind, note = str(op), "spikingbrain.constant", op.attributes["value"]

@@ -90,7 +90,7 @@ def write_artifact(
     """Writes the artifact; ``source`` returns a tensor of the model by name as a numpy array."""
     from spikingbrain.passes import recipes
 
-    table = {w["key"]: w for w in code.report.get("weights", [])}
+    table = code.report["weights"]
     headers = [artifact.TensorHeader(k, tuple(w["shape"]), w["element"]) for k, w in table.items()]
 
     def content(header: artifact.TensorHeader) -> Array:

@@ -9,6 +9,7 @@ Progress goes to standard output, one line per step.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -36,7 +37,7 @@ def compile_module(text: str, job: dict[str, Any], workdir: Path) -> tuple[dict[
     from torch_mlir import ir
 
     from spikingbrain.backend import StageContext, resolve_target
-    from spikingbrain.passes import pipeline
+    from spikingbrain.passes import parameters, pipeline
     from spikingbrain.passes.base import Pass, PassContext
     from spikingbrain.passes.context import new_context
 
@@ -58,6 +59,7 @@ def compile_module(text: str, job: dict[str, Any], workdir: Path) -> tuple[dict[
         pipeline.clean(module)
         pipeline.check_lowered(module)
         timings.append(("clean", time.perf_counter() - start))
+        stored = {s.key: dataclasses.asdict(s) for s in parameters.all_stored(module)}
         value: Any = module.operation.get_asm(enable_debug_info=True)
     options = backend.options(**job["options"])
     stage_context = StageContext(status.target, options, workdir)
@@ -71,6 +73,7 @@ def compile_module(text: str, job: dict[str, Any], workdir: Path) -> tuple[dict[
     report = {
         "timings": timings,
         "records": [r.to_dict() for r in context.records],
+        "weights": stored,
         **stage_context.report,
     }
     return value, report

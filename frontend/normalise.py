@@ -5,6 +5,8 @@ Each rewrite names the upstream defect it avoids and can go when the minimal cas
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import fx
 
@@ -65,10 +67,28 @@ def drop_shape_checks(graph: fx.Graph) -> int:
     return len(doomed)
 
 
+def keep_user_frames(graph: fx.Graph) -> None:
+    """Removes this package's own capture frames from the source locations of nodes."""
+    own = f'File "{Path(__file__).parent}'
+    for node in graph.nodes:
+        trace = node.meta.get("stack_trace")
+        if not trace or own not in trace:
+            continue
+        lines = trace.splitlines()
+        kept, skipping = [], False
+        for line in lines:
+            if line.lstrip().startswith("File "):
+                skipping = own in line
+            if not skipping:
+                kept.append(line)
+        node.meta["stack_trace"] = "\n".join(kept) + "\n"
+
+
 def normalise(graph: fx.Graph) -> None:
     """Applies every rewrite in place."""
     make_scatter_dims_positive(graph)
     drop_identities(graph)
     drop_shape_checks(graph)
+    keep_user_frames(graph)
     graph.eliminate_dead_code()
     graph.lint()

@@ -59,20 +59,24 @@ class Pass(Protocol):
 
 
 def source_line(location: ir.Location) -> SourceLine | None:
-    """Returns the innermost Python line a location names, or None; code that torch generated does not count."""
+    """Returns the innermost Python line a location names that is the user's rather than torch's, or None."""
+    lines = _lines(location)
+    own = [line for line in lines if "/torch/" not in line.file.replace("\\", "/")]
+    return next(iter(own or lines), None)
+
+
+def _lines(location: ir.Location) -> list[SourceLine]:
+    """Returns every line of a location, innermost first."""
     loc: Any = location
     if isinstance(loc, ir.FileLineColLoc):
-        file = str(loc.filename).strip('"')
-        return None if file.startswith("<") else SourceLine(file, loc.start_line)
+        return [SourceLine(str(loc.filename).strip('"'), loc.start_line)]
     if isinstance(loc, ir.CallSiteLoc):
-        return source_line(loc.callee) or source_line(loc.caller)
+        return _lines(loc.callee) + _lines(loc.caller)
     if isinstance(loc, ir.NameLoc):
-        return source_line(loc.child_loc)
+        return _lines(loc.child_loc)
     if isinstance(loc, ir.FusedLoc):
-        for inner in loc.locations:
-            if line := source_line(inner):
-                return line
-    return None
+        return [line for inner in loc.locations for line in _lines(inner)]
+    return []
 
 
 def parse_pass(text: str, known: dict[str, type[Any]]) -> Pass:
@@ -93,7 +97,12 @@ def parse_pass(text: str, known: dict[str, type[Any]]) -> Pass:
             listed = ", ".join(fields) or "none"
             raise OptionError(f"pass {name!r} has no option {key!r}", hint=f"its options: {listed}")
         kind = fields[key].type
-        options[key] = value.lower() in ("1", "true", "on") if kind in (bool, "bool") else (
-            int(value) if kind in (int, "int") else value
-        )
+        if kind in (bool, "bool"):
+            options[key] = value.lower() in ("1", "true", "on")
+        elif kind in (int, "int"):
+            if not value.lstrip("-").isdigit():
+                raise OptionError(f"option {key!r} of pass {name!r} is an integer, not {value!r}")
+            options[key] = int(value)
+        else:
+            options[key] = value
     return cls(**options)  # type: ignore[no-any-return]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch_mlir import ir
 
-from spikingbrain.passes import recipes
+from spikingbrain.passes import recipes, torch_ir
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,12 @@ def stored(op: ir.Operation) -> StoredTensor:
     texts = {name: tuple(a.value for a in op.attributes[name]) for name in ("sources", "recipe")}
     type_ = ir.RankedTensorType(op.results[0].type)
     return StoredTensor(texts["sources"], texts["recipe"], tuple(type_.shape), str(type_.element_type))
+
+
+def all_stored(module: ir.Module) -> list[StoredTensor]:
+    """Returns every stored tensor of a module once, in order of first use."""
+    found = {s.key: s for s in map(stored, torch_ir.operations(module, "spikingbrain.parameter"))}
+    return list(found.values())
 
 
 def parameter(value: ir.Value) -> ir.Operation | None:
