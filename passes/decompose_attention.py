@@ -55,7 +55,8 @@ def _math_form(op: ir.Operation) -> ir.Value:
         mask = _create("torch.aten.tril", ones.type, ones, _int(0))
     if not torch_ir.is_none(mask):
         if torch_ir.element_type(mask) == "i1":
-            lowest = _create("torch.aten.scalar_tensor", _vtensor([], element), _float(-math.inf), _none(), _none(), _none(), _none())
+            defaults = [_none() for _ in range(4)]
+            lowest = _create("torch.aten.scalar_tensor", _vtensor([], element), _float(-math.inf), *defaults)
             scores = _create("torch.aten.where.self", scores.type, mask, scores, lowest)
         else:
             scores = _create("torch.aten.add.Tensor", scores.type, scores, mask, _int(1))

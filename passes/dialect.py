@@ -7,6 +7,7 @@ Layouts are fixed: activations are ``[B, T, H, D]`` (batch, time, heads, head si
 values are contiguous. Shapes are ranked; batch and time may be dynamic.
 """
 
+import contextlib
 import threading
 from typing import Any
 
@@ -79,7 +80,7 @@ class Linear(SpikingBrain.Operation, name="linear", traits=[ext.Pure]):
         if len(w) not in (2, 3):
             return _fail(op.operation, f"weight must be [N, K] or [N/block, K, block], got rank {len(w)}")
         stored = w[0] if len(w) == 2 else w[0] * w[2]
-        if len(w) == 2 and stored != n or not n <= stored:
+        if (len(w) == 2 and stored != n) or n > stored:
             return _fail(op.operation, f"weight stores {stored} columns, columns = {n}")
         if not _fits(x[-1], w[1]):
             return _fail(op.operation, f"input has {x[-1]} channels, weight has {w[1]}")
@@ -270,20 +271,32 @@ CONTROL_OPS = {
 }
 
 
+class WrongOp(ValueError):
+    """Raised for a control op that is not valid."""
+
+    def __init__(self, op: ir.Operation, reason: str):
+        location = op.location
+        self.message = f"'{op.name}' op {reason}"
+        self.line = location.start_line if isinstance(location, ir.FileLineColLoc) else 0
+        super().__init__(f"{location}: {self.message}")
+
+
 def verify(module: ir.Module) -> None:
-    """Verifies a module, the control ops included; raises ``ir.MLIRError`` with the first op that is wrong."""
+    """Verifies a module, the control ops included.
+
+    Raises ``ir.MLIRError`` for ops that a dialect knows, WrongOp for the first control op that is wrong.
+    """
     module.operation.verify()
-    wrong: list[str] = []
+    wrong: list[WrongOp] = []
 
     def check(op: ir.Operation) -> ir.WalkResult:
-        message = CONTROL_OPS[op.name](op) if op.name in CONTROL_OPS else ""
-        if message:
-            wrong.append(f"{op.location}: '{op.name}' op {message}")
+        if op.name in CONTROL_OPS and (reason := CONTROL_OPS[op.name](op.operation)):
+            wrong.append(WrongOp(op.operation, reason))
         return ir.WalkResult.INTERRUPT if wrong else ir.WalkResult.ADVANCE
 
     module.operation.walk(check)
     if wrong:
-        raise ValueError(wrong[0])
+        raise wrong[0]
 
 
 def load(context: ir.Context | None = None) -> ir.Context:
@@ -291,9 +304,6 @@ def load(context: ir.Context | None = None) -> ir.Context:
     if context is None:
         context = ir.Context()
     context.allow_unregistered_dialects = True  # the IREE ops and types that backends print
-    with _load_lock, context, ir.Location.unknown():
-        try:
-            SpikingBrain.load()
-        except ext.DialectAlreadyLoadedError:
-            pass
+    with _load_lock, context, ir.Location.unknown(), contextlib.suppress(ext.DialectAlreadyLoadedError):
+        SpikingBrain.load()
     return context

@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch_mlir import ir
 from torch_mlir.dialects import tensor
 
+from spikingbrain.passes import linalg_build as build
 from spikingbrain.passes import parameters, torch_ir
 from spikingbrain.passes.base import PassContext
 
@@ -17,19 +18,18 @@ from spikingbrain.passes.base import PassContext
 class FuseSharedInput:
     """Joins ``spikingbrain.linear`` ops that read one value (query, key and value; gate and up).
 
-    In and out: our dialect on builtin tensors. The weights must be whole model tensors; each result becomes a slice of the joint one.
-    Not handled: weights that are also read elsewhere in another form, and results the users of which precede the last projection.
+    In and out: our dialect on builtin tensors. The weights must be whole model tensors; each result becomes a slice of
+    the joint one. Projections in different blocks stay apart. Not handled: a weight that other ops read too, in its
+    own form, is then stored twice.
     """
 
     name: ClassVar[str] = "fuse-shared-input"
 
     def run(self, module: ir.Module, context: PassContext) -> None:
         groups: dict[tuple[int, int], list[ir.Operation]] = defaultdict(list)
-        order: dict[int, int] = {}
-        for position, op in enumerate(torch_ir.walk(module)):
+        for op in torch_ir.walk(module):
             if op.name == "spikingbrain.linear" and _is_plain(op):
                 groups[hash(op.operands[0]), hash(op.block)].append(op)
-                order[hash(op)] = position
         for group in groups.values():
             if len(group) < 2:
                 continue
@@ -58,15 +58,11 @@ def _fuse(group: list[ir.Operation]) -> None:
         weight_type = ir.RankedTensorType.get([sum(columns), x_type.shape[-1]], x_type.element_type)
         weight = parameters.create(sources, ["concat axis=0"], weight_type)
         joint_type = ir.RankedTensorType.get([*leading, sum(columns)], x_type.element_type)
-        i64, index = ir.IntegerType.get_signless(64), ir.IndexType.get()
+        i64 = ir.IntegerType.get_signless(64)
         joint = ir.Operation.create(
             "spikingbrain.linear", [joint_type], [x, weight], {"columns": ir.IntegerAttr.get(i64, sum(columns))}
         ).result
-        sizes = [
-            tensor.DimOp(x, ir.Operation.create("arith.constant", [index], attributes={"value": ir.IntegerAttr.get(index, d)}).result).result
-            for d, n in enumerate(leading)
-            if n == dynamic
-        ]
+        sizes = [build.size(x, d) for d, n in enumerate(leading) if n == dynamic]
         start = 0
         for op, n in zip(group, columns, strict=True):
             piece = tensor.ExtractSliceOp(

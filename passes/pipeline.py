@@ -61,8 +61,8 @@ def run(
 ) -> None:
     """Runs passes over ``module`` in place.
 
-    ``observe`` is called after each pass with the pass, the module and the seconds it took. Raises the error of the pass, or PassFailed
-    naming the pass when it leaves invalid IR.
+    ``observe`` is called after each pass with the pass, the module and the seconds it took. Raises the error of the
+    pass, or PassFailed naming the pass when it leaves invalid IR.
     """
     with module.context, ir.Location.unknown():
         for pass_ in passes:

@@ -18,17 +18,20 @@ _SPLIT = "// -----"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    def flag(name: str, text: str) -> None:
+        parser.add_argument(name, action="store_true", help=text)
+
     parser.add_argument("file", nargs="?", default="-", help="IR to read, - for standard input")
-    parser.add_argument("-p", "--passes", default="", help="passes separated by commas, e.g. 'raise-linear,lower-torch'; 'all' for the default pipeline")
+    parser.add_argument("-p", "--passes", default="", help="passes separated by commas, or 'all' for the pipeline")
     parser.add_argument("--target", default="cpu", help="target whose description the passes get")
-    parser.add_argument("--split-input-file", action="store_true", help=f"treat parts between '{_SPLIT}' lines as files of their own")
-    parser.add_argument("--verify-diagnostics", action="store_true", help="expect the errors and remarks written as // expected-error {{text}}")
-    parser.add_argument("--time-passes", action="store_true", help="print the seconds each pass took to standard error")
+    flag("--split-input-file", f"treat parts between '{_SPLIT}' lines as files of their own")
+    flag("--verify-diagnostics", "expect what // expected-error {{text}} and // expected-remark {{text}} say")
+    flag("--time-passes", "print the seconds each pass took to standard error")
     parser.add_argument("--dump-each", metavar="DIR", type=Path, help="write the IR after each pass to DIR")
-    parser.add_argument("--no-verify", action="store_true", help="do not verify the IR after each pass")
-    parser.add_argument("--clean", action="store_true", help="canonicalize and drop dead code at the end")
-    parser.add_argument("--remarks", action="store_true", help="print what passes did and refused to standard error")
-    parser.add_argument("--list", action="store_true", help="list the passes in pipeline order and stop")
+    flag("--no-verify", "do not verify the IR before and after passes")
+    flag("--clean", "canonicalize and drop dead code at the end")
+    flag("--remarks", "print what passes did and refused to standard error")
+    flag("--list", "list the passes in pipeline order and stop")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,7 +43,10 @@ def run(args: argparse.Namespace) -> int:
             for cls in classes:
                 print(f"{phase:10}{cls.name:22}{(cls.__doc__ or '').splitlines()[0]}")
         return 0
-    text = sys.stdin.read() if args.file == "-" else Path(args.file).read_text()
+    try:
+        text = sys.stdin.read() if args.file == "-" else Path(args.file).read_text()
+    except OSError as error:
+        raise OptionError(f"cannot read {args.file}: {error.strerror}") from None
     parts = re.split(rf"^{_SPLIT}$", text, flags=re.M) if args.split_input_file else [text]
     outcomes = [_run_part(part, args) for part in parts]
     if not args.verify_diagnostics:
@@ -50,11 +56,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_part(text: str, args: argparse.Namespace) -> str | None:
     """Returns the resulting IR, or None after printing an error (or a diagnostic that was not as expected)."""
+    from torch_mlir import ir
+
     from spikingbrain.backend import resolve_target
-    from spikingbrain.passes import pipeline
+    from spikingbrain.passes import dialect, pipeline
     from spikingbrain.passes.base import Pass, PassContext, parse_pass
     from spikingbrain.passes.context import new_context
-    from torch_mlir import ir
 
     if args.passes == "all":
         passes = pipeline.default_pipeline()
@@ -77,15 +84,21 @@ def _run_part(text: str, args: argparse.Namespace) -> str | None:
     with new_context(), ir.Location.unknown():
         try:
             module = ir.Module.parse(text)
+            if not args.no_verify:
+                dialect.verify(module)
             pipeline.run(passes, module, context, verify_each=not args.no_verify, observe=observe)
             if args.clean:
                 pipeline.clean(module)
             result = str(module)
+        except dialect.WrongOp as error:
+            found.append(("error", error.line, error.message))
         except ir.MLIRError as error:
             for diagnostic in error.error_diagnostics:
                 location = diagnostic.location
                 line = location.start_line if isinstance(location, ir.FileLineColLoc) else 0
                 found.append(("error", line, diagnostic.message))
+            if not error.error_diagnostics:
+                found.append(("error", 0, str(error)))
         except SpikingBrainError as error:
             line = error.where.line if error.where is not None and not isinstance(error.where, str) else 0
             found.append(("error", line, " ".join(str(error).split())))
