@@ -700,8 +700,8 @@ class _Kernel:
         p, s = self.problem, self.schedule
         begin = _round_down(block.begin, s.key_tile)
 
-        def row_group(row: ir.Value) -> None:
-            at = [_add(row, v * s.lanes) for v in range(s.row_vectors)]
+        def row_group(row: ir.Value, vectors: int) -> None:
+            at = [_add(row, v * s.lanes) for v in range(vectors)]
             old = [_load(self.maxima, [a], s.lanes) for a in at]
             queries = [_load(self.row_positions, [a], s.lanes) for a in at] if positions is not None else []
 
@@ -714,19 +714,19 @@ class _Kernel:
                     result = []
                     for i in range(s.key_tile):
                         k = _splat(_get(block.keys, [self.batch, index[i], self.key_head, d]), s.lanes)
-                        base = i * s.row_vectors
+                        base = i * vectors
                         result += [self._fma(k, c, sums[base + v]) for v, c in enumerate(columns)]
                     return result
 
-                zeros = [_splat(0.0, s.lanes)] * (s.key_tile * s.row_vectors)
+                zeros = [_splat(0.0, s.lanes)] * (s.key_tile * vectors)
                 scores = _loop(0, p.head_size, 1, products, zeros)
                 maxima = list(largest)
                 for i in range(s.key_tile):
                     position = (
                         _splat(_get(positions, [_add(key, i)]), s.lanes) if positions is not None else None
                     )
-                    for v in range(s.row_vectors):
-                        score = scores[i * s.row_vectors + v]
+                    for v in range(vectors):
+                        score = scores[i * vectors + v]
                         if position is not None:
                             seen = self._visible(position, queries[v], queries[v])
                             score = arith.select(seen, score, _splat(MASKED, s.lanes))
@@ -745,7 +745,7 @@ class _Kernel:
                     result.append(arith.addf(total, probability))
                 return result
 
-            zeros = [_splat(0.0, s.lanes)] * s.row_vectors
+            zeros = [_splat(0.0, s.lanes)] * vectors
             sums = _loop(block.begin, block.end, 1, probabilities, zeros)
             for v, a in enumerate(at):
                 factor = self._exp2(arith.subf(old[v], new[v]))
@@ -753,7 +753,15 @@ class _Kernel:
                 _store(factor, self.factors, [a])
                 _store(self._fma(_load(self.sums, [a], s.lanes), factor, sums[v]), self.sums, [a])
 
-        _loop(0, self.row_count, s.row_vectors * s.lanes, row_group)
+        def row_groups() -> None:
+            step = s.row_vectors * s.lanes
+            _loop(0, self.row_count, step, lambda row: row_group(row, s.row_vectors))
+
+        if s.row_vectors == 1:
+            row_groups()
+        else:  # few rows, of a short time or at the end of a long one
+            few = _compare("sle", self.row_count, _index(s.lanes))
+            _when(few, lambda: row_group(_index(0), 1), row_groups)
 
     def _accumulate_values(self, block: _Block) -> None:
         """Scales all outputs to the new maxima and adds the block's probabilities times its values."""
