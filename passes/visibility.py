@@ -24,6 +24,9 @@ class Atom:
     side: str  # "low" or "high"
     bound: int
 
+    def __str__(self) -> str:
+        return f"{self.subject} {'>=' if self.side == 'low' else '<='} {self.bound}"
+
 
 Clause = frozenset[Atom]
 
@@ -79,7 +82,7 @@ def analyse(mask: ir.Value) -> Visibility:
         elif atoms.keys() == {(DISTANCE, "low"), (KEY, "high")}:
             window, sinks = _once(window, 1 - atoms[DISTANCE, "low"]), max(0, atoms[KEY, "high"] + 1)
         else:
-            raise NotShown(f"the mask holds a condition of another form: {sorted(map(str, clause))}")
+            raise NotShown(f"the mask holds a condition of another form: {' or '.join(sorted(map(str, clause)))}")
     if not seen_causal:
         raise NotShown("the mask lets a token see later ones")
     if not seen_lower:

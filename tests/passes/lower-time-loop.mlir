@@ -2,7 +2,7 @@
 
 // The carried value and the stack go round; a slice of the scanned tensor is taken at each step.
 // CHECK-LABEL: func.func @forward(
-// CHECK-SAME:      %[[S0:.+]]: tensor<4xf32>, %[[XS:.+]]: tensor<?x4xf32>)
+// CHECK-SAME:      %[[S0:[a-z0-9]+]]: tensor<4xf32>, %[[XS:[a-z0-9]+]]: tensor<?x4xf32>)
 func.func @forward(%s0: tensor<4xf32>, %xs: tensor<?x4xf32>) -> (tensor<4xf32>, tensor<?x4xf32>) {
   // CHECK:         %[[T:.+]] = tensor.dim %[[XS]]
   // CHECK:         %[[EMPTY:.+]] = tensor.empty(%[[T]]) : tensor<?x4xf32>
@@ -40,7 +40,7 @@ func.func @backward(%s0: tensor<4xf32>, %xs: tensor<8x4xf32>) -> tensor<8x4xf32>
 
 // A dynamic batch: the stack has the batch of the scanned tensor.
 // CHECK-LABEL: func.func @dynamic_batch(
-// CHECK-SAME:      %[[XS:.+]]: tensor<?x?x4xf32>)
+// CHECK-SAME:      %[[XS:[a-z0-9]+]]: tensor<?x?x4xf32>)
 func.func @dynamic_batch(%s0: tensor<?x4xf32>, %xs: tensor<?x?x4xf32>) -> tensor<?x?x4xf32> {
   // CHECK:         %[[T:.+]] = tensor.dim %[[XS]], %c0
   // CHECK:         %[[B:.+]] = tensor.dim %[[XS]], %c1
