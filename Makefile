@@ -61,7 +61,7 @@ test-all: lint types
 	$(BIN)/python -m pytest --durations=20 $(PYTEST_FLAGS)
 
 bench: $(VENV)/.ready-dev
-	@for file in benchmarks/bench_*.py; do echo "==> $$file"; $(BIN)/python "$$file" || exit 1; done
+	@for file in benchmarks/*.py; do echo "==> $$file"; $(BIN)/python "$$file" || exit 1; done
 
 docs: $(VENV)/.ready-dev
 	$(BIN)/python docs/generate.py
