@@ -32,8 +32,8 @@ from spikingbrain.target import Target
 
 SCRATCH_BYTES = 32 << 10  # IREE allows a dispatch 32 KB of stack unless told otherwise
 ROW_LIMIT = 64  # more query rows per block gained nothing
-DECODE_KEY_BLOCK = 128
-DECODE_RUN_BYTES = 1024
+DECODE_KEY_BLOCK = 128  # keys per step of the online softmax in decode
+DECODE_RUN_BYTES = 1024  # of contiguous keys that a decode workgroup reads per token
 LINE_BYTES = 64
 
 MAX_POSITION = 2**31 - 1

@@ -255,6 +255,14 @@ class TestCache:
         for time in (1, 5):
             check(compiled(*case), arguments(heads, time, [0], 0), rule)
 
+    def test_no_queries_and_no_new_keys(self, compiled: Any, case: tuple[Any, ...]) -> None:
+        heads, rule, _, _ = case
+        module = compiled(*case)
+        assert module.prefill(*arguments(heads, 0, [9], 12)).to_host().shape == (1, 0, heads[0], heads[2])
+        inputs = arguments(heads, 3, [9], 12)
+        inputs[2:5] = [a[:, :0].copy() for a in inputs[2:5]]
+        check(module, inputs, rule)
+
 
 def test_equal_ops_share_a_kernel() -> None:
     text = function("a", GROUPED, (40, 2), "?", "?", ops=2) + function("b", GROUPED, (40, 2), "?", "?")
