@@ -52,7 +52,8 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
         import ml_dtypes
     except ImportError:
         return np.dtype(np.uint16)
-    return np.dtype(ml_dtypes.bfloat16)
+    found: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return found
 
 
 @dataclass(frozen=True)
@@ -181,13 +182,13 @@ def _write_safetensors(
     sink.write(struct.pack("<Q", len(text)))
     sink.write(text)
     done = 0
-    for tensor, size in padded:
-        if tensor is None:
+    for stored, size in padded:
+        if stored is None:
             sink.write(bytes(size))
         else:
-            array = np.asarray(content(tensor), order="C")  # ascontiguousarray would give a scalar an axis
-            if array.shape != tensor.shape or array.nbytes != size:
-                raise ArtifactError(f"stored tensor {tensor.key!r} came out as {array.shape}, declared {tensor.shape}")
+            array = np.asarray(content(stored), order="C")  # ascontiguousarray would give a scalar an axis
+            if array.shape != stored.shape or array.nbytes != size:
+                raise ArtifactError(f"stored tensor {stored.key!r} came out as {array.shape}, declared {stored.shape}")
             sink.write(array.reshape(-1).view(np.uint8))
         done += size
         if progress:

@@ -222,7 +222,8 @@ def _export(model: nn.Module, call: _Call) -> torch.export.ExportedProgram:
                 flat, tuple(call.tensors), dynamic_shapes=(tuple(call.dims),), strict=False
             )
             table = {op: f for op, f in get_decomposition_table().items() if op not in _KEPT}
-            return program.run_decompositions(table)
+            decomposed: torch.export.ExportedProgram = program.run_decompositions(table)
+            return decomposed
     except CompileError:
         raise
     except Exception as error:

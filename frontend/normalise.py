@@ -30,7 +30,8 @@ _IDENTITIES = {
 
 
 def _rank(node: fx.Node) -> int:
-    return node.meta["val"].dim()
+    rank: int = node.meta["val"].dim()
+    return rank
 
 
 def make_scatter_dims_positive(graph: fx.Graph) -> int:

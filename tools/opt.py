@@ -122,8 +122,8 @@ def _as_expected(text: str, found: list[tuple[str, int, str]]) -> bool:
     Remarks that no comment asks for are fine, errors are not.
     """
     wanted: list[tuple[str, int, str]] = []
-    for number, line in enumerate(text.splitlines(), 1):
-        for kind, offset, message in _EXPECTED.findall(line):
+    for number, text_line in enumerate(text.splitlines(), 1):
+        for kind, offset, message in _EXPECTED.findall(text_line):
             wanted.append((kind, number + int(offset or 0), message))
     fine = True
     for kind, line, message in wanted:
