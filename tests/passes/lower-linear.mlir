@@ -1,0 +1,38 @@
+// RUN: spikingbrain opt -p lower-linear --target x86-64-v3 %s | filecheck %s
+
+// A packed weight: batch and time become rows, and the kernel runs over its blocks of columns.
+// CHECK:       func.func private @[[KERNEL:linear_k4_n40[a-z0-9_]*]](
+// CHECK-LABEL: func.func @packed(
+// CHECK-SAME:      %[[X:[a-z0-9]+]]: tensor<1x?x4xf32>, %[[W:[a-z0-9]+]]:
+func.func @packed(%x: tensor<1x?x4xf32>, %w: tensor<3x4x16xf32>) -> tensor<1x?x40xf32> {
+  // CHECK:         %[[ROWS:.+]] = tensor.collapse_shape %[[X]] {{\[\[}}0, 1], [2]] : tensor<1x?x4xf32> into tensor<?x4xf32>
+  // CHECK:         %[[Y:.+]] = "spikingbrain_control.launch"({{.*}}%[[ROWS]], %[[W]]{{.*}}) {callee = @[[KERNEL]], tied = [-1]}
+  // CHECK:         %[[T:.+]] = tensor.dim %[[X]], %c1
+  // CHECK:         %[[R:.+]] = tensor.expand_shape %[[Y]] {{\[\[}}0, 1], [2]] output_shape [1, %[[T]], 40]
+  // CHECK:         return %[[R]]
+  %y = "spikingbrain.linear"(%x, %w) {columns = 40 : i64} : (tensor<1x?x4xf32>, tensor<3x4x16xf32>) -> tensor<1x?x40xf32>
+  return %y : tensor<1x?x40xf32>
+}
+
+// A plain weight: a product in linalg, with the weight transposed by its map.
+// CHECK-LABEL: func.func @plain(
+// CHECK-NOT:     launch
+// CHECK:         %[[EMPTY:.+]] = tensor.empty(%{{.+}}) : tensor<?x40xf32>
+// CHECK:         %[[INIT:.+]] = linalg.fill ins(%{{.+}} : f32) outs(%[[EMPTY]]
+// CHECK:         linalg.generic {{.*}}iterator_types = ["parallel", "parallel", "reduction"]{{.*}}outs(%[[INIT]]
+// CHECK:           arith.mulf
+// CHECK:           arith.addf
+func.func @plain(%x: tensor<?x4xf32>, %w: tensor<40x4xf32>) -> tensor<?x40xf32> {
+  %y = "spikingbrain.linear"(%x, %w) {columns = 40 : i64} : (tensor<?x4xf32>, tensor<40x4xf32>) -> tensor<?x40xf32>
+  return %y : tensor<?x40xf32>
+}
+
+// One vector is a row on its own.
+// CHECK-LABEL: func.func @vector(
+// CHECK:         tensor.expand_shape %{{.+}} {{\[\[}}0, 1]] output_shape [1, 4] : tensor<4xf32> into tensor<1x4xf32>
+// CHECK:         linalg.generic
+// CHECK:         tensor.collapse_shape %{{.+}} {{\[\[}}0, 1]] : tensor<1x40xf32> into tensor<40xf32>
+func.func @vector(%x: tensor<4xf32>, %w: tensor<40x4xf32>) -> tensor<40xf32> {
+  %y = "spikingbrain.linear"(%x, %w) {columns = 40 : i64} : (tensor<4xf32>, tensor<40x4xf32>) -> tensor<40xf32>
+  return %y : tensor<40xf32>
+}
