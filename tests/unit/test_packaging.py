@@ -9,13 +9,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tomllib
 
 import spikingbrain
 
