@@ -24,7 +24,7 @@ from spikingbrain.tools.named_models import ModelOptions, compile_named
 
 WINDOW, SINKS, PROMPT = 256, 1, 512
 _MEMORY = """
-import resource, sys, time
+import sys, time
 start = time.perf_counter()
 import numpy as np, spikingbrain
 program = spikingbrain.load(sys.argv[1])
@@ -35,7 +35,9 @@ for _ in range(16):
     logits = program.decode(logits[:, -1].argmax(-1)[:, None].astype(np.int64), state=state)
 if len(sys.argv) > 2:
     program.prefill(np.arange(1000, 1512)[None], state=state)
-print(first, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+# not ru_maxrss: it counts what the parent had before exec
+status = dict(line.split(':') for line in open('/proc/self/status'))
+print(first, int(status['VmHWM'].split()[0]) * 1024)
 """
 
 

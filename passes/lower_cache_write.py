@@ -1,4 +1,4 @@
-"""lower-cache-write: cache writes become in-place kernel launches, or loops over tokens where there is no kernel."""
+"""lower-cache-write: cache writes become in-place kernel launches, or linalg where there is no kernel."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch_mlir import ir
-from torch_mlir.dialects import arith, scf, tensor
+from torch_mlir.dialects import arith, linalg, tensor
 
 from spikingbrain.passes import linalg_build as build
 from spikingbrain.passes import torch_ir
 from spikingbrain.passes.base import PassContext
+
+_EQUAL, _SIGNED_GREATER_EQUAL = 0, 5  # arith.cmpi predicates
 
 
 @dataclass(frozen=True)
 class LowerCacheWrite:
     """Lowers ``spikingbrain.cache_write``.
 
-    In: our dialect. Out: a launch whose result is tied to the cache (with vector kernels), or loops over batch and
-    time that insert one row each. The write is moved behind every other use of the cache in its block, so
-    that it can happen in place.
+    In: our dialect. Out: a launch whose result is tied to the cache (with vector kernels), or linalg that makes the
+    whole new cache. The write is moved behind every other use of the cache in its block, so that it can happen in place.
     """
 
     name: ClassVar[str] = "lower-cache-write"
@@ -33,9 +34,9 @@ class LowerCacheWrite:
 
                     value = emit_cache_write(*op.operands)
                 else:
-                    value = _loops(*op.operands)
+                    value = _dense(*op.operands)
             op.results[0].replace_all_uses_with(value)
-            context.record(self, "lowered", op, "kernel" if context.target.vector_bits else "loops")
+            context.record(self, "lowered", op, "kernel" if context.target.vector_bits else "linalg")
             op.erase()
 
 
@@ -48,35 +49,37 @@ def _sink(op: ir.Operation) -> None:
         op.move_before(terminator)
 
 
-def _loops(cache: ir.Value, rows: ir.Value, slots: ir.Value) -> ir.Value:
-    """Emits ``cache[b, slots[b, t]] = rows[b, t]`` row by row; a slot outside the cache is skipped."""
-    zero, one = build.constant_index(0), build.constant_index(1)
-    dynamic = ir.ShapedType.get_dynamic_size()
-    rest = list(ir.RankedTensorType(cache.type).shape)[2:]
-    element = ir.RankedTensorType(cache.type).element_type
-    if dynamic in rest:
-        raise ValueError("cache rows must have a static shape")
-    row_type = ir.RankedTensorType.get([1, 1, *rest], element)
-    static_offsets, static_sizes = [dynamic, dynamic] + [0] * len(rest), [1, 1, *rest]
-    strides = [1] * (2 + len(rest))
-    outer = scf.ForOp(zero, build.size(rows, 0), one, [cache])
-    with ir.InsertionPoint(outer.body):
-        b, in_outer = outer.induction_variable, outer.inner_iter_args[0]
-        inner = scf.ForOp(zero, build.size(rows, 1), one, [in_outer])
-        with ir.InsertionPoint(inner.body):
-            t, current = inner.induction_variable, inner.inner_iter_args[0]
-            index = ir.IndexType.get()
-            slot = arith.IndexCastOp(index, tensor.ExtractOp(slots, [b, t]).result).result
-            below = arith.CmpIOp(6, slot, build.size(cache, 1)).result  # 6: unsigned less than, negative is large
-            choice = scf.IfOp(below, [cache.type], hasElse=True)
-            with ir.InsertionPoint(choice.then_block):
-                row = tensor.ExtractSliceOp(row_type, rows, [b, t], [], [], static_offsets, static_sizes, strides)
-                written = tensor.InsertSliceOp(
-                    row.result, current, [b, slot], [], [], static_offsets, static_sizes, strides
-                )
-                scf.YieldOp([written.result])
-            with ir.InsertionPoint(choice.else_block):
-                scf.YieldOp([current])
-            scf.YieldOp([choice.results[0]])
-        scf.YieldOp([inner.results[0]])
-    return outer.results[0]
+def _dense(cache: ir.Value, rows: ir.Value, slots: ir.Value) -> ir.Value:
+    """Emits the write as two parallel steps: which token each slot takes (the last that names it), then a select."""
+    type_ = ir.RankedTensorType(cache.type)
+    index, i64 = ir.IndexType.get(), ir.IntegerType.get_signless(64)
+    b, r, t = (ir.AffineDimExpr.get(d) for d in range(3))
+    none = arith.ConstantOp(i64, ir.IntegerAttr.get(i64, -1)).result
+    sizes = build.dynamic_sizes(cache)
+    static = [n for n in type_.shape[:2] if n == ir.ShapedType.get_dynamic_size()]
+    empty = build.empty(ir.RankedTensorType.get(type_.shape[:2], i64), sizes[: len(static)])
+    start = linalg.fill(none, outs=[empty])
+
+    def later(slot: ir.Value, found: ir.Value) -> ir.Value:
+        here = arith.IndexCastOp(i64, linalg.IndexOp(1).result).result
+        time = arith.IndexCastOp(i64, linalg.IndexOp(2).result).result
+        named = arith.CmpIOp(_EQUAL, slot, here).result
+        return arith.MaxSIOp(found, arith.SelectOp(named, time, none).result).result
+
+    maps = [ir.AffineMap.get(3, 0, [b, t]), ir.AffineMap.get(3, 0, [b, r])]
+    token = build.generic([slots], start, maps, ["parallel", "parallel", "reduction"], later)
+
+    rank = len(type_.shape)
+    dims = [ir.AffineDimExpr.get(d) for d in range(rank)]
+    whole, of_slot = ir.AffineMap.get(rank, 0, dims), ir.AffineMap.get(rank, 0, dims[:2])
+
+    def choose(taken: ir.Value, old: ir.Value, _: ir.Value) -> ir.Value:
+        zero = arith.ConstantOp(i64, ir.IntegerAttr.get(i64, 0)).result
+        written = arith.CmpIOp(_SIGNED_GREATER_EQUAL, taken, zero).result
+        at = arith.IndexCastOp(index, arith.SelectOp(written, taken, zero).result).result
+        rest = [linalg.IndexOp(d).result for d in range(2, rank)]
+        new = tensor.ExtractOp(rows, [linalg.IndexOp(0).result, at, *rest]).result
+        return arith.SelectOp(written, new, old).result
+
+    init = build.empty(type_, sizes)
+    return build.generic([token, cache], init, [of_slot, whole, whole], ["parallel"] * rank, choose)
