@@ -59,15 +59,18 @@ class Pass(Protocol):
 
 
 def source_line(location: ir.Location) -> SourceLine | None:
-    """Returns the innermost Python line a location names that is the user's rather than torch's, or None."""
-    lines = _lines(location)
+    """Returns the innermost Python line a location names that is the user's rather than torch's, or None.
+
+    Code that torch generated (``<eval_with_key>``) has no file and does not count.
+    """
+    lines = [line for line in _lines(location) if not line.file.startswith("<")]
     own = [line for line in lines if "/torch/" not in line.file.replace("\\", "/")]
     return next(iter(own or lines), None)
 
 
 def _lines(location: ir.Location) -> list[SourceLine]:
     """Returns every line of a location, innermost first."""
-    loc: Any = location
+    loc: Any = ir.Location.from_attr(location.attr, location.context)  # diagnostics carry the base class
     if isinstance(loc, ir.FileLineColLoc):
         return [SourceLine(str(loc.filename).strip('"'), loc.start_line)]
     if isinstance(loc, ir.CallSiteLoc):

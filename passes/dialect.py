@@ -276,9 +276,8 @@ class WrongOp(ValueError):
 
     def __init__(self, op: ir.Operation, reason: str):
         location = op.location
-        self.message = f"'{op.name}' op {reason}"
         self.line = location.start_line if isinstance(location, ir.FileLineColLoc) else 0
-        super().__init__(f"{location}: {self.message}")
+        super().__init__(f"'{op.name}' op {reason} at {location}")
 
 
 def verify(module: ir.Module) -> None:

@@ -60,7 +60,8 @@ def _guesses(cast: ir.Operation) -> bool:
 def _unsupported(error: ir.MLIRError) -> UnsupportedOp:
     first = error.error_diagnostics[0] if error.error_diagnostics else None
     message = first.message if first else str(error)
-    op = re.search(r'"?(torch\.[\w.]+)"?', message)
+    custom = re.search(r'name = "(torch\.[\w.]+)"', message) if "torch.operator" in message else None
+    op = custom or re.search(r"(torch\.[\w.]+)", message)
     return UnsupportedOp(
         f"no lowering for {op.group(1)}" if op else "torch-mlir refused the program",
         where=source_line(first.location) if first else None,

@@ -60,7 +60,7 @@ def _run_part(text: str, args: argparse.Namespace) -> str | None:
 
     from spikingbrain.backend import resolve_target
     from spikingbrain.passes import dialect, pipeline
-    from spikingbrain.passes.base import Pass, PassContext, parse_pass
+    from spikingbrain.passes.base import Pass, PassContext, parse_pass, source_line
     from spikingbrain.passes.context import new_context
 
     if args.passes == "all":
@@ -91,12 +91,11 @@ def _run_part(text: str, args: argparse.Namespace) -> str | None:
                 pipeline.clean(module)
             result = str(module)
         except dialect.WrongOp as error:
-            found.append(("error", error.line, error.message))
+            found.append(("error", error.line, str(error)))
         except ir.MLIRError as error:
             for diagnostic in error.error_diagnostics:
-                location = diagnostic.location
-                line = location.start_line if isinstance(location, ir.FileLineColLoc) else 0
-                found.append(("error", line, diagnostic.message))
+                place = source_line(diagnostic.location)
+                found.append(("error", place.line if place else 0, diagnostic.message))
             if not error.error_diagnostics:
                 found.append(("error", 0, str(error)))
         except SpikingBrainError as error:
