@@ -18,7 +18,7 @@ COMMANDS = {
     "cache": ("spikingbrain.tools.cache", "show or clear the compile cache"),
 }
 
-COMPILER_PACKAGES = ("torch", "torch_mlir", "ml_dtypes", "gguf", "networkx")
+COMPILER_PACKAGES = ("torch", "torch_mlir", "ml_dtypes", "gguf", "networkx", "iree-base-compiler")
 
 
 def main(argv: list[str] | None = None) -> int:

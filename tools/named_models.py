@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spikingbrain.errors import MissingDependency, OptionError
+from spikingbrain.errors import MissingDependency, OptionError, needs_compiler
 
 if TYPE_CHECKING:
     from torch import nn
@@ -110,6 +110,8 @@ def compile_named(
     progress(f"load {name}")
     try:
         ready = MODELS[name][0](options)
+    except ModuleNotFoundError as error:
+        raise needs_compiler(error) from error
     except ImportError as error:
         raise MissingDependency(str(error)) from error
     except ValueError as error:
