@@ -33,11 +33,15 @@ def _expr(size: int | torch.SymInt) -> sympy.Expr:
 def group(source: Sequence[int | torch.SymInt], result: Sequence[int | torch.SymInt]) -> list[Run]:
     """Returns the finest grouping of a reshape into runs of equal product, in order.
 
-    Raises ValueError if the two shapes hold different numbers of elements.
+    Where algebra does not show that the shapes hold equally many elements (sizes made by division), all dimensions
+    are one run: torch has checked the view. Raises ValueError if they certainly differ.
     """
     a, b = [_expr(s) for s in source], [_expr(s) for s in result]
-    if sympy.expand(prod(a, start=sympy.Integer(1)) - prod(b, start=sympy.Integer(1))) != 0:
+    difference = sympy.expand(prod(a, start=sympy.Integer(1)) - prod(b, start=sympy.Integer(1)))
+    if difference.is_number and difference != 0:
         raise ValueError(f"cannot view {list(source)} as {list(result)}")
+    if difference != 0:
+        return [Run(tuple(range(len(a))), tuple(range(len(b))))]
     runs: list[Run] = []
     i = j = 0
     while i < len(a) or j < len(b):
