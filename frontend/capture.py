@@ -13,15 +13,11 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 from torch_mlir import ir
-from torch_mlir.extras.fx_decomp_util import get_decomposition_table
 
 from spikingbrain.errors import CompileError, ShapeError, SourceLine, UnsupportedOp
+from spikingbrain.frontend.decompose import decompose
 from spikingbrain.frontend.importer import Importer
 from spikingbrain.frontend.normalise import normalise
-
-aten = torch.ops.aten
-# Kept whole: `linear` because its decomposition flattens batch and time into one dimension, attention because it is raised.
-_KEPT = {aten.linear.default, aten.scaled_dot_product_attention.default}
 
 
 @dataclass(frozen=True)
@@ -221,9 +217,7 @@ def _export(model: nn.Module, call: _Call) -> torch.export.ExportedProgram:
             program = torch.export.export(
                 flat, tuple(call.tensors), dynamic_shapes=(tuple(call.dims),), strict=False
             )
-            table = {op: f for op, f in get_decomposition_table().items() if op not in _KEPT}
-            decomposed: torch.export.ExportedProgram = program.run_decompositions(table)
-            return decomposed
+            return decompose(program)
     except CompileError:
         raise
     except Exception as error:

@@ -29,6 +29,17 @@ _IDENTITIES = {
 }
 
 
+# Operator spellings that only the decomposition table would turn into the ops torch-mlir lowers.
+_SYNONYMS = {
+    aten.__and__.Tensor: aten.bitwise_and.Tensor,
+    aten.__or__.Tensor: aten.bitwise_or.Tensor,
+    aten.__xor__.Tensor: aten.bitwise_xor.Tensor,
+    aten.__and__.Scalar: aten.bitwise_and.Scalar,
+    aten.__or__.Scalar: aten.bitwise_or.Scalar,
+    aten.__xor__.Scalar: aten.bitwise_xor.Scalar,
+}
+
+
 def _rank(node: fx.Node) -> int:
     rank: int = node.meta["val"].dim()
     return rank
@@ -57,6 +68,29 @@ def drop_identities(graph: fx.Graph) -> int:
         graph.erase_node(node)
         dropped += 1
     return dropped
+
+
+def drop_idle_casts(graph: fx.Graph) -> int:
+    """Removes ``x.to(dtype)`` where x has that dtype already; returns how many."""
+    dropped = 0
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target == aten.to.dtype:
+            source = node.args[0]
+            if source.meta["val"].dtype == node.meta["val"].dtype:
+                node.replace_all_uses_with(source)
+                graph.erase_node(node)
+                dropped += 1
+    return dropped
+
+
+def rename_synonyms(graph: fx.Graph) -> int:
+    """Gives each op its one name; returns how many changed."""
+    changed = 0
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in _SYNONYMS:
+            node.target = _SYNONYMS[node.target]
+            changed += 1
+    return changed
 
 
 def drop_shape_checks(graph: fx.Graph) -> int:
@@ -89,6 +123,8 @@ def normalise(graph: fx.Graph) -> None:
     """Applies every rewrite in place."""
     make_scatter_dims_positive(graph)
     drop_identities(graph)
+    drop_idle_casts(graph)
+    rename_synonyms(graph)
     drop_shape_checks(graph)
     keep_user_frames(graph)
     graph.eliminate_dead_code()

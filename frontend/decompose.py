@@ -1,0 +1,77 @@
+"""Decomposition of an exported program into ops that torch-mlir lowers.
+
+torch's own ``run_decompositions`` traces the whole program again, which costs more than exporting it did. A program
+that is functional and made of ops that need no decomposition is taken as it is.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch_mlir.extras.fx_decomp_util import get_decomposition_table
+
+aten = torch.ops.aten
+
+# Kept whole: `linear` because its decomposition flattens batch and time into one dimension; attention because it is raised.
+KEPT = {aten.linear.default, aten.scaled_dot_product_attention.default}
+
+# What torch-mlir lowers right without help; each is run against eager in tests/unit/test_decompose.py.
+DIRECT = KEPT | {
+    aten.add.Tensor,
+    aten.arange.default,
+    aten.arange.start_step,
+    aten.bitwise_and.Tensor,
+    aten.bitwise_or.Tensor,
+    aten.cat.default,
+    aten.chunk.default,
+    aten.cos.default,
+    aten.div.Tensor,
+    aten.embedding.default,
+    aten.exp.default,
+    aten.expand.default,
+    aten.ge.Scalar,
+    aten.gt.Tensor,
+    aten.le.Tensor,
+    aten.lt.Scalar,
+    aten.matmul.default,
+    aten.mean.dim,
+    aten.mul.Tensor,
+    aten.neg.default,
+    aten.permute.default,
+    aten.pow.Scalar,
+    aten.relu.default,
+    aten.remainder.Scalar,
+    aten.reshape.default,
+    aten.rsqrt.default,
+    aten.scatter.src,
+    aten.sigmoid.default,
+    aten.silu.default,
+    aten.sin.default,
+    aten.slice.Tensor,
+    aten.square.default,
+    aten.sub.Tensor,
+    aten.sum.dim_IntList,
+    aten.sym_size.int,
+    aten.to.dtype,
+    aten.transpose.int,
+    aten.unsqueeze.default,
+    aten.view.default,
+    aten.where.ScalarOther,
+    aten.where.self,
+    # normalised away before import
+    aten.__and__.Tensor,
+    aten.__or__.Tensor,
+    aten._assert_tensor_metadata.default,
+    aten.contiguous.default,
+    operator.getitem,
+    operator.mul,  # of symbolic sizes
+}
+
+
+def decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Returns the program in ops that the importer and torch-mlir take."""
+    if all(node.target in DIRECT for node in program.graph.nodes if node.op == "call_function"):
+        return program
+    table = {op: f for op, f in get_decomposition_table().items() if op not in KEPT}
+    return program.run_decompositions(table)
