@@ -33,7 +33,11 @@ def _cpu(name: str, arch: str, llvm_cpu: str, features: frozenset[str], *flags: 
         vector_registers=registers,
         l2_bytes=1 << 20,
     )
-    base = ("--iree-hal-target-device=local", "--iree-hal-local-target-device-backends=llvm-cpu")
+    base = (
+        "--iree-hal-target-device=local",
+        "--iree-hal-local-target-device-backends=llvm-cpu",
+        "--iree-input-demote-f64-to-f32=false",
+    )
     return IreeTarget(target, (*base, f"--iree-llvmcpu-target-cpu={llvm_cpu}", *flags), "local-sync")
 
 

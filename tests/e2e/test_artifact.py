@@ -134,6 +134,29 @@ def test_torch_tensors_and_strided_arrays_are_taken_as_they_are(mlp: Path) -> No
     np.testing.assert_array_equal(program.main(torch.from_numpy(x).requires_grad_()), expected)
 
 
+class Doubling(nn.Module):
+    def forward(self, given: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [
+            x.logical_not() if x.dtype == torch.bool else x + x / 3 if x.is_floating_point() else x + x
+            for x in given
+        ]
+
+
+def test_every_element_type_goes_in_and_out(tmp_path: Path) -> None:
+    names = ["float64", "float32", "float16", "bfloat16", "int64", "int32", "int8", "bool"]
+    given = [torch.tensor([[1, 0, 3]]).to(getattr(torch, name)) for name in names]
+    entry = spikingbrain.Entry((given,))
+    program = spikingbrain.load(spikingbrain.export(Doubling(), {"main": entry}, tmp_path / "types"))
+    arrays = [np.array([[1, 0, 3]]).astype(artifact.numpy_dtype(name)) for name in names]
+    results = program.main(*arrays)
+    for name, result, expected in zip(names, results, Doubling()(given), strict=True):
+        assert result.dtype.name == name
+        if name == "bfloat16":
+            result, expected = result.astype(np.float32), expected.float()
+        bound = {"float64": 1e-15, "float32": 1e-6}.get(name, 1e-2)
+        np.testing.assert_allclose(result, expected.numpy(), rtol=bound)
+
+
 def test_two_threads_call_one_program(mlp: Path) -> None:
     program = spikingbrain.load(mlp)
     inputs = [numbers(2, length, 8, seed=length) for length in (3, 50)]
