@@ -64,7 +64,7 @@ bench: $(VENV)/.ready-dev
 	@for file in benchmarks/*.py; do echo "==> $$file"; $(BIN)/python "$$file" || exit 1; done
 
 docs: $(VENV)/.ready-dev
-	$(BIN)/python docs/generate.py
+	$(BIN)/python -m spikingbrain.tools.gen_dialect_docs
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -9,7 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-ARCHITECTURES = {"x86_64": "x86-64", "AMD64": "x86-64", "aarch64": "aarch64", "arm64": "aarch64", "riscv64": "riscv64"}
+ARCHITECTURES = {
+    "x86_64": "x86-64",
+    "AMD64": "x86-64",
+    "aarch64": "aarch64",
+    "arm64": "aarch64",
+    "riscv64": "riscv64",
+}
 
 # The levels of the x86-64 psABI, in LLVM's names, as far as generated code depends on them.
 X86_64_V3 = frozenset({"avx", "avx2", "fma", "f16c", "sse3", "ssse3", "sse4.1", "sse4.2"})

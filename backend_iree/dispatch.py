@@ -8,9 +8,10 @@ they are made in generic form as IREE 3.13 spells them; iree-compile verifies th
 
 from __future__ import annotations
 
-from spikingbrain.passes.dialect import launch_inputs
 from torch_mlir import ir
 from torch_mlir.dialects import arith, func, tensor
+
+from spikingbrain.passes.dialect import launch_inputs
 
 LAUNCH = "spikingbrain_control.launch"
 GRID_RANK = 3

@@ -58,7 +58,11 @@ def protect_arguments(module: ir.Module) -> None:
         donated = {a.value for a in function.attributes["spikingbrain.donated"]}
         block = function.regions[0].blocks[0]
         terminator = block.operations[len(block.operations) - 1]
-        kept = [a for i, a in enumerate(block.arguments) if i not in donated and isinstance(a.type, ir.RankedTensorType)]
+        kept = [
+            a
+            for i, a in enumerate(block.arguments)
+            if i not in donated and isinstance(a.type, ir.RankedTensorType)
+        ]
         with ir.InsertionPoint(terminator), function.location:
             for argument in kept:
                 ir.Operation.create("util.optimization_barrier", [argument.type], [argument])

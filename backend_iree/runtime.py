@@ -12,8 +12,8 @@ from typing import Any
 import iree.runtime as rt
 import numpy as np
 
-from spikingbrain.backend_iree.backend import IreeOptions
 from spikingbrain.backend_iree import SCOPE
+from spikingbrain.backend_iree.backend import IreeOptions
 from spikingbrain.errors import CallError, CorruptArtifact
 
 Array = np.ndarray[Any, Any]
@@ -49,16 +49,22 @@ class IreeExecutable:
         self._weights = weights  # the mapped memory must outlive the module
         index = rt.ParameterIndex()
         for key, array in weights.items():
-            index.add_buffer(key, array.view(np.uint8).reshape(-1) if array.ndim else array.reshape(1).view(np.uint8))
+            index.add_buffer(
+                key, array.view(np.uint8).reshape(-1) if array.ndim else array.reshape(1).view(np.uint8)
+            )
         modules = [rt.create_hal_module(self._instance, self._device)]
         if weights:
             modules.append(rt.create_io_parameters_module(self._instance, index.create_provider(scope=SCOPE)))
         try:
             compiled = rt.VmModule.copy_buffer(self._instance, module)
         except (ValueError, RuntimeError) as error:
-            raise CorruptArtifact("the code of the artifact does not load", why=str(error).splitlines()[0]) from error
+            raise CorruptArtifact(
+                "the code of the artifact does not load", why=str(error).splitlines()[0]
+            ) from error
         self._context = rt.VmContext(self._instance, modules=[*modules, compiled])
-        self._functions = {name: compiled.lookup_function(name) for name in compiled.function_names if "$" not in name}
+        self._functions = {
+            name: compiled.lookup_function(name) for name in compiled.function_names if "$" not in name
+        }
         self._lock = threading.Lock()
         _live.add(self)
 
@@ -80,7 +86,9 @@ class IreeExecutable:
     def to_device(self, array: Array) -> Any:
         element = _ELEMENTS.get(array.dtype.name)
         if element is None:
-            raise CallError(f"element type {array.dtype} cannot be passed", hint=f"one of {', '.join(_ELEMENTS)}")
+            raise CallError(
+                f"element type {array.dtype} cannot be passed", hint=f"one of {', '.join(_ELEMENTS)}"
+            )
         array = np.asarray(array, order="C")  # ascontiguousarray would give a scalar an axis
         return self._device.allocator.allocate_buffer_copy(
             memory_type=rt.MemoryType.DEVICE_LOCAL,

@@ -18,8 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import spikingbrain
 import torch
+
+import spikingbrain
 from spikingbrain.tools.named_models import ModelOptions, compile_named
 
 WINDOW, SINKS, PROMPT = 256, 1, 512
@@ -60,8 +61,10 @@ def report(title: str, seconds: dict[str, list[float]], tokens: int) -> None:
     for name, values in seconds.items():
         ratio = np.median(np.array(values) / ours)
         best = min(values)
-        print(f"  {name:14} median {np.median(values) * 1e3:8.2f} ms  best {best * 1e3:8.2f} ms "
-              f" {tokens / np.median(values):8.1f} tokens/s   time over ours {ratio:5.2f}x")
+        print(
+            f"  {name:14} median {np.median(values) * 1e3:8.2f} ms  best {best * 1e3:8.2f} ms "
+            f" {tokens / np.median(values):8.1f} tokens/s   time over ours {ratio:5.2f}x"
+        )
 
 
 def read_bandwidth() -> float:
@@ -101,8 +104,10 @@ def speed(path: Path, rounds: int) -> None:
         report("decode of one token", decode, 1)
         bandwidth = read_bandwidth()
         floor = weights / bandwidth
-        print(f"  floor: {weights / 1e6:.0f} MB of weights at {bandwidth / 1e9:.1f} GB/s (one thread) = {floor * 1e3:.1f} ms;"
-              f" ours is {np.median(decode['spikingbrain']) / floor:.2f}x of it")
+        print(
+            f"  floor: {weights / 1e6:.0f} MB of weights at {bandwidth / 1e9:.1f} GB/s (one thread) = {floor * 1e3:.1f} ms;"
+            f" ours is {np.median(decode['spikingbrain']) / floor:.2f}x of it"
+        )
 
         def fresh() -> object:
             return program.prefill(prompt.numpy(), state=program.new_state())
@@ -141,9 +146,13 @@ def overhead() -> None:
 def memory(path: Path) -> None:
     weights = 134_515_008 * 4
     for title, extra in (("decode", []), ("decode and a prompt of 512", ["long"])):
-        done = subprocess.run([sys.executable, "-c", _MEMORY, str(path), *extra], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", _MEMORY, str(path), *extra], capture_output=True, text=True, check=True
+        )
         first, peak = map(float, done.stdout.split())
-        print(f"\n{title}: start of Python's imports to first token {first:.2f} s; peak memory {peak / 1e6:.0f} MB = {peak / weights:.2f}x of the weights")
+        print(
+            f"\n{title}: start of Python's imports to first token {first:.2f} s; peak memory {peak / 1e6:.0f} MB = {peak / weights:.2f}x of the weights"
+        )
 
 
 def compile_time(folder: Path) -> None:
@@ -151,11 +160,23 @@ def compile_time(folder: Path) -> None:
         start = time.perf_counter()
         compile_named("smollm2", folder / "timed.sbrain", "cpu", ModelOptions(WINDOW, SINKS), lambda _: None)
         print(f"\ncompile, {title}: {time.perf_counter() - start:.1f} s (from the GGUF file to the artifact)")
-    command = [sys.executable, "-m", "spikingbrain.tools.cli", "run", "smollm2", "Hi", "--tokens", "1", "--quiet"]
+    command = [
+        sys.executable,
+        "-m",
+        "spikingbrain.tools.cli",
+        "run",
+        "smollm2",
+        "Hi",
+        "--tokens",
+        "1",
+        "--quiet",
+    ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     start = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    print(f"\n'spikingbrain run smollm2' whose artifact is cached, whole process: {time.perf_counter() - start:.2f} s")
+    print(
+        f"\n'spikingbrain run smollm2' whose artifact is cached, whole process: {time.perf_counter() - start:.2f} s"
+    )
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,7 +56,9 @@ def export(
 
     _, status = resolve_target(target)
     captured = capture(model, entries, state, progress)
-    code = compile_code(captured.module, target, options or {}, progress, Path(dump) if dump else None, use_cache)
+    code = compile_code(
+        captured.module, target, options or {}, progress, Path(dump) if dump else None, use_cache
+    )
     extra = {TOKENIZER: tokenizer.encode()} if tokenizer else {}
     write_artifact(
         Path(path),
@@ -86,7 +87,9 @@ def load(path: str | Path | Artifact, *, verify: bool = False) -> Program:
     try:
         backend, status = resolve_target(wanted["name"])
     except errors.TargetError as error:
-        raise errors.WrongTarget(f"{opened.path} needs the target {wanted['name']!r}", why=error.what) from None
+        raise errors.WrongTarget(
+            f"{opened.path} needs the target {wanted['name']!r}", why=error.what
+        ) from None
     here = status.target
     if wanted["arch"] != here.arch or not status.runs:
         raise errors.WrongTarget(

@@ -174,7 +174,11 @@ def _write_safetensors(
         padded.append((tensor, tensor.nbytes))
         offset = end
         if gap := -end % ALIGNMENT:  # the format allows no holes, so a gap is a tensor too
-            header[f"__padding_{len(padded)}"] = {"dtype": "U8", "shape": [gap], "data_offsets": [end, end + gap]}
+            header[f"__padding_{len(padded)}"] = {
+                "dtype": "U8",
+                "shape": [gap],
+                "data_offsets": [end, end + gap],
+            }
             padded.append((None, gap))
             offset = end + gap
     text = json.dumps(header).encode()
@@ -188,7 +192,9 @@ def _write_safetensors(
         else:
             array = np.asarray(content(stored), order="C")  # ascontiguousarray would give a scalar an axis
             if array.shape != stored.shape or array.nbytes != size:
-                raise ArtifactError(f"stored tensor {stored.key!r} came out as {array.shape}, declared {stored.shape}")
+                raise ArtifactError(
+                    f"stored tensor {stored.key!r} came out as {array.shape}, declared {stored.shape}"
+                )
             sink.write(array.reshape(-1).view(np.uint8))
         done += size
         if progress:
@@ -201,13 +207,23 @@ class Artifact:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if not self.path.is_file():
-            raise ArtifactError(f"no artifact at {self.path}", hint="spikingbrain compile MODEL -o FILE makes one")
+            raise ArtifactError(
+                f"no artifact at {self.path}", hint="spikingbrain compile MODEL -o FILE makes one"
+            )
         self._file: BinaryIO = open(self.path, "rb")  # noqa: SIM115  (closed with the mapping)
         try:
             with zipfile.ZipFile(self._file) as archive:
                 self._infos = {i.filename: i for i in archive.infolist()}
                 self.manifest = self._read_manifest(archive)
-        except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, ValueError, RuntimeError) as error:
+        except (
+            zipfile.BadZipFile,
+            zlib.error,
+            struct.error,
+            EOFError,
+            OSError,
+            ValueError,
+            RuntimeError,
+        ) as error:
             self._file.close()
             raise CorruptArtifact(
                 f"{self.path} is not a complete artifact", why=str(error), hint="copy or compile it again"
@@ -225,7 +241,9 @@ class Artifact:
                 hint="pip install --upgrade spikingbrain",
             )
         if "members" not in manifest:
-            raise CorruptArtifact(f"{self.path} has no list of members", hint="it is a zip file, but no artifact")
+            raise CorruptArtifact(
+                f"{self.path} has no list of members", hint="it is a zip file, but no artifact"
+            )
         return manifest
 
     def _check_members(self) -> None:
@@ -233,9 +251,13 @@ class Artifact:
             if name not in self._infos:
                 raise CorruptArtifact(f"{self.path} lacks the member {name}", hint="copy or compile it again")
             if self._infos[name].file_size != facts["size"]:
-                raise CorruptArtifact(f"{self.path}: {name} has {self._infos[name].file_size} bytes, not {facts['size']}")
+                raise CorruptArtifact(
+                    f"{self.path}: {name} has {self._infos[name].file_size} bytes, not {facts['size']}"
+                )
             if name != WEIGHTS and hashlib.sha256(self.member(name)).hexdigest() != facts["sha256"]:
-                raise CorruptArtifact(f"{self.path}: {name} is damaged", why="its SHA-256 differs from the manifest's")
+                raise CorruptArtifact(
+                    f"{self.path}: {name} is damaged", why="its SHA-256 differs from the manifest's"
+                )
 
     def member(self, name: str) -> memoryview:
         """Returns the mapped bytes of a member."""
@@ -247,7 +269,9 @@ class Artifact:
         info = self._infos[name]
         local = info.header_offset
         if local + 30 > len(self._map):
-            raise CorruptArtifact(f"{self.path}: {name} lies outside the file", hint="copy or compile it again")
+            raise CorruptArtifact(
+                f"{self.path}: {name} lies outside the file", hint="copy or compile it again"
+            )
         name_length, extra_length = struct.unpack_from("<HH", self._map, local + 26)
         start = local + 30 + name_length + extra_length
         return start, start + info.file_size

@@ -85,7 +85,10 @@ class Backend(Protocol):
         ...
 
     def load(
-        self, code: Mapping[str, memoryview], manifest: Mapping[str, Any], weights: Mapping[str, np.ndarray[Any, Any]]
+        self,
+        code: Mapping[str, memoryview],
+        manifest: Mapping[str, Any],
+        weights: Mapping[str, np.ndarray[Any, Any]],
     ) -> Executable:
         """Makes compiled code callable; ``weights`` are mapped, not copied, where the device allows."""
         ...

@@ -46,7 +46,8 @@ def check_options(backend: Backend, options: Mapping[str, Any]) -> Any:
     for name in options:
         if name not in known:
             raise errors.OptionError(
-                f"unknown option {name!r} for the {backend.name} backend", hint=f"known: {', '.join(sorted(known))}"
+                f"unknown option {name!r} for the {backend.name} backend",
+                hint=f"known: {', '.join(sorted(known))}",
             )
     return backend.options(**options)
 
@@ -120,7 +121,9 @@ def write_artifact(
             percent[0] = now
             progress(f"write weights {10 * now} %")
 
-    artifact.write(path, manifest, code.members, headers, content, {artifact.REPORT: report, **extra}, written)
+    artifact.write(
+        path, manifest, code.members, headers, content, {artifact.REPORT: report, **extra}, written
+    )
 
 
 @functools.cache
@@ -157,7 +160,9 @@ def _read_cache(place: Path) -> Code | None:
         with zipfile.ZipFile(place) as archive:
             if archive.testzip() is not None:
                 raise zipfile.BadZipFile("checksum")
-            members = {n.removeprefix("code/"): archive.read(n) for n in archive.namelist() if n.startswith("code/")}
+            members = {
+                n.removeprefix("code/"): archive.read(n) for n in archive.namelist() if n.startswith("code/")
+            }
             return Code(members, json.loads(archive.read("report.json")), cached=True)
     except FileNotFoundError:
         log.info("compile cache: nothing for this module, target, options and versions")
@@ -179,17 +184,25 @@ def _write_cache(place: Path, code: Code) -> None:
         log.warning("compile cache: cannot write %s: %s", place, error)
 
 
-def _run_worker(module: str, target: str, options: Mapping[str, Any], progress: Progress, dump: Path | None) -> Code:
+def _run_worker(
+    module: str, target: str, options: Mapping[str, Any], progress: Progress, dump: Path | None
+) -> Code:
     workdir = Path(tempfile.mkdtemp(prefix="spikingbrain-"))
     (workdir / "module.mlir").write_text(module)
     if dump:
         dump.mkdir(parents=True, exist_ok=True)
-    job = {"target": target, "options": dict(options), "dump": str(dump) if dump else None, "verify_each": bool(dump)}
+    job = {
+        "target": target,
+        "options": dict(options),
+        "dump": str(dump) if dump else None,
+        "verify_each": bool(dump),
+    }
     (workdir / "job.json").write_text(json.dumps(job))
     command = [sys.executable, "-m", "spikingbrain.worker", str(workdir)]
-    with open(workdir / "stderr.txt", "w+") as stderr, subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=stderr, text=True
-    ) as process:
+    with (
+        open(workdir / "stderr.txt", "w+") as stderr,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as process,
+    ):
         for line in process.stdout or []:
             progress(line.strip())
     if process.returncode == 0:
@@ -205,7 +218,9 @@ def _failure(workdir: Path, returncode: int) -> errors.CompileError:
     if not described.is_file():
         last = (workdir / "stderr.txt").read_text().strip().splitlines()[-1:] or ["it said nothing"]
         return errors.PassFailed(
-            f"the compile process died (signal {-returncode})" if returncode < 0 else "the compile process died",
+            f"the compile process died (signal {-returncode})"
+            if returncode < 0
+            else "the compile process died",
             why=last[0],
             hint=f"python -m spikingbrain.worker {workdir} reproduces it",
         )

@@ -76,7 +76,9 @@ class Tokens:
     def __init__(self, program: Program):
         opened = program.artifact
         if opened is None or not opened.has(TOKENIZER):
-            raise CallError("this artifact holds no tokenizer", hint="export it with tokenizer=..., or pass token ids")
+            raise CallError(
+                "this artifact holds no tokenizer", hint="export it with tokenizer=..., or pass token ids"
+            )
         from tokenizers import Tokenizer
 
         self._tokenizer = Tokenizer.from_str(bytes(opened.member(TOKENIZER)).decode())
@@ -115,7 +117,10 @@ def generate_ids(
     ``decode`` (one), each returning logits ``[B, 1, V]`` of the last token.
     """
     if not prompt:
-        raise CallError("the prompt is empty", hint="begin with at least one token, such as the tokenizer's first special one")
+        raise CallError(
+            "the prompt is empty",
+            hint="begin with at least one token, such as the tokenizer's first special one",
+        )
     limits = program.manifest.get("generation", {})
     capacity = limits.get("capacity")
     if capacity is not None and len(prompt) + max_tokens > capacity:
@@ -155,4 +160,6 @@ def generate(
     """Yields the continuation of ``prompt`` piece by piece. Stop tokens come from the artifact."""
     tokens = Tokens(program)
     stop = program.manifest.get("generation", {}).get("stop", [])
-    return tokens.stream(generate_ids(program, tokens.encode(prompt), max_tokens, sampling, stop, state, timing))
+    return tokens.stream(
+        generate_ids(program, tokens.encode(prompt), max_tokens, sampling, stop, state, timing)
+    )

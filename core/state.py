@@ -65,7 +65,8 @@ class State:
         buffers = self.take()
         try:
             return {
-                f["name"]: np.array(self._executable.to_host(b)) for f, b in zip(self._layout, buffers, strict=True)
+                f["name"]: np.array(self._executable.to_host(b))
+                for f, b in zip(self._layout, buffers, strict=True)
             }
         finally:
             self.give(buffers)
@@ -78,7 +79,9 @@ class State:
             shape = tuple(self.sizes.get(d, d) if isinstance(d, str) else d for d in field["shape"])
             if array is None or array.shape != shape or array.dtype != numpy_dtype(field["dtype"]):
                 got = "missing" if array is None else f"{array.dtype}{list(array.shape)}"
-                raise CallError(f"the snapshot does not fit: {field['name']} is {got}, expected {field['dtype']}{list(shape)}")
+                raise CallError(
+                    f"the snapshot does not fit: {field['name']} is {got}, expected {field['dtype']}{list(shape)}"
+                )
             buffers.append(self._executable.to_device(np.array(array)))
         self._buffers = buffers
 

@@ -54,7 +54,13 @@ def compile_module(text: str, job: dict[str, Any], workdir: Path) -> tuple[dict[
     with new_context(), ir.Location.unknown():
         module = ir.Module.parse(text)
         print("passes", flush=True)
-        pipeline.run(pipeline.default_pipeline(), module, context, verify_each=job.get("verify_each", False), observe=observe)
+        pipeline.run(
+            pipeline.default_pipeline(),
+            module,
+            context,
+            verify_each=job.get("verify_each", False),
+            observe=observe,
+        )
         start = time.perf_counter()
         pipeline.clean(module)
         pipeline.check_lowered(module)
@@ -89,7 +95,13 @@ def _describe(error: BaseException) -> dict[str, Any]:
     where: Any = error.where
     if isinstance(where, SourceLine):
         where = {"file": where.file, "line": where.line}
-    return {"type": type(error).__name__, "what": error.what, "where": where, "why": error.why, "hint": error.hint}
+    return {
+        "type": type(error).__name__,
+        "what": error.what,
+        "where": where,
+        "why": error.why,
+        "hint": error.hint,
+    }
 
 
 if __name__ == "__main__":

@@ -91,7 +91,9 @@ class _Call:
         try:
             bound = signature.bind(*entry.args, **entry.kwargs)
         except TypeError as error:
-            raise CompileError(f"entry {name!r} does not fit the model's forward{signature}", why=str(error)) from None
+            raise CompileError(
+                f"entry {name!r} does not fit the model's forward{signature}", why=str(error)
+            ) from None
         self._arguments: dict[str, Any] = dict(bound.arguments)
         if state is not None and state not in self._arguments:
             raise CompileError(
@@ -171,14 +173,18 @@ def capture(
         _import(importer, program, call)
         described[name], state_fields = _describe(program, call)
         donated[name] = list(range(call.inputs, len(call.tensors)))
-        if layout and [(f["name"], f["shape"]) for f in layout] != [(f["name"], f["shape"]) for f in state_fields]:
+        if layout and [(f["name"], f["shape"]) for f in layout] != [
+            (f["name"], f["shape"]) for f in state_fields
+        ]:
             raise CompileError(f"entry {name!r} has a state of another shape than the first entry")
         layout = state_fields
     module = importer.module
     with module.context:
         i64 = ir.IntegerType.get_signless(64)
         for op in module.body.operations:
-            function = op.operation.attributes["sym_name"].value if "sym_name" in op.operation.attributes else ""
+            function = (
+                op.operation.attributes["sym_name"].value if "sym_name" in op.operation.attributes else ""
+            )
             if function in donated:
                 op.operation.attributes["spikingbrain.donated"] = ir.ArrayAttr.get(
                     [ir.IntegerAttr.get(i64, i) for i in donated[function]]
@@ -237,7 +243,9 @@ def _import(importer: Importer, program: torch.export.ExportedProgram, call: _Ca
         raise UnsupportedOp(f"entry {call.name!r} cannot be imported", why=str(error)) from error
 
 
-def _describe(program: torch.export.ExportedProgram, call: _Call) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _describe(
+    program: torch.export.ExportedProgram, call: _Call
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     placeholders = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
     nodes = [placeholders[name] for name in program.graph_signature.user_inputs]
     symbols: dict[str, str] = {}
@@ -271,7 +279,12 @@ def _describe(program: torch.export.ExportedProgram, call: _Call) -> tuple[dict[
         if str(symbol) in symbols:
             high = int(range_.upper) if range_.upper.is_finite and int(range_.upper) < 2**62 else None
             ranges[symbols[str(symbol)]] = [int(range_.lower), high]
-    entry = {"inputs": inputs[: call.inputs], "outputs": outputs, "ranges": ranges, "uses_state": state_count > 0}
+    entry = {
+        "inputs": inputs[: call.inputs],
+        "outputs": outputs,
+        "ranges": ranges,
+        "uses_state": state_count > 0,
+    }
     return entry, fields
 
 
@@ -304,11 +317,15 @@ def _leaf_shapes(value: Any, spec: Any, name: str) -> list[Any]:
         parts = pytree.tree_flatten(spec, is_leaf=lambda x: x is not spec)[0]
     if len(parts) != len(children):
         raise ShapeError(f"dynamic_shapes of {name!r} has {len(parts)} parts for {len(children)} values")
-    return [dim for child, part in zip(children, parts, strict=True) for dim in _leaf_shapes(child, part, name)]
+    return [
+        dim for child, part in zip(children, parts, strict=True) for dim in _leaf_shapes(child, part, name)
+    ]
 
 
 def _field_path(path: Any) -> str:
-    return pytree.keystr(path).replace("][", ".").replace("[", ".").replace("]", "").replace("'", "").lstrip(".")
+    return (
+        pytree.keystr(path).replace("][", ".").replace("[", ".").replace("]", "").replace("'", "").lstrip(".")
+    )
 
 
 def _user_line(error: BaseException) -> SourceLine | None:

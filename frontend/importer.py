@@ -20,7 +20,9 @@ _VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 class NodeImporter(GraphNodeImporter):  # type: ignore[misc]
     """Adds what upstream imports wrongly (reshapes of several dynamic dimensions) or not at all (scan)."""
 
-    def _import_torch_op_overload(self, loc: ir.Location, node: torch.fx.Node, concrete_target: Any = None) -> None:
+    def _import_torch_op_overload(
+        self, loc: ir.Location, node: torch.fx.Node, concrete_target: Any = None
+    ) -> None:
         if node.target in _VIEWS and concrete_target is None and self._import_view(loc, node):
             return
         super()._import_torch_op_overload(loc, node, concrete_target)
@@ -65,7 +67,11 @@ class NodeImporter(GraphNodeImporter):  # type: ignore[misc]
                 "reverse": ir.BoolAttr.get(False),
             }
             loop = ir.Operation.create(
-                "spikingbrain_control.time_loop", [builtin_type(t) for t in wanted], plain, attributes, regions=1
+                "spikingbrain_control.time_loop",
+                [builtin_type(t) for t in wanted],
+                plain,
+                attributes,
+                regions=1,
             )
             types = [v.type for v in plain[: len(init)]] + [_slice_type(v.type) for v in plain[len(init) :]]
             block = loop.regions[0].blocks.append(*types, arg_locs=[loc] * len(types))
@@ -82,7 +88,9 @@ def _check_stacks(stacked: list[torch.Tensor], scanned: torch.Tensor) -> None:
     """Raises NotImplementedError where ``lower-time-loop`` could not tell the size of a stacked result."""
     for result in stacked:
         for axis, size in enumerate(result.shape):
-            if isinstance(size, torch.SymInt) and (axis >= scanned.dim() or str(scanned.shape[axis]) != str(size)):
+            if isinstance(size, torch.SymInt) and (
+                axis >= scanned.dim() or str(scanned.shape[axis]) != str(size)
+            ):
                 raise NotImplementedError(
                     f"scan stacks a result of shape {list(result.shape)}: its dynamic sizes must be those of the "
                     f"same axes of the first scanned tensor, {list(scanned.shape)}"
@@ -123,7 +131,10 @@ class _Parameters(FxImporterHooks):  # type: ignore[misc]
         parameter = ir.Operation.create(
             "spikingbrain.parameter",
             [ir.RankedTensorType.get(shape, signless)],
-            attributes={"sources": ir.ArrayAttr.get([ir.StringAttr.get(name)]), "recipe": ir.ArrayAttr.get([])},
+            attributes={
+                "sources": ir.ArrayAttr.get([ir.StringAttr.get(name)]),
+                "recipe": ir.ArrayAttr.get([]),
+            },
         )
         return from_builtin(parameter.result, info.ir_type)
 
@@ -133,8 +144,12 @@ class Importer:
 
     def __init__(self, name_of: Callable[[str, Any], str]):
         self.context = new_context()
-        self._programs: list[torch.export.ExportedProgram] = []  # upstream names subgraphs by id(): keep them alive
-        self._fx = FxImporter(context=self.context, hooks=_Parameters(name_of), graph_node_importer_cls=NodeImporter)
+        self._programs: list[
+            torch.export.ExportedProgram
+        ] = []  # upstream names subgraphs by id(): keep them alive
+        self._fx = FxImporter(
+            context=self.context, hooks=_Parameters(name_of), graph_node_importer_cls=NodeImporter
+        )
 
     def add(self, program: torch.export.ExportedProgram, name: str) -> None:
         """Imports ``program`` as the public function ``name``."""

@@ -95,7 +95,11 @@ def rename_synonyms(graph: fx.Graph) -> int:
 
 def drop_shape_checks(graph: fx.Graph) -> int:
     """Removes runtime assertions on sizes: the artifact checks its arguments against the declared ranges itself."""
-    checks = {aten._assert_scalar.default, aten.sym_constrain_range_for_size.default, aten._assert_tensor_metadata.default}
+    checks = {
+        aten._assert_scalar.default,
+        aten.sym_constrain_range_for_size.default,
+        aten._assert_tensor_metadata.default,
+    }
     doomed = [n for n in graph.nodes if n.op == "call_function" and n.target in checks]
     for node in reversed(doomed):
         graph.erase_node(node)

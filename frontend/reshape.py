@@ -104,7 +104,11 @@ def emit(value: ir.Value, runs: Sequence[Run], sizes: Sequence[int | ir.Value | 
         for d in run.result:
             size = known[d]
             if size is None:
-                others = [constant(s) if isinstance(s, int) else s for e, s in known.items() if e != d and s is not None]
+                others = [
+                    constant(s) if isinstance(s, int) else s
+                    for e, s in known.items()
+                    if e != d and s is not None
+                ]
                 size = arith.DivUIOp(product([source_size(s) for s in run.source]), product(others)).result
             if isinstance(size, ir.Value):
                 output_sizes.append(size)
@@ -115,7 +119,10 @@ def emit(value: ir.Value, runs: Sequence[Run], sizes: Sequence[int | ir.Value | 
     source_groups = [list(r.source) for r in runs]
     result_groups = [list(r.result) for r in runs]
     if not all(source_groups) or not all(result_groups):
-        source_groups, result_groups = [[d for g in source_groups for d in g]], [[d for g in result_groups for d in g]]
+        source_groups, result_groups = (
+            [[d for g in source_groups for d in g]],
+            [[d for g in result_groups for d in g]],
+        )
         collapsed_shape = [dynamic if dynamic in source_type.shape else prod(source_type.shape)]
     flat = value
     if any(len(g) > 1 for g in source_groups):
@@ -128,7 +135,11 @@ def emit(value: ir.Value, runs: Sequence[Run], sizes: Sequence[int | ir.Value | 
     if all(len(g) == 1 for g in result_groups):
         return flat
     return tensor.ExpandShapeOp(
-        ir.RankedTensorType.get(result_shape, element), flat, _reassociation(result_groups), output_sizes, result_shape
+        ir.RankedTensorType.get(result_shape, element),
+        flat,
+        _reassociation(result_groups),
+        output_sizes,
+        result_shape,
     ).result
 
 

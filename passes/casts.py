@@ -30,7 +30,9 @@ def to_builtin(value: ir.Value) -> ir.Value:
 
 def from_builtin(value: ir.Value, wanted: ir.Type | None = None) -> ir.Value:
     """Casts a builtin tensor to a torch tensor value."""
-    return ir.Operation.create("torch_c.from_builtin_tensor", [wanted or vtensor_type(value.type)], [value]).result
+    return ir.Operation.create(
+        "torch_c.from_builtin_tensor", [wanted or vtensor_type(value.type)], [value]
+    ).result
 
 
 def to_index(value: ir.Value) -> ir.Value:

@@ -15,5 +15,7 @@ def new_context() -> ir.Context:
     torch_dialect.register_dialect(context)
     with context, ir.Location.unknown():
         # torch_c, the cast dialect, is only registered once a pass that needs it has run.
-        PassManager.parse("builtin.module(torch-func-backend-type-conversion)").run(ir.Module.create().operation)
+        PassManager.parse("builtin.module(torch-func-backend-type-conversion)").run(
+            ir.Module.create().operation
+        )
     return context

@@ -49,9 +49,19 @@ def _math_form(op: ir.Operation) -> ir.Value:
     key = _create("torch.aten.transpose.int", transposed, key, _int(-2), _int(-1))
     scores = _create("torch.aten.matmul", _vtensor([b, heads, t, s], element), query, key)
     if torch_ir.constant(is_causal):
-        rows, columns = (_create("torch.aten.size.int", ir.Type.parse("!torch.int"), v, _int(d)) for v, d in
-                         ((query, -2), (key, -1)))
-        ones = _create("torch.aten.ones", _vtensor([t, s], "i1"), _list(rows, columns), _int(11), _none(), _none(), _none())
+        rows, columns = (
+            _create("torch.aten.size.int", ir.Type.parse("!torch.int"), v, _int(d))
+            for v, d in ((query, -2), (key, -1))
+        )
+        ones = _create(
+            "torch.aten.ones",
+            _vtensor([t, s], "i1"),
+            _list(rows, columns),
+            _int(11),
+            _none(),
+            _none(),
+            _none(),
+        )
         mask = _create("torch.aten.tril", ones.type, ones, _int(0))
     if not torch_ir.is_none(mask):
         if torch_ir.element_type(mask) == "i1":
@@ -85,7 +95,11 @@ def _repeat_heads(value: ir.Value, times: int) -> ir.Value:
         "tensor.collapse_shape",
         [wanted],
         [plain],
-        {"reassociation": ir.ArrayAttr.get([ir.ArrayAttr.get([ir.IntegerAttr.get(i64, d) for d in g]) for g in groups])},
+        {
+            "reassociation": ir.ArrayAttr.get(
+                [ir.ArrayAttr.get([ir.IntegerAttr.get(i64, d) for d in g]) for g in groups]
+            )
+        },
     )
     return from_builtin(collapsed.result)
 
@@ -100,17 +114,23 @@ def _create(name: str, result: ir.Type, *operands: ir.Value) -> ir.Value:
 
 def _int(n: int) -> ir.Value:
     value = ir.IntegerAttr.get(ir.IntegerType.get_signless(64), n)
-    return ir.Operation.create("torch.constant.int", [ir.Type.parse("!torch.int")], attributes={"value": value}).result
+    return ir.Operation.create(
+        "torch.constant.int", [ir.Type.parse("!torch.int")], attributes={"value": value}
+    ).result
 
 
 def _float(x: float) -> ir.Value:
     value = ir.FloatAttr.get(ir.F64Type.get(), x)
-    return ir.Operation.create("torch.constant.float", [ir.Type.parse("!torch.float")], attributes={"value": value}).result
+    return ir.Operation.create(
+        "torch.constant.float", [ir.Type.parse("!torch.float")], attributes={"value": value}
+    ).result
 
 
 def _bool(x: bool) -> ir.Value:
     value = ir.BoolAttr.get(x)
-    return ir.Operation.create("torch.constant.bool", [ir.Type.parse("!torch.bool")], attributes={"value": value}).result
+    return ir.Operation.create(
+        "torch.constant.bool", [ir.Type.parse("!torch.bool")], attributes={"value": value}
+    ).result
 
 
 def _none() -> ir.Value:
@@ -118,4 +138,6 @@ def _none() -> ir.Value:
 
 
 def _list(*items: ir.Value) -> ir.Value:
-    return ir.Operation.create("torch.prim.ListConstruct", [ir.Type.parse("!torch.list<int>")], list(items)).result
+    return ir.Operation.create(
+        "torch.prim.ListConstruct", [ir.Type.parse("!torch.list<int>")], list(items)
+    ).result

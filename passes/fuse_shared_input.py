@@ -41,8 +41,10 @@ class FuseSharedInput:
 
 def _is_plain(op: ir.Operation) -> bool:
     weight = parameters.parameter(op.operands[1])
-    return weight is not None and len(ir.RankedTensorType(op.operands[1].type).shape) == 2 and not (
-        parameters.stored(weight).recipe
+    return (
+        weight is not None
+        and len(ir.RankedTensorType(op.operands[1].type).shape) == 2
+        and not (parameters.stored(weight).recipe)
     )
 
 
@@ -60,7 +62,10 @@ def _fuse(group: list[ir.Operation]) -> None:
         joint_type = ir.RankedTensorType.get([*leading, sum(columns)], x_type.element_type)
         i64 = ir.IntegerType.get_signless(64)
         joint = ir.Operation.create(
-            "spikingbrain.linear", [joint_type], [x, weight], {"columns": ir.IntegerAttr.get(i64, sum(columns))}
+            "spikingbrain.linear",
+            [joint_type],
+            [x, weight],
+            {"columns": ir.IntegerAttr.get(i64, sum(columns))},
         ).result
         sizes = [build.size(x, d) for d, n in enumerate(leading) if n == dynamic]
         start = 0

@@ -43,7 +43,9 @@ def _product(x: ir.Value, weight: ir.Value) -> ir.Value:
     """Emits ``y[m, n] = sum_k x[m, k] * w[n, k]``."""
     (m, _), (n, _) = (ir.RankedTensorType(v.type).shape for v in (x, weight))
     type_ = ir.RankedTensorType.get([m, n], ir.RankedTensorType(x.type).element_type)
-    init = build.filled(type_, build.dynamic_sizes(x)[:1] if m == ir.ShapedType.get_dynamic_size() else [], 0.0)
+    init = build.filled(
+        type_, build.dynamic_sizes(x)[:1] if m == ir.ShapedType.get_dynamic_size() else [], 0.0
+    )
     d = [ir.AffineDimExpr.get(i) for i in range(3)]
     maps = [ir.AffineMap.get(3, 0, e) for e in ([d[0], d[2]], [d[1], d[2]], [d[0], d[1]])]
     return build.generic(

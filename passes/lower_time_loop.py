@@ -25,7 +25,9 @@ class LowerTimeLoop:
     name: ClassVar[str] = "lower-time-loop"
 
     def run(self, module: ir.Module, context: PassContext) -> None:
-        for op in reversed(torch_ir.operations(module, "spikingbrain_control.time_loop")):  # inner loops first
+        for op in reversed(
+            torch_ir.operations(module, "spikingbrain_control.time_loop")
+        ):  # inner loops first
             with ir.InsertionPoint(op), op.location:
                 results = _loop(op)
             for old, new in zip(op.results, results, strict=True):
@@ -47,7 +49,9 @@ def _loop(op: ir.Operation) -> list[ir.Value]:
         if op.attributes["reverse"].value:
             t = arith.SubIOp(arith.SubIOp(steps, one).result, t).result
         arguments = list(loop.inner_iter_args)[:carried]
-        arguments += [_slice(v, t, a.type) for v, a in zip(scanned, list(body.arguments)[carried:], strict=True)]
+        arguments += [
+            _slice(v, t, a.type) for v, a in zip(scanned, list(body.arguments)[carried:], strict=True)
+        ]
         for argument, value in zip(body.arguments, arguments, strict=True):
             argument.replace_all_uses_with(value)
         operations = [o.operation for o in body.operations]
@@ -77,7 +81,9 @@ def _stack(result: ir.Value, steps: ir.Value, scanned: list[ir.Value]) -> ir.Val
 
 def _slice(value: ir.Value, t: ir.Value, type_: ir.Type) -> ir.Value:
     offsets, sizes, dynamic_sizes = _row(value)
-    return tensor.ExtractSliceOp(type_, value, [t], dynamic_sizes, [], offsets, sizes, [1] * len(sizes)).result
+    return tensor.ExtractSliceOp(
+        type_, value, [t], dynamic_sizes, [], offsets, sizes, [1] * len(sizes)
+    ).result
 
 
 def _insert(piece: ir.Value, stack: ir.Value, t: ir.Value) -> ir.Value:
@@ -89,4 +95,8 @@ def _row(stack: ir.Value) -> tuple[list[int], list[int], list[ir.Value]]:
     """Returns the offsets, sizes and dynamic sizes of one step of ``stack``."""
     shape, dynamic = list(ir.RankedTensorType(stack.type).shape), ir.ShapedType.get_dynamic_size()
     sizes = [1, *shape[1:]]
-    return [dynamic] + [0] * (len(shape) - 1), sizes, [build.size(stack, d) for d, n in enumerate(sizes) if n == dynamic]
+    return (
+        [dynamic] + [0] * (len(shape) - 1),
+        sizes,
+        [build.size(stack, d) for d, n in enumerate(sizes) if n == dynamic],
+    )

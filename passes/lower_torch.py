@@ -14,7 +14,10 @@ from spikingbrain.errors import ShapeError, UnsupportedOp
 from spikingbrain.passes import torch_ir
 from spikingbrain.passes.base import PassContext, source_line
 
-_PIPELINES = ("torchdynamo-export-to-torch-backend-pipeline", "torch-backend-to-linalg-on-tensors-backend-pipeline")
+_PIPELINES = (
+    "torchdynamo-export-to-torch-backend-pipeline",
+    "torch-backend-to-linalg-on-tensors-backend-pipeline",
+)
 # Ours are not part of upstream's contract, so its final check is replaced by the one below.
 _DROPPED = re.compile(r",?torch-verify-linalg-on-tensors-backend-contract")
 
@@ -33,7 +36,9 @@ class LowerTorch:
         for name in _PIPELINES:
             text = _DROPPED.sub("", str(PassManager.parse(f"builtin.module({name})")))
             pipeline = PassManager.parse(text)
-            pipeline.enable_verifier(False)  # the Python verifiers of our ops cost more than the passes themselves
+            pipeline.enable_verifier(
+                False
+            )  # the Python verifiers of our ops cost more than the passes themselves
             try:
                 pipeline.run(module.operation)
             except ir.MLIRError as error:

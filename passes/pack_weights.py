@@ -48,5 +48,7 @@ def _pack(op: ir.Operation, block: int) -> tuple[str, ...] | None:
     old = parameters.stored(weight)
     packed_type = ir.RankedTensorType.get([-(-n // block), k, block], type_.element_type)
     with ir.InsertionPoint(op), op.location:
-        op.operands[1] = parameters.create(old.sources, [*old.recipe, f"pack_columns block={block}"], packed_type)
+        op.operands[1] = parameters.create(
+            old.sources, [*old.recipe, f"pack_columns block={block}"], packed_type
+        )
     return old.sources

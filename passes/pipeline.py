@@ -82,7 +82,10 @@ def run(
 def check_lowered(module: ir.Module) -> None:
     """Raises UnsupportedOp if an op of ours is left that no backend knows (they take parameters and launches)."""
     for op in torch_ir.walk(module):
-        if op.name.startswith("spikingbrain") and op.name not in ("spikingbrain.parameter", "spikingbrain_control.launch"):
+        if op.name.startswith("spikingbrain") and op.name not in (
+            "spikingbrain.parameter",
+            "spikingbrain_control.launch",
+        ):
             raise UnsupportedOp(f"no lowering for {op.name}", where=source_line(op.location))
 
 

@@ -115,7 +115,9 @@ def _permute(value: ir.Value) -> ir.Value:
     wanted = ir.Type.parse(f"!torch.vtensor<[{text}],{torch_ir.element_type(value)}>")
     i64, integer = ir.IntegerType.get_signless(64), ir.Type.parse("!torch.int")
     dims = [
-        ir.Operation.create("torch.constant.int", [integer], attributes={"value": ir.IntegerAttr.get(i64, d)}).result
+        ir.Operation.create(
+            "torch.constant.int", [integer], attributes={"value": ir.IntegerAttr.get(i64, d)}
+        ).result
         for d in _HEADS_LAST
     ]
     listed = ir.Operation.create("torch.prim.ListConstruct", [ir.Type.parse("!torch.list<int>")], dims).result

@@ -36,7 +36,9 @@ class RaiseCacheWrite:
                 context.record(self, "refused", op, "the index differs within a row")
                 continue
             if of_rows is None or of_rows[0] != sizes[0] or -1 in sizes[2:]:
-                context.record(self, "refused", op, "the rows cover part of the batch, or their size is dynamic")
+                context.record(
+                    self, "refused", op, "the rows cover part of the batch, or their size is dynamic"
+                )
                 continue
             with ir.InsertionPoint(op), op.location:
                 write = ir.Operation.create(

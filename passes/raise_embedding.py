@@ -37,7 +37,11 @@ class RaiseEmbedding:
                     "spikingbrain.embedding",
                     [builtin_type(op.results[0].type)],
                     [to_builtin(ids), to_builtin(table)],
-                    {"rows": ir.IntegerAttr.get(ir.IntegerType.get_signless(64), (torch_ir.shape(table) or [0])[0])},
+                    {
+                        "rows": ir.IntegerAttr.get(
+                            ir.IntegerType.get_signless(64), (torch_ir.shape(table) or [0])[0]
+                        )
+                    },
                 )
                 value = from_builtin(lookup.result, op.results[0].type)
             op.results[0].replace_all_uses_with(value)

@@ -61,8 +61,11 @@ def _rewrite(op: ir.Operation) -> None:
         value = from_builtin(linear.result, op.results[0].type)
         if not torch_ir.is_none(bias):
             one = ir.Operation.create(
-                "torch.constant.int", [ir.Type.parse("!torch.int")], attributes={"value": ir.IntegerAttr.get(i64, 1)}
+                "torch.constant.int",
+                [ir.Type.parse("!torch.int")],
+                attributes={"value": ir.IntegerAttr.get(i64, 1)},
             ).result
-            value = ir.Operation.create("torch.aten.add.Tensor", [op.results[0].type], [value, bias, one]).result
+            value = ir.Operation.create(
+                "torch.aten.add.Tensor", [op.results[0].type], [value, bias, one]
+            ).result
     op.results[0].replace_all_uses_with(value)
-

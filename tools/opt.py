@@ -1,7 +1,7 @@
 """``spikingbrain opt``: runs passes on textual IR and prints the result; the microscope of the compiler.
 
-    spikingbrain opt -p raise-attention,raise-linear model.mlir
-    spikingbrain opt -p "pack-weights,lower-linear" --target x86-64-v3 --time-passes model.mlir
+spikingbrain opt -p raise-attention,raise-linear model.mlir
+spikingbrain opt -p "pack-weights,lower-linear" --target x86-64-v3 --time-passes model.mlir
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(name, action="store_true", help=text)
 
     parser.add_argument("file", nargs="?", default="-", help="IR to read, - for standard input")
-    parser.add_argument("-p", "--passes", default="", help="passes separated by commas, or 'all' for the pipeline")
+    parser.add_argument(
+        "-p", "--passes", default="", help="passes separated by commas, or 'all' for the pipeline"
+    )
     parser.add_argument("--target", default="cpu", help="target whose description the passes get")
     flag("--split-input-file", f"treat parts between '{_SPLIT}' lines as files of their own")
     flag("--verify-diagnostics", "expect what // expected-error {{text}} and // expected-remark {{text}} say")
@@ -104,7 +106,10 @@ def _run_part(text: str, args: argparse.Namespace) -> str | None:
     for record in context.records:
         line = int(record.where.rpartition(":")[2] or 0)
         if args.remarks:
-            print(f"{record.where}: {record.pass_name}: {record.status} {record.op} {record.reason}".rstrip(), file=sys.stderr)
+            print(
+                f"{record.where}: {record.pass_name}: {record.status} {record.op} {record.reason}".rstrip(),
+                file=sys.stderr,
+            )
         if record.status == "refused":
             found.append(("remark", line, f"{record.pass_name}: {record.reason}"))
     if args.verify_diagnostics:

@@ -21,8 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int)
     parser.add_argument("--target", default="cpu", help="target to compile for (see 'spikingbrain targets')")
-    parser.add_argument("--window", type=int, help="attend to the last N tokens only; memory is then constant")
-    parser.add_argument("--sinks", type=int, default=0, help="first tokens that stay visible beyond the window")
+    parser.add_argument(
+        "--window", type=int, help="attend to the last N tokens only; memory is then constant"
+    )
+    parser.add_argument(
+        "--sinks", type=int, default=0, help="first tokens that stay visible beyond the window"
+    )
     parser.add_argument("--capacity", type=int, default=2048, help="tokens kept when there is no window")
     parser.add_argument("--quiet", action="store_true", help="print the text only")
 
@@ -66,5 +70,7 @@ def _artifact(args: argparse.Namespace) -> tuple[Path, float]:
     place.parent.mkdir(parents=True, exist_ok=True)
     named_models.compile_named(args.model, place, args.target, options, progress)
     named_models.prune()
-    progress(f"kept in {place.parent} ({place.stat().st_size / 1e6:.0f} MB; 'spikingbrain cache --clear' removes it)")
+    progress(
+        f"kept in {place.parent} ({place.stat().st_size / 1e6:.0f} MB; 'spikingbrain cache --clear' removes it)"
+    )
     return place, progress.seconds

@@ -19,5 +19,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{'target':12}{'kind':6}{'backend':9}{'compiles':10}{'runs here':11}note")
     for s in statuses:
         yes = {True: "yes", False: "no"}
-        print(f"{s.target.name:12}{s.target.kind:6}{s.target.backend:9}{yes[s.compiles]:10}{yes[s.runs]:11}{s.note}")
+        print(
+            f"{s.target.name:12}{s.target.kind:6}{s.target.backend:9}{yes[s.compiles]:10}{yes[s.runs]:11}{s.note}"
+        )
     return 0

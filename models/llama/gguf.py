@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+
 from spikingbrain.models.llama.errors import MissingPackage, WeightsError
 from spikingbrain.models.llama.model import Llama, LlamaConfig
 

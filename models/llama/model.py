@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from spikingbrain.models.llama.errors import ConfigError
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from spikingbrain.models.llama.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import importlib.metadata
 from pathlib import Path
 
 import torch
+
 from spikingbrain.models.llama import gguf
 from spikingbrain.models.llama.errors import MissingPackage
 from spikingbrain.models.llama.model import Llama

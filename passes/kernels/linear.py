@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from spikingbrain.target import Target
 from torch_mlir import ir
 from torch_mlir.dialects import arith, func, memref, scf, tensor, vector
+
+from spikingbrain.target import Target
 
 LAUNCH = "spikingbrain_control.launch"
 LINE_FLOATS = 16  # one cache line

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import spikingbrain
 import torch
 from torch import nn
+
+import spikingbrain
 
 
 class Gated(nn.Module):
@@ -35,7 +36,9 @@ def test_the_same_export_runs_on_both_backends(target: str, tmp_path: Path) -> N
 
 def test_code_for_the_card_is_source_and_does_not_load_here(tmp_path: Path) -> None:
     model, x = Gated(), torch.randn(1, 1, 40)
-    artifact = spikingbrain.export(model, {"main": spikingbrain.Entry((x,))}, tmp_path / "gated.sbrain", target="maca")
+    artifact = spikingbrain.export(
+        model, {"main": spikingbrain.Entry((x,))}, tmp_path / "gated.sbrain", target="maca"
+    )
     assert b'extern "C" __global__' in bytes(artifact.code["kernels.maca"])
     with pytest.raises(spikingbrain.errors.WrongTarget, match="maca-emulator"):
         spikingbrain.load(artifact)

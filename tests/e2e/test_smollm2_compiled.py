@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-import spikingbrain
 import torch
+
+import spikingbrain
 from spikingbrain.generate import Sampling, Timing, Tokens, generate_ids
 from spikingbrain.models.llama import Llama
 from spikingbrain.tools.clean_wiki import wiki_text
@@ -54,7 +53,9 @@ def test_perplexity_equals_eagers(program: spikingbrain.Program, model: Llama, w
     assert np.abs(compiled - expected.numpy()).max() < 2e-2
 
 
-def test_any_split_of_a_text_gives_the_same_state_and_logits(program: spikingbrain.Program, wiki: np.ndarray) -> None:
+def test_any_split_of_a_text_gives_the_same_state_and_logits(
+    program: spikingbrain.Program, wiki: np.ndarray
+) -> None:
     ids = wiki[:, : WINDOW + 44]
     whole = program.new_state()
     logits = program.prefill(ids, state=whole)

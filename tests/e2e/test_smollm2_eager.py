@@ -8,11 +8,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
+
 from spikingbrain.errors import MissingDependency
 from spikingbrain.models.llama import Llama, MissingPackage, chat_template, smollm2
 from spikingbrain.models.llama.tokenizer import tokenizer
 from spikingbrain.tools import clean_wiki
-from tokenizers import Tokenizer
 
 pytestmark = pytest.mark.weights
 

@@ -6,11 +6,12 @@ import operator
 from pathlib import Path
 
 import numpy as np
-import spikingbrain
 import torch
-from spikingbrain.frontend.decompose import DIRECT, decompose
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+import spikingbrain
+from spikingbrain.frontend.decompose import DIRECT, decompose
 
 NORMALISED_AWAY = {
     torch.ops.aten._assert_tensor_metadata.default,
@@ -56,7 +57,9 @@ def test_every_direct_op_equals_eager(tmp_path: Path) -> None:
     assert decompose(program) is program
     used = {n.target for n in program.graph.nodes if n.op == "call_function"}
     assert DIRECT - used - NORMALISED_AWAY == set()
-    spikingbrain.export(model, {"main": spikingbrain.Entry((ids, cache), dynamic_shapes=shapes)}, tmp_path / "a.sbrain")
+    spikingbrain.export(
+        model, {"main": spikingbrain.Entry((ids, cache), dynamic_shapes=shapes)}, tmp_path / "a.sbrain"
+    )
     compiled = spikingbrain.load(tmp_path / "a.sbrain")
     for rows, steps in ((2, 3), (1, 1), (3, 7), (1, 4)):
         ids, cache = torch.randint(0, 11, (rows, steps)), torch.randn(rows, 5, 8)

@@ -52,7 +52,9 @@ class Scans(nn.Module):
             return (state, count + second), (state * count, first - state)
 
         last = x.sum(-1)
-        (state, count), (a, b) = scan(step, (torch.ones(x.shape[1:]), torch.zeros(x.shape[1], 1)), (x, last[..., None]))
+        (state, count), (a, b) = scan(
+            step, (torch.ones(x.shape[1:]), torch.zeros(x.shape[1], 1)), (x, last[..., None])
+        )
         return state, count, a, b
 
     def backwards(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -77,7 +79,8 @@ def model() -> Scans:
 def program(model: Scans, tmp_path_factory: pytest.TempPathFactory) -> spikingbrain.Program:
     time, batch = torch.export.Dim("time", min=1, max=512), torch.export.Dim("batch", min=1, max=8)
     entries = {
-        kind: Entry((torch.zeros(5, 3, WIDTH), kind), dynamic_shapes={"x": {0: time, 1: batch}}) for kind in KINDS
+        kind: Entry((torch.zeros(5, 3, WIDTH), kind), dynamic_shapes={"x": {0: time, 1: batch}})
+        for kind in KINDS
     }
     path = tmp_path_factory.mktemp("scan") / "scans.sb"
     return spikingbrain.load(spikingbrain.export(model, entries, path, target="cpu"))
@@ -85,7 +88,9 @@ def program(model: Scans, tmp_path_factory: pytest.TempPathFactory) -> spikingbr
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("steps", "batch"), [(1, 1), (1, 3), (2, 1), (7, 2), (130, 3)])
-def test_equal_to_eager(model: Scans, program: spikingbrain.Program, kind: str, steps: int, batch: int) -> None:
+def test_equal_to_eager(
+    model: Scans, program: spikingbrain.Program, kind: str, steps: int, batch: int
+) -> None:
     x = torch.randn(steps, batch, WIDTH)
     with torch.no_grad():
         expected = model(x, kind)

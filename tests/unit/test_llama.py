@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+
 from spikingbrain.models.llama import (
     ConfigError,
     Llama,
@@ -27,7 +29,6 @@ from spikingbrain.models.llama import (
     tokenizer_json,
 )
 from spikingbrain.models.llama.gguf import GgufFile
-from torch import Tensor
 
 gguf = pytest.importorskip("gguf", reason="the loader decodes weights with the package gguf")
 
