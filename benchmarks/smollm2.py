@@ -151,7 +151,8 @@ def memory(path: Path) -> None:
         )
         first, peak = map(float, done.stdout.split())
         print(
-            f"\n{title}: start of Python's imports to first token {first:.2f} s; peak memory {peak / 1e6:.0f} MB = {peak / weights:.2f}x of the weights"
+            f"\n{title}: start of Python's imports to first token {first:.2f} s;"
+            f" peak memory {peak / 1e6:.0f} MB = {peak / weights:.2f}x of the weights"
         )
 
 

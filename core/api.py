@@ -35,9 +35,11 @@ def export(
 
     Args:
         model: any ``torch.nn.Module``; its parameters are read, not changed.
-        entries: entry point name -> ``Entry`` with example arguments and dynamic dimensions; all share one copy of the weights.
+        entries: entry point name -> ``Entry`` with example arguments and dynamic dimensions; all share one copy of
+            the weights.
         path: where the artifact is written (to a temporary name first, then renamed).
-        state: name of the argument of forward that carries the state. Forward must return ``(*outputs, new_state)``; compiled, the state is updated in place.
+        state: name of the argument of forward that carries the state. Forward must return ``(*outputs, new_state)``;
+            compiled, the state is updated in place.
         target: a name from ``targets()``.
         options: options of the target's backend.
         tokenizer: content of a ``tokenizer.json``, for ``Program.generate``.

@@ -27,8 +27,8 @@ class Entry:
     Attributes:
         args: positional arguments; tensors give shape and dtype, other values become constants.
         kwargs: keyword arguments, likewise.
-        dynamic_shapes: as in ``torch.export``: by parameter name, a mapping from dimension to ``torch.export.Dim``. For a container
-            (such as the state), one mapping may stand for all its tensors.
+        dynamic_shapes: as in ``torch.export``: by parameter name, a mapping from dimension to ``torch.export.Dim``.
+            For a container (such as the state), one mapping may stand for all its tensors.
     """
 
     args: tuple[Any, ...] = ()

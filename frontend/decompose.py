@@ -74,4 +74,5 @@ def decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedPro
     if all(node.target in DIRECT for node in program.graph.nodes if node.op == "call_function"):
         return program
     table = {op: f for op, f in get_decomposition_table().items() if op not in KEPT}
-    return program.run_decompositions(table)
+    decomposed: torch.export.ExportedProgram = program.run_decompositions(table)
+    return decomposed
