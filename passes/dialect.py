@@ -8,7 +8,9 @@ values are contiguous. Shapes are ranked; batch and time may be dynamic.
 """
 
 import contextlib
+import functools
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from torch_mlir import ir
@@ -36,6 +38,22 @@ def _fits(a: int, b: int) -> bool:
     return a == b or dynamic in (a, b)
 
 
+def _after_declaration(verify: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Lets an op without a declared attribute, or with an operand that is no ranked tensor, pass.
+
+    MLIR calls our verifiers before it compares an op with its declaration, which then says what is missing.
+    """
+
+    @functools.wraps(verify)
+    def checked(op: Any) -> bool:
+        try:
+            return verify(op)
+        except (KeyError, ValueError):
+            return True
+
+    return checked
+
+
 class Parameter(SpikingBrain.Operation, name="parameter", traits=[ext.Pure]):
     """A weight, named, with the steps that make its stored form from the model's tensors.
 
@@ -51,6 +69,7 @@ class Parameter(SpikingBrain.Operation, name="parameter", traits=[ext.Pure]):
     value: ext.Result[ir.RankedTensorType]
 
     @staticmethod
+    @_after_declaration
     def verify_invariants(op: Any) -> bool:
         if not len(op.sources):
             return _fail(op.operation, "needs at least one source tensor")
@@ -75,6 +94,7 @@ class Linear(SpikingBrain.Operation, name="linear", traits=[ext.Pure]):
     y: ext.Result[ir.RankedTensorType]
 
     @staticmethod
+    @_after_declaration
     def verify_invariants(op: Any) -> bool:
         x, w, y, n = _shape(op.x), _shape(op.weight), _shape(op.y), op.columns.value
         if len(w) not in (2, 3):
@@ -105,6 +125,7 @@ class Embedding(SpikingBrain.Operation, name="embedding", traits=[ext.Pure]):
     y: ext.Result[ir.RankedTensorType]
 
     @staticmethod
+    @_after_declaration
     def verify_invariants(op: Any) -> bool:
         ids, table, y, rows = _shape(op.ids), _shape(op.table), _shape(op.y), op.rows.value
         if len(table) not in (2, 3):
@@ -126,7 +147,10 @@ class Attention(SpikingBrain.Operation, name="attention", traits=[ext.Pure]):
     yields 0. Keys come in up to two segments, a cache and the new tokens; an empty slot has position -1.
 
         %o = "spikingbrain.attention"(%q, %qpos, %k, %v, %kpos, %k_cache, %v_cache, %pos_cache)
-               {scale = 0.125 : f64, window = 256 : i64, sinks = 1 : i64, ...} : (...) -> tensor<1x?x9x64xf32>
+               {scale = 0.125 : f64, window = 256 : i64, sinks = 1 : i64,
+                operandSegmentSizes = array<i32: 1, 1, 1, 1, 1, 1, 1, 1>}
+               : (tensor<1x?x9x64xf32>, tensor<1x?xi64>, tensor<1x?x3x64xf32>, tensor<1x?x3x64xf32>, tensor<1x?xi64>,
+                  tensor<1x257x3x64xf32>, tensor<1x257x3x64xf32>, tensor<1x257xi64>) -> tensor<1x?x9x64xf32>
     """
 
     query: ext.Operand[ir.RankedTensorType]
@@ -143,10 +167,17 @@ class Attention(SpikingBrain.Operation, name="attention", traits=[ext.Pure]):
     cache_positions: ext.Operand[ir.RankedTensorType] | None = None
 
     @staticmethod
+    @_after_declaration
     def verify_invariants(op: Any) -> bool:
         q, cache = _shape(op.query), [op.cache_keys, op.cache_values, op.cache_positions]
         if len(q) != 4 or _shape(op.out) != q:
             return _fail(op.operation, "query and result must both be [B, T, H, D]")
+        positions = [op.query_positions, op.key_positions, op.cache_positions]
+        if any(str(p.type.element_type) != "i64" for p in positions if p is not None):
+            return _fail(op.operation, "positions must be i64")
+        of_query = _shape(op.query_positions)
+        if len(of_query) != 2 or not (_fits(of_query[0], q[0]) and _fits(of_query[1], q[1])):
+            return _fail(op.operation, f"query positions {of_query} do not match queries {q}")
         if op.window.value < 0 or op.sinks.value < 0:
             return _fail(op.operation, "window and sinks must not be negative")
         if any(cache) and not all(cache):
@@ -155,8 +186,8 @@ class Attention(SpikingBrain.Operation, name="attention", traits=[ext.Pure]):
             ks, ps = _shape(k), _shape(p)
             if len(ks) != 4 or ks != _shape(v):
                 return _fail(op.operation, "keys and values must both be [B, S, Hk, D]")
-            if ks[3] != q[3] or q[2] % ks[2]:
-                return _fail(op.operation, f"{q[2]} heads of {q[3]} do not group over {ks[2]} heads of {ks[3]}")
+            if ks[3] != q[3] or q[2] % ks[2] or not _fits(ks[0], q[0]):
+                return _fail(op.operation, f"keys {ks} do not fit queries {q}: batch, grouped heads, head size")
             if len(ps) != 2 or not (_fits(ps[0], ks[0]) and _fits(ps[1], ks[1])):
                 return _fail(op.operation, f"key positions {ps} do not match keys {ks}")
         return True
@@ -178,6 +209,7 @@ class CacheWrite(SpikingBrain.Operation, name="cache_write", traits=[ext.Pure]):
     result_: ext.Result[ir.RankedTensorType]
 
     @staticmethod
+    @_after_declaration
     def verify_invariants(op: Any) -> bool:
         c, r, s = _shape(op.cache), _shape(op.rows), _shape(op.slots)
         if op.cache.type != op.result_.type:
@@ -186,6 +218,8 @@ class CacheWrite(SpikingBrain.Operation, name="cache_write", traits=[ext.Pure]):
             return _fail(op.operation, f"rows {r} do not fit a cache of {c}")
         if len(s) != 2 or not (_fits(s[0], r[0]) and _fits(s[1], r[1])):
             return _fail(op.operation, f"slots {s} do not match rows {r}")
+        if str(op.slots.type.element_type) != "i64" or op.rows.type.element_type != op.cache.type.element_type:
+            return _fail(op.operation, "slots must be i64, rows of the cache's element type")
         return True
 
 
@@ -201,9 +235,13 @@ def _verify_time_loop(op: ir.Operation) -> str:
     are the ``carried`` initial values, then the scanned tensors; results are the final values, then the stacked
     ones. The body takes and yields the same, slices in place of stacks. At T = 0 the carried values return unchanged.
 
-        %s, %ys = "spikingbrain_control.time_loop"(%s0, %xs) ({ ^bb0(%s: tensor<4xf32>, %x: tensor<4xf32>): ...
-                 "spikingbrain_control.yield"(%s1, %y) : (tensor<4xf32>, tensor<4xf32>) -> () })
-               {carried = 1 : i64, reverse = false} : (tensor<4xf32>, tensor<?x4xf32>) -> (tensor<4xf32>, tensor<?x4xf32>)
+        %last, %ys = "spikingbrain_control.time_loop"(%s0, %xs) ({
+          ^bb0(%s: tensor<4xf32>, %x: tensor<4xf32>):
+            %s1 = arith.addf %s, %x : tensor<4xf32>
+            %y = arith.mulf %s1, %s1 : tensor<4xf32>
+            "spikingbrain_control.yield"(%s1, %y) : (tensor<4xf32>, tensor<4xf32>) -> ()
+          }) {carried = 1 : i64, reverse = false}
+               : (tensor<4xf32>, tensor<?x4xf32>) -> (tensor<4xf32>, tensor<?x4xf32>)
     """
     if "carried" not in op.attributes or "reverse" not in op.attributes:
         return "needs the attributes carried and reverse"

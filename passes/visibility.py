@@ -184,8 +184,8 @@ class _Reader:
     def _position(self, value: ir.Value, frame: tuple[int, ...]) -> _Position:
         """Returns ``value`` as root tensor plus constant, with the axes (of [B, 1, T, S]) that the root lies on."""
         sizes = torch_ir.shape(value)
-        if sizes is None or torch_ir.element_type(value) not in ("si64", "si32"):
-            raise NotShown("a position is not an integer tensor")
+        if sizes is None or torch_ir.element_type(value) != "si64":
+            raise NotShown("a position is not an int64 tensor")
         axes = list(frame[len(frame) - len(sizes) :])
         offset = 0
         while True:

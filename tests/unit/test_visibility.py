@@ -82,7 +82,8 @@ REFUSED: dict[str, tuple[str, Mask]] = {
         "a comparison is not between a key's and a query's position",
         lambda i, j: (j >= 0) & (j <= i) & (j <= j + 1),
     ),
-    "floats": ("a position is not an integer tensor", lambda i, j: (j >= 0) & (j.float() <= i.float())),
+    "int32": ("a position is not an int64 tensor", lambda i, j: (j >= 0) & (j.int() <= i.int())),
+    "floats": ("a position is not an int64 tensor", lambda i, j: (j >= 0) & (j.float() <= i.float())),
     "every second key": (
         "the mask is computed with torch.aten.eq.Scalar",
         lambda i, j: (j >= 0) & (j <= i) & ((i - j).remainder(2) == 0),

@@ -1,0 +1,342 @@
+// RUN: spikingbrain opt --split-input-file --verify-diagnostics %s
+
+// What each op refuses; the valid forms are the examples of docs/dialect.md, which tests/unit/test_dialect.py runs.
+
+func.func @parameter_without_source() {
+  // expected-error@+1 {{'spikingbrain.parameter' needs at least one source tensor}}
+  %w = "spikingbrain.parameter"() {sources = [], recipe = []} : () -> tensor<4xf32>
+  return
+}
+
+// -----
+
+func.func @parameter_step_as_number() {
+  // expected-error@+1 {{'spikingbrain.parameter' lists sources and recipe steps as strings}}
+  %w = "spikingbrain.parameter"() {sources = ["w"], recipe = [1]} : () -> tensor<4xf32>
+  return
+}
+
+// -----
+
+func.func @linear_rank(%x: tensor<3x4xf32>, %w: tensor<4xf32>) {
+  // expected-error@+1 {{'spikingbrain.linear' weight must be [N, K] or [N/block, K, block], got rank 1}}
+  %y = "spikingbrain.linear"(%x, %w) {columns = 6 : i64} : (tensor<3x4xf32>, tensor<4xf32>) -> tensor<3x6xf32>
+  return
+}
+
+// -----
+
+func.func @linear_columns(%x: tensor<3x4xf32>, %w: tensor<6x4xf32>) {
+  // expected-error@+1 {{'spikingbrain.linear' weight stores 6 columns, columns = 5}}
+  %y = "spikingbrain.linear"(%x, %w) {columns = 5 : i64} : (tensor<3x4xf32>, tensor<6x4xf32>) -> tensor<3x5xf32>
+  return
+}
+
+// -----
+
+func.func @linear_packed_columns(%x: tensor<3x4xf32>, %w: tensor<1x4x16xf32>) {
+  // expected-error@+1 {{'spikingbrain.linear' weight stores 16 columns, columns = 17}}
+  %y = "spikingbrain.linear"(%x, %w) {columns = 17 : i64} : (tensor<3x4xf32>, tensor<1x4x16xf32>) -> tensor<3x17xf32>
+  return
+}
+
+// -----
+
+func.func @linear_channels(%x: tensor<3x5xf32>, %w: tensor<6x4xf32>) {
+  // expected-error@+1 {{'spikingbrain.linear' input has 5 channels, weight has 4}}
+  %y = "spikingbrain.linear"(%x, %w) {columns = 6 : i64} : (tensor<3x5xf32>, tensor<6x4xf32>) -> tensor<3x6xf32>
+  return
+}
+
+// -----
+
+func.func @linear_result(%x: tensor<3x4xf32>, %w: tensor<6x4xf32>) {
+  // expected-error@+1 {{'spikingbrain.linear' result shape [2, 6] does not follow from [3, 4] and 6 columns}}
+  %y = "spikingbrain.linear"(%x, %w) {columns = 6 : i64} : (tensor<3x4xf32>, tensor<6x4xf32>) -> tensor<2x6xf32>
+  return
+}
+
+// -----
+
+func.func @linear_without_columns(%x: tensor<3x4xf32>, %w: tensor<6x4xf32>) {
+  // expected-error@+1 {{attribute "columns" is expected but not provided}}
+  %y = "spikingbrain.linear"(%x, %w) : (tensor<3x4xf32>, tensor<6x4xf32>) -> tensor<3x6xf32>
+  return
+}
+
+// -----
+
+func.func @linear_of_a_number(%x: f32, %w: tensor<6x4xf32>) {
+  // expected-error@+1 {{expected base type 'builtin.tensor' but got 'builtin.f32'}}
+  %y = "spikingbrain.linear"(%x, %w) {columns = 6 : i64} : (f32, tensor<6x4xf32>) -> tensor<3x6xf32>
+  return
+}
+
+// -----
+
+func.func @embedding_rank(%ids: tensor<3xi64>, %table: tensor<4xf32>) {
+  // expected-error@+1 {{'spikingbrain.embedding' table must be [rows, K] or [rows/block, K, block], got rank 1}}
+  %y = "spikingbrain.embedding"(%ids, %table) {rows = 4 : i64} : (tensor<3xi64>, tensor<4xf32>) -> tensor<3x4xf32>
+  return
+}
+
+// -----
+
+func.func @embedding_rows(%ids: tensor<3xi64>, %table: tensor<8x4xf32>) {
+  // expected-error@+1 {{'spikingbrain.embedding' table stores 8 rows, rows = 9}}
+  %y = "spikingbrain.embedding"(%ids, %table) {rows = 9 : i64} : (tensor<3xi64>, tensor<8x4xf32>) -> tensor<3x4xf32>
+  return
+}
+
+// -----
+
+func.func @embedding_result(%ids: tensor<3xi64>, %table: tensor<8x4xf32>) {
+  // expected-error@+1 {{'spikingbrain.embedding' result shape [3, 5] does not follow from ids [3] and rows of 4}}
+  %y = "spikingbrain.embedding"(%ids, %table) {rows = 8 : i64} : (tensor<3xi64>, tensor<8x4xf32>) -> tensor<3x5xf32>
+  return
+}
+
+// -----
+
+!q = tensor<1x3x4x8xf32>
+!kv = tensor<1x5x2x8xf32>
+func.func @attention_result(%q: !q, %i: tensor<1x3xi64>, %k: !kv, %j: tensor<1x5xi64>) {
+  // expected-error@+1 {{'spikingbrain.attention' query and result must both be [B, T, H, D]}}
+  %o = "spikingbrain.attention"(%q, %i, %k, %k, %j)
+      {scale = 1.0 : f64, window = 0 : i64, sinks = 0 : i64, operandSegmentSizes = array<i32: 1, 1, 1, 1, 1, 0, 0, 0>}
+      : (!q, tensor<1x3xi64>, !kv, !kv, tensor<1x5xi64>) -> tensor<1x4x3x8xf32>
+  return
+}
+
+// -----
+
+!q = tensor<1x3x4x8xf32>
+!kv = tensor<1x5x2x8xf32>
+func.func @attention_small_positions(%q: !q, %i: tensor<1x3xi32>, %k: !kv, %j: tensor<1x5xi32>) {
+  // expected-error@+1 {{'spikingbrain.attention' positions must be i64}}
+  %o = "spikingbrain.attention"(%q, %i, %k, %k, %j)
+      {scale = 1.0 : f64, window = 0 : i64, sinks = 0 : i64, operandSegmentSizes = array<i32: 1, 1, 1, 1, 1, 0, 0, 0>}
+      : (!q, tensor<1x3xi32>, !kv, !kv, tensor<1x5xi32>) -> !q
+  return
+}
+
+// -----
+
+!q = tensor<1x3x4x8xf32>
+!kv = tensor<1x5x2x8xf32>
+func.func @attention_query_positions(%q: !q, %i: tensor<1x1xi64>, %k: !kv, %j: tensor<1x5xi64>) {
+  // expected-error@+1 {{'spikingbrain.attention' query positions [1, 1] do not match queries [1, 3, 4, 8]}}
+  %o = "spikingbrain.attention"(%q, %i, %k, %k, %j)
+      {scale = 1.0 : f64, window = 0 : i64, sinks = 0 : i64, operandSegmentSizes = array<i32: 1, 1, 1, 1, 1, 0, 0, 0>}
+      : (!q, tensor<1x1xi64>, !kv, !kv, tensor<1x5xi64>) -> !q
+  return
+}
+
+// -----
+
+!q = tensor<1x3x4x8xf32>
+!kv = tensor<1x5x2x8xf32>
+func.func @attention_negative_window(%q: !q, %i: tensor<1x3xi64>, %k: !kv, %j: tensor<1x5xi64>) {
+  // expected-error@+1 {{'spikingbrain.attention' window and sinks must not be negative}}
+  %o = "spikingbrain.attention"(%q, %i, %k, %k, %j)
+      {scale = 1.0 : f64, window = -1 : i64, sinks = 0 : i64, operandSegmentSizes = array<i32: 1, 1, 1, 1, 1, 0, 0, 0>}
+      : (!q, tensor<1x3xi64>, !kv, !kv, tensor<1x5xi64>) -> !q
+  return
+}
+
+// -----
+
+!q = tensor<1x3x4x8xf32>
+!kv = tensor<1x5x2x8xf32>
+func.func @attention_half_a_cache(%q: !q, %i: tensor<1x3xi64>, %k: !kv, %j: tensor<1x5xi64>) {
+  // expected-error@+1 {{'spikingbrain.attention' needs cache keys, values and positions together}}
+  %o = "spikingbrain.attention"(%q, %i, %k, %k, %j, %k)
+      {scale = 1.0 : f64, window = 0 : i64, sinks = 0 : i64, operandSegmentSizes = array<i32: 1, 1, 1, 1, 1, 1, 0, 0>}
+      : (!q, tensor<1x3xi64>, !kv, !kv, tensor<1x5xi64>, !kv) -> !q
+  return
+}
+
+// -----
+
+!q = tensor<1x3x4x8xf32>
+!kv = tensor<1x5x2x8xf32>
+func.func @attention_values(%q: !q, %i: tensor<1x3xi64>, %k: !kv, %v: tensor<1x6x2x8xf32>, %j: tensor<1x5xi64>) {
+  // expected-error@+1 {{'spikingbrain.attention' keys and values must both be [B, S, Hk, D]}}
+  %o = "spikingbrain.attention"(%q, %i, %k, %v, %j)
+      {scale = 1.0 : f64, window = 0 : i64, sinks = 0 : i64, operandSegmentSizes = array<i32: 1, 1, 1, 1, 1, 0, 0, 0>}
+      : (!q, tensor<1x3xi64>, !kv, tensor<1x6x2x8xf32>, tensor<1x5xi64>) -> !q
+  return
+}
+
+// -----
+
+!q = tensor<1x3x4x8xf32>
+!kv = tensor<1x5x3x8xf32>
+func.func @attention_heads(%q: !q, %i: tensor<1x3xi64>, %k: !kv, %j: tensor<1x5xi64>) {
+  // expected-error@+1 {{'spikingbrain.attention' keys [1, 5, 3, 8] do not fit queries [1, 3, 4, 8]: batch, grouped heads, head size}}
+  %o = "spikingbrain.attention"(%q, %i, %k, %k, %j)
+      {scale = 1.0 : f64, window = 0 : i64, sinks = 0 : i64, operandSegmentSizes = array<i32: 1, 1, 1, 1, 1, 0, 0, 0>}
+      : (!q, tensor<1x3xi64>, !kv, !kv, tensor<1x5xi64>) -> !q
+  return
+}
+
+// -----
+
+!q = tensor<1x3x4x8xf32>
+!kv = tensor<1x5x2x8xf32>
+func.func @attention_key_positions(%q: !q, %i: tensor<1x3xi64>, %k: !kv, %j: tensor<1x6xi64>) {
+  // expected-error@+1 {{'spikingbrain.attention' key positions [1, 6] do not match keys [1, 5, 2, 8]}}
+  %o = "spikingbrain.attention"(%q, %i, %k, %k, %j)
+      {scale = 1.0 : f64, window = 0 : i64, sinks = 0 : i64, operandSegmentSizes = array<i32: 1, 1, 1, 1, 1, 0, 0, 0>}
+      : (!q, tensor<1x3xi64>, !kv, !kv, tensor<1x6xi64>) -> !q
+  return
+}
+
+// -----
+
+func.func @cache_write_result(%c: tensor<2x6x8xf32>, %r: tensor<2x3x8xf32>, %s: tensor<2x3xi64>) {
+  // expected-error@+1 {{'spikingbrain.cache_write' result must have the type of the cache}}
+  %n = "spikingbrain.cache_write"(%c, %r, %s) : (tensor<2x6x8xf32>, tensor<2x3x8xf32>, tensor<2x3xi64>) -> tensor<2x7x8xf32>
+  return
+}
+
+// -----
+
+func.func @cache_write_rows(%c: tensor<2x6x8xf32>, %r: tensor<2x3x4xf32>, %s: tensor<2x3xi64>) {
+  // expected-error@+1 {{'spikingbrain.cache_write' rows [2, 3, 4] do not fit a cache of [2, 6, 8]}}
+  %n = "spikingbrain.cache_write"(%c, %r, %s) : (tensor<2x6x8xf32>, tensor<2x3x4xf32>, tensor<2x3xi64>) -> tensor<2x6x8xf32>
+  return
+}
+
+// -----
+
+func.func @cache_write_slots(%c: tensor<2x6x8xf32>, %r: tensor<2x3x8xf32>, %s: tensor<2x4xi64>) {
+  // expected-error@+1 {{'spikingbrain.cache_write' slots [2, 4] do not match rows [2, 3, 8]}}
+  %n = "spikingbrain.cache_write"(%c, %r, %s) : (tensor<2x6x8xf32>, tensor<2x3x8xf32>, tensor<2x4xi64>) -> tensor<2x6x8xf32>
+  return
+}
+
+// -----
+
+func.func @cache_write_types(%c: tensor<2x6x8xf32>, %r: tensor<2x3x8xf16>, %s: tensor<2x3xi64>) {
+  // expected-error@+1 {{'spikingbrain.cache_write' slots must be i64, rows of the cache's element type}}
+  %n = "spikingbrain.cache_write"(%c, %r, %s) : (tensor<2x6x8xf32>, tensor<2x3x8xf16>, tensor<2x3xi64>) -> tensor<2x6x8xf32>
+  return
+}
+
+// -----
+
+func.func @loop_attributes(%s: tensor<f32>, %x: tensor<4xf32>) {
+  // expected-error@+1 {{'spikingbrain_control.time_loop' op needs the attributes carried and reverse}}
+  %r = "spikingbrain_control.time_loop"(%s, %x) ({
+  ^bb0(%a: tensor<f32>, %b: tensor<f32>):
+    "spikingbrain_control.yield"(%a) : (tensor<f32>) -> ()
+  }) {carried = 1 : i64} : (tensor<f32>, tensor<4xf32>) -> tensor<f32>
+  return
+}
+
+// -----
+
+func.func @loop_without_time(%s: tensor<f32>) {
+  // expected-error@+1 {{'spikingbrain_control.time_loop' op needs a scanned tensor: its first axis is the time axis}}
+  %r = "spikingbrain_control.time_loop"(%s) ({
+  ^bb0(%a: tensor<f32>):
+    "spikingbrain_control.yield"(%a) : (tensor<f32>) -> ()
+  }) {carried = 1 : i64, reverse = false} : (tensor<f32>) -> tensor<f32>
+  return
+}
+
+// -----
+
+func.func @loop_final_type(%s: tensor<f32>, %x: tensor<4xf32>) {
+  // expected-error@+1 {{'spikingbrain_control.time_loop' op final values must have the types of the carried ones}}
+  %r = "spikingbrain_control.time_loop"(%s, %x) ({
+  ^bb0(%a: tensor<f32>, %b: tensor<f32>):
+    "spikingbrain_control.yield"(%a) : (tensor<f32>) -> ()
+  }) {carried = 1 : i64, reverse = false} : (tensor<f32>, tensor<4xf32>) -> tensor<f64>
+  return
+}
+
+// -----
+
+func.func @loop_times(%s: tensor<f32>, %x: tensor<4xf32>, %y: tensor<5xf32>) {
+  // expected-error@+1 {{'spikingbrain_control.time_loop' op time axes differ: 5 and 4}}
+  %r = "spikingbrain_control.time_loop"(%s, %x, %y) ({
+  ^bb0(%a: tensor<f32>, %b: tensor<f32>, %c: tensor<f32>):
+    "spikingbrain_control.yield"(%a) : (tensor<f32>) -> ()
+  }) {carried = 1 : i64, reverse = false} : (tensor<f32>, tensor<4xf32>, tensor<5xf32>) -> tensor<f32>
+  return
+}
+
+// -----
+
+func.func @loop_terminator(%s: tensor<f32>, %x: tensor<4xf32>) {
+  // expected-error@+1 {{'spikingbrain_control.time_loop' op body must end in spikingbrain_control.yield}}
+  %r = "spikingbrain_control.time_loop"(%s, %x) ({
+  ^bb0(%a: tensor<f32>, %b: tensor<f32>):
+    "spikingbrain_control.stop"(%a) : (tensor<f32>) -> ()
+  }) {carried = 1 : i64, reverse = false} : (tensor<f32>, tensor<4xf32>) -> tensor<f32>
+  return
+}
+
+// -----
+
+func.func @loop_arguments(%s: tensor<f32>, %x: tensor<4xf32>) {
+  // expected-error@+1 {{'spikingbrain_control.time_loop' op body must take every carried value and one slice of every scanned tensor}}
+  %r = "spikingbrain_control.time_loop"(%s, %x) ({
+  ^bb0(%a: tensor<f32>, %b: tensor<4xf32>):
+    "spikingbrain_control.yield"(%a) : (tensor<f32>) -> ()
+  }) {carried = 1 : i64, reverse = false} : (tensor<f32>, tensor<4xf32>) -> tensor<f32>
+  return
+}
+
+// -----
+
+func.func @loop_yields(%s: tensor<f32>, %x: tensor<4xf32>) {
+  // expected-error@+1 {{'spikingbrain_control.time_loop' op body must yield every carried value and one slice of every stacked result}}
+  %r, %y = "spikingbrain_control.time_loop"(%s, %x) ({
+  ^bb0(%a: tensor<f32>, %b: tensor<f32>):
+    "spikingbrain_control.yield"(%a) : (tensor<f32>) -> ()
+  }) {carried = 1 : i64, reverse = false} : (tensor<f32>, tensor<4xf32>) -> (tensor<f32>, tensor<4xf32>)
+  return
+}
+
+// -----
+
+func.func @launch_attributes(%g: index, %x: tensor<4xf32>) {
+  // expected-error@+1 {{'spikingbrain_control.launch' op needs the attributes callee and tied}}
+  %y = "spikingbrain_control.launch"(%g, %g, %g, %x) {callee = @k} : (index, index, index, tensor<4xf32>) -> tensor<4xf32>
+  return
+}
+
+// -----
+
+func.func @launch_grid(%g: index, %x: tensor<4xf32>) {
+  // expected-error@+1 {{'spikingbrain_control.launch' op needs three grid sizes}}
+  %y = "spikingbrain_control.launch"(%g, %g, %x) {callee = @k, tied = [-1]} : (index, index, tensor<4xf32>) -> tensor<4xf32>
+  return
+}
+
+// -----
+
+func.func @launch_tied_count(%g: index, %x: tensor<4xf32>) {
+  // expected-error@+1 {{'spikingbrain_control.launch' op needs one entry of tied per result}}
+  %y = "spikingbrain_control.launch"(%g, %g, %g, %x) {callee = @k, tied = []} : (index, index, index, tensor<4xf32>) -> tensor<4xf32>
+  return
+}
+
+// -----
+
+func.func @launch_tied_type(%g: index, %x: tensor<4xf32>) {
+  // expected-error@+1 {{'spikingbrain_control.launch' op a result cannot be tied to input 0}}
+  %y = "spikingbrain_control.launch"(%g, %g, %g, %x) {callee = @k, tied = [0]} : (index, index, index, tensor<4xf32>) -> tensor<5xf32>
+  return
+}
+
+// -----
+
+func.func @launch_sizes(%g: index, %x: tensor<4xf32>) {
+  // expected-error@+1 {{'spikingbrain_control.launch' op needs 1 result sizes, got 0}}
+  %y = "spikingbrain_control.launch"(%g, %g, %g, %x) {callee = @k, tied = [-1]} : (index, index, index, tensor<4xf32>) -> tensor<?xf32>
+  return
+}
