@@ -139,6 +139,14 @@ class _Parameters(FxImporterHooks):  # type: ignore[misc]
         return from_builtin(parameter.result, info.ir_type)
 
 
+def _name_outputs(program: torch.export.ExportedProgram) -> None:
+    """Lets the signature name the nodes that the graph returns, where rewrites have put others in their place."""
+    returned = program.graph.output_node().args[0]
+    for spec, node in zip(program.graph_signature.output_specs, returned, strict=True):
+        if isinstance(node, torch.fx.Node):
+            spec.arg.name = node.name
+
+
 class Importer:
     """Collects exported programs as functions of one module."""
 
@@ -154,6 +162,7 @@ class Importer:
     def add(self, program: torch.export.ExportedProgram, name: str) -> None:
         """Imports ``program`` as the public function ``name``."""
         self._programs.append(program)
+        _name_outputs(program)
         self._fx.import_program(program, func_name=name)
 
     @property

@@ -124,7 +124,11 @@ def keep_user_frames(graph: fx.Graph) -> None:
 
 
 def normalise(graph: fx.Graph) -> None:
-    """Applies every rewrite in place."""
+    """Applies every rewrite in place, in the bodies of loops too."""
+    for node in graph.nodes:
+        body = getattr(graph.owning_module, node.target, None) if node.op == "get_attr" else None
+        if isinstance(body, fx.GraphModule):
+            normalise(body.graph)
     make_scatter_dims_positive(graph)
     drop_identities(graph)
     drop_idle_casts(graph)

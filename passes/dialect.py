@@ -15,6 +15,8 @@ from typing import Any
 
 from torch_mlir import ir
 from torch_mlir.dialects import ext
+from torch_mlir.dialects import torch as torch_dialect  # noqa: F401  (registers the passes)
+from torch_mlir.passmanager import PassManager
 
 _load_lock = threading.Lock()  # Dialect.load() from two threads at once crashes the process
 
@@ -337,10 +339,16 @@ def verify(module: ir.Module) -> None:
 
 
 def load(context: ir.Context | None = None) -> ir.Context:
-    """Returns ``context`` (a new one by default) with the dialect loaded; calling it twice is harmless."""
+    """Returns ``context`` (a new one by default) with our dialect, and what lowered torch ops may hold.
+
+    Calling it twice is harmless.
+    """
     if context is None:
         context = ir.Context()
     context.allow_unregistered_dialects = True  # the IREE ops and types that backends print
     with _load_lock, context, ir.Location.unknown(), contextlib.suppress(ext.DialectAlreadyLoadedError):
         SpikingBrain.load()
+    with context, ir.Location.unknown():
+        # torch-mlir's dialect for scatters and sorts is only registered once a pass that makes it has run.
+        PassManager.parse("builtin.module(func.func(convert-torch-to-tmtensor))").run(ir.Module.create().operation)
     return context
