@@ -8,6 +8,8 @@ FILES ?= .
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Tests and benchmarks call tools of the environment (iree-compile) by name.
+RUN := PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python
 PROMPT ?= Once upon a time
 SETTINGS := pyproject.toml
 
@@ -52,16 +54,16 @@ types: $(VENV)/.ready-dev
 	$(BIN)/mypy
 
 test: lint types
-	$(BIN)/python -m pytest -m "not slow or gate" --durations=10 $(PYTEST_FLAGS)
+	$(RUN) -m pytest -m "not slow or gate" --durations=10 $(PYTEST_FLAGS)
 
 test-fast: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest -m "not slow and not gate and not weights" $(PYTEST_FLAGS)
+	$(RUN) -m pytest -m "not slow and not gate and not weights" $(PYTEST_FLAGS)
 
 test-all: lint types
-	$(BIN)/python -m pytest --durations=20 $(PYTEST_FLAGS)
+	$(RUN) -m pytest --durations=20 $(PYTEST_FLAGS)
 
 bench: $(VENV)/.ready-dev
-	@for file in benchmarks/*.py; do echo "==> $$file"; $(BIN)/python "$$file" || exit 1; done
+	@for file in benchmarks/*.py; do echo "==> $$file"; $(RUN) "$$file" || exit 1; done
 
 docs: $(VENV)/.ready-dev
 	$(BIN)/python -m spikingbrain.tools.gen_dialect_docs
