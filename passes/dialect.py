@@ -131,12 +131,16 @@ class Embedding(SpikingBrain.Operation, name="embedding", traits=[ext.Pure]):
     def verify_invariants(op: Any) -> bool:
         ids, table, y, rows = _shape(op.ids), _shape(op.table), _shape(op.y), op.rows.value
         if len(table) not in (2, 3):
-            return _fail(op.operation, f"table must be [rows, K] or [rows/block, K, block], got rank {len(table)}")
+            return _fail(
+                op.operation, f"table must be [rows, K] or [rows/block, K, block], got rank {len(table)}"
+            )
         stored = table[0] if len(table) == 2 else table[0] * table[2]
         if (len(table) == 2 and stored != rows) or not rows <= stored:
             return _fail(op.operation, f"table stores {stored} rows, rows = {rows}")
         if len(y) != len(ids) + 1 or y[-1] != table[1] or not all(map(_fits, ids, y[:-1])):
-            return _fail(op.operation, f"result shape {y} does not follow from ids {ids} and rows of {table[1]}")
+            return _fail(
+                op.operation, f"result shape {y} does not follow from ids {ids} and rows of {table[1]}"
+            )
         return True
 
 
@@ -189,7 +193,9 @@ class Attention(SpikingBrain.Operation, name="attention", traits=[ext.Pure]):
             if len(ks) != 4 or ks != _shape(v):
                 return _fail(op.operation, "keys and values must both be [B, S, Hk, D]")
             if ks[3] != q[3] or q[2] % ks[2] or not _fits(ks[0], q[0]):
-                return _fail(op.operation, f"keys {ks} do not fit queries {q}: batch, grouped heads, head size")
+                return _fail(
+                    op.operation, f"keys {ks} do not fit queries {q}: batch, grouped heads, head size"
+                )
             if len(ps) != 2 or not (_fits(ps[0], ks[0]) and _fits(ps[1], ks[1])):
                 return _fail(op.operation, f"key positions {ps} do not match keys {ks}")
         return True
@@ -220,7 +226,10 @@ class CacheWrite(SpikingBrain.Operation, name="cache_write", traits=[ext.Pure]):
             return _fail(op.operation, f"rows {r} do not fit a cache of {c}")
         if len(s) != 2 or not (_fits(s[0], r[0]) and _fits(s[1], r[1])):
             return _fail(op.operation, f"slots {s} do not match rows {r}")
-        if str(op.slots.type.element_type) != "i64" or op.rows.type.element_type != op.cache.type.element_type:
+        if (
+            str(op.slots.type.element_type) != "i64"
+            or op.rows.type.element_type != op.cache.type.element_type
+        ):
             return _fail(op.operation, "slots must be i64, rows of the cache's element type")
         return True
 
@@ -350,5 +359,7 @@ def load(context: ir.Context | None = None) -> ir.Context:
         SpikingBrain.load()
     with context, ir.Location.unknown():
         # torch-mlir's dialect for scatters and sorts is only registered once a pass that makes it has run.
-        PassManager.parse("builtin.module(func.func(convert-torch-to-tmtensor))").run(ir.Module.create().operation)
+        PassManager.parse("builtin.module(func.func(convert-torch-to-tmtensor))").run(
+            ir.Module.create().operation
+        )
     return context

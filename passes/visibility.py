@@ -82,7 +82,9 @@ def analyse(mask: ir.Value) -> Visibility:
         elif atoms.keys() == {(DISTANCE, "low"), (KEY, "high")}:
             window, sinks = _once(window, 1 - atoms[DISTANCE, "low"]), max(0, atoms[KEY, "high"] + 1)
         else:
-            raise NotShown(f"the mask holds a condition of another form: {' or '.join(sorted(map(str, clause)))}")
+            raise NotShown(
+                f"the mask holds a condition of another form: {' or '.join(sorted(map(str, clause)))}"
+            )
     if not seen_causal:
         raise NotShown("the mask lets a token see later ones")
     if not seen_lower:
@@ -100,7 +102,11 @@ def _once(before: int, window: int) -> int:
 
 def _is_never_negative(root: ir.Value) -> bool:
     op = torch_ir.defining(root)
-    if op is None or op.name not in ("torch.aten.arange", "torch.aten.arange.start", "torch.aten.arange.start_step"):
+    if op is None or op.name not in (
+        "torch.aten.arange",
+        "torch.aten.arange.start",
+        "torch.aten.arange.start_step",
+    ):
         return False
     if op.name == "torch.aten.arange":
         return True
@@ -122,7 +128,11 @@ class _Reader:
         if op is None:
             raise NotShown("the mask is an input of the model")
         frame = frame[len(frame) - len(torch_ir.shape(value) or []) :]
-        if op.name in ("torch.aten.bitwise_and.Tensor", "torch.aten.logical_and", "torch.aten.__and__.Tensor"):
+        if op.name in (
+            "torch.aten.bitwise_and.Tensor",
+            "torch.aten.logical_and",
+            "torch.aten.__and__.Tensor",
+        ):
             return self.clauses(op.operands[0], frame) | self.clauses(op.operands[1], frame)
         if op.name in ("torch.aten.bitwise_or.Tensor", "torch.aten.logical_or", "torch.aten.__or__.Tensor"):
             left, right = self.clauses(op.operands[0], frame), self.clauses(op.operands[1], frame)
@@ -140,7 +150,11 @@ class _Reader:
         if base not in kinds or overload not in ("Scalar", "Tensor"):
             raise NotShown(f"the mask is computed with {op.name}")
         left = self._position(op.operands[0], frame)
-        right = self._position(op.operands[1], frame) if overload == "Tensor" else torch_ir.constant(op.operands[1])
+        right = (
+            self._position(op.operands[1], frame)
+            if overload == "Tensor"
+            else torch_ir.constant(op.operands[1])
+        )
         if not isinstance(right, (int, _Position)):
             raise NotShown("a position is compared with a value that is not a constant integer")
         # left (kind) right  ->  low <= left - right  or  left - right <= high, over integers

@@ -1,7 +1,7 @@
 """Writes docs/dialect.md from the docstrings of passes/dialect.py.
 
-    python -m spikingbrain.tools.gen_dialect_docs          # rewrites the page
-    python -m spikingbrain.tools.gen_dialect_docs --check  # exits with 1 when the page is out of date
+python -m spikingbrain.tools.gen_dialect_docs          # rewrites the page
+python -m spikingbrain.tools.gen_dialect_docs --check  # exits with 1 when the page is out of date
 """
 
 from __future__ import annotations
@@ -73,12 +73,17 @@ def _doc(name: str, docstring: str, fields: list[tuple[str, str]]) -> OpDoc:
 def page() -> str:
     """Returns the text of docs/dialect.md."""
     title, _, intro = inspect.cleandoc(dialect.__doc__ or "").partition("\n")
-    parts = ["# The spikingbrain dialect", "<!-- written by spikingbrain.tools.gen_dialect_docs; do not edit -->"]
+    parts = [
+        "# The spikingbrain dialect",
+        "<!-- written by spikingbrain.tools.gen_dialect_docs; do not edit -->",
+    ]
     parts += [_markdown(title), _markdown(intro.strip())]
     for doc in op_docs():
         parts += [f"## {doc.name}", _markdown(doc.text), f"```mlir\n{doc.example}\n```"]
         if doc.fields:
-            parts.append("\n".join(["| field | kind |", "|---|---|", *(f"| {n} | {k} |" for n, k in doc.fields)]))
+            parts.append(
+                "\n".join(["| field | kind |", "|---|---|", *(f"| {n} | {k} |" for n, k in doc.fields)])
+            )
     return "\n\n".join(parts) + "\n"
 
 

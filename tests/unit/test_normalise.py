@@ -128,7 +128,14 @@ class Everything(nn.Module):
         scattered = [function(x, index) for function in SCATTERS.values()]
         values, places = torch.topk(x, 2, dim=-1)
         copies = [(x * 2).clone(), x.clone(), x.to(torch.float32)]
-        return [*scattered, values, places, *copies, torch.gather(x, -1, index), ((x > 0) & (x < 1)) | (x < -1)]
+        return [
+            *scattered,
+            values,
+            places,
+            *copies,
+            torch.gather(x, -1, index),
+            ((x > 0) & (x < 1)) | (x < -1),
+        ]
 
 
 def test_end_to_end(tmp_path: Path) -> None:
@@ -139,7 +146,9 @@ def test_end_to_end(tmp_path: Path) -> None:
         np.testing.assert_allclose(result, wanted.numpy(), rtol=1e-6, err_msg=f"result {number}")
 
 
-@pytest.mark.xfail(strict=True, reason="the IREE backend's --iree-input-type=none leaves tm_tensor ops unlowered")
+@pytest.mark.xfail(
+    strict=True, reason="the IREE backend's --iree-input-type=none leaves tm_tensor ops unlowered"
+)
 def test_scatter_without_further_flags(tmp_path: Path) -> None:
     class Scatter(nn.Module):
         def forward(self, x: Tensor, index: Tensor) -> Tensor:

@@ -78,7 +78,9 @@ def test_list_has_every_pass_in_order(run: Opt) -> None:
 def test_unknown_pass(run: Opt) -> None:
     code, out, err = run(LINEAR, "-p", "raise-spirits")
     assert (code, out) == (2, "")
-    assert err.startswith("error: unknown pass 'raise-spirits'\n  try: one of decompose-attention, fuse-shared-input, ")
+    assert err.startswith(
+        "error: unknown pass 'raise-spirits'\n  try: one of decompose-attention, fuse-shared-input, "
+    )
 
 
 def test_unknown_option(run: Opt) -> None:
@@ -126,7 +128,10 @@ def test_split_input_file(run: Opt) -> None:
     code, out, err = run("// -----\n".join([LINEAR, WRONG, LINEAR]), "--split-input-file")
     assert code == 1
     assert out.count("func.func @main") == 2 and out.count("// -----") == 1
-    assert err == "error: line 3: type of return operand 0 ('tensor<3xf32>') doesn't match function result type ('tensor<4xf32>') in function @main\n"  # noqa: E501
+    assert (
+        err
+        == "error: line 3: type of return operand 0 ('tensor<3xf32>') doesn't match function result type ('tensor<4xf32>') in function @main\n"
+    )  # noqa: E501
 
 
 def test_syntax_error_names_the_line(run: Opt) -> None:
@@ -154,7 +159,9 @@ def test_a_pass_that_breaks_the_module_is_named(run: Opt, monkeypatch: pytest.Mo
 
     monkeypatch.setitem(pipeline.PASSES, "break", Break)
     code, _, err = run(LINEAR, "-p", "break")
-    assert code == 1 and err.startswith("error: line 0: pass break left invalid IR because: 'spikingbrain_control.launch'")
+    assert code == 1 and err.startswith(
+        "error: line 0: pass break left invalid IR because: 'spikingbrain_control.launch'"
+    )
     assert run(LINEAR, "-p", "break", "--no-verify")[0] == 0
 
 
@@ -173,7 +180,10 @@ def test_dump_each(run: Opt, tmp_path: Path) -> None:
 
 def test_remarks(run: Opt) -> None:
     _, _, err = run(COMPUTED_WEIGHT, "-p", "raise-linear", "--remarks")
-    assert err == "-:8: raise-linear: refused torch.aten.linear the weight is computed by the model, not stored\n"
+    assert (
+        err
+        == "-:8: raise-linear: refused torch.aten.linear the weight is computed by the model, not stored\n"
+    )
 
 
 def test_verify_diagnostics_accepts_what_is_expected(run: Opt) -> None:
@@ -187,7 +197,7 @@ def test_verify_diagnostics_reports_what_did_not_appear(run: Opt) -> None:
 
 def test_verify_diagnostics_reports_an_unexpected_error(run: Opt) -> None:
     code, _, err = run(WRONG, "--verify-diagnostics")
-    assert code == 1 and err.startswith("line 2: unexpected error \"type of return operand 0")
+    assert code == 1 and err.startswith('line 2: unexpected error "type of return operand 0')
 
 
 def test_verify_diagnostics_wants_the_right_line(run: Opt) -> None:

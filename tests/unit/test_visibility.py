@@ -51,15 +51,24 @@ REFUSED: dict[str, tuple[str, Mask]] = {
     "strictly causal": (OTHER_FORM, lambda i, j: (j >= 0) & (j < i)),
     "one token ahead": (OTHER_FORM, lambda i, j: (j >= 0) & (j <= i + 1)),
     "prefix for all": (OTHER_FORM, lambda i, j: (j >= 0) & ((j <= i) | (j < 2))),
-    "sinks outside the window only": (OTHER_FORM, lambda i, j: (j >= 0) & (j <= i) & ((j > i - 8) | (j >= 2))),
+    "sinks outside the window only": (
+        OTHER_FORM,
+        lambda i, j: (j >= 0) & (j <= i) & ((j > i - 8) | (j >= 2)),
+    ),
     "keys from one on": (OTHER_FORM, lambda i, j: (j >= 1) & (j <= i)),
-    "empty slots": ("the mask does not exclude negative key positions (empty cache slots): add key >= 0", lambda i, j: j <= i),
+    "empty slots": (
+        "the mask does not exclude negative key positions (empty cache slots): add key >= 0",
+        lambda i, j: j <= i,
+    ),
     "empty slots as sinks": (
         "the mask does not exclude negative key positions (empty cache slots): add key >= 0",
         lambda i, j: (j <= i) & ((j > i - 8) | (j < 2)),
     ),
     "anti-causal": ("the mask lets a token see later ones", lambda i, j: (j >= 0) & (j >= i)),
-    "two windows": ("the mask holds two windows", lambda i, j: (j >= 0) & (j <= i) & (j > i - 8) & (j > i - 4)),
+    "two windows": (
+        "the mask holds two windows",
+        lambda i, j: (j >= 0) & (j <= i) & (j > i - 8) & (j > i - 4),
+    ),
     "two windows, one with sinks": (
         "the mask holds two windows",
         lambda i, j: (j >= 0) & (j <= i) & (j > i - 4) & ((j > i - 8) | (j < 2)),
@@ -178,9 +187,13 @@ def test_masks_with_other_inputs() -> None:
     """The masks that mention more than the two position tensors."""
     masks: dict[str, Any] = {
         "given": lambda i, j, key, query, switch, mask: mask,
-        "or unrelated": lambda i, j, key, query, switch, mask: ((j >= 0) & (j <= i)) | switch[:, None, None, None],
+        "or unrelated": lambda i, j, key, query, switch, mask: (
+            ((j >= 0) & (j <= i)) | switch[:, None, None, None]
+        ),
         "two keys": lambda i, j, key, query, switch, mask: (key[:, None, None] >= 0) & (j <= i),
-        "two queries": lambda i, j, key, query, switch, mask: (j >= 0) & (j <= i) & (j > query[:, None, :, None] - 8),
+        "two queries": lambda i, j, key, query, switch, mask: (
+            (j >= 0) & (j <= i) & (j > query[:, None, :, None] - 8)
+        ),
     }
     found = read(
         masks,
@@ -213,7 +226,9 @@ class Emitted:
 
         def constant(n: int) -> ir.Value:
             attribute = ir.IntegerAttr.get(ir.IntegerType.get_signless(64), n)
-            return ir.Operation.create("torch.constant.int", [integer], attributes={"value": attribute}).result
+            return ir.Operation.create(
+                "torch.constant.int", [integer], attributes={"value": attribute}
+            ).result
 
         sizes = self.sizes
         if isinstance(other, Emitted):
@@ -256,7 +271,9 @@ def random_mask(rng: random.Random) -> Callable[[Any, Any], Any]:
     def atom(kind: str) -> Mask:
         n, form = rng.choice([-1, 0, 0, 0, 1, 2]), rng.randrange(4)
         if kind == "key":
-            return [lambda i, j: j >= n, lambda i, j: j > n, lambda i, j: j + 1 <= n, lambda i, j: j < n][form]
+            return [lambda i, j: j >= n, lambda i, j: j > n, lambda i, j: j + 1 <= n, lambda i, j: j < n][
+                form
+            ]
         forms = [
             lambda i, j: j <= i + n,
             lambda i, j: i - n > j,
@@ -271,7 +288,11 @@ def random_mask(rng: random.Random) -> Callable[[Any, Any], Any]:
     parts = [rng.choice([lambda i, j: j <= i, lambda i, j: i + 1 > j, atom("distance")])]
     parts.append(rng.choice([lambda i, j: j >= 0, lambda i, j: j > -1, atom("key")]))
     for _ in range(rng.choice([0, 1, 1, 2])):
-        parts.append(rng.choice([atom("distance"), either(atom("distance"), atom("key")), either(parts[0], atom("key"))]))
+        parts.append(
+            rng.choice(
+                [atom("distance"), either(atom("distance"), atom("key")), either(parts[0], atom("key"))]
+            )
+        )
     rng.shuffle(parts)
     if rng.random() < 0.3:  # the whole in both alternatives
         more = atom(rng.choice(["key", "distance"]))
