@@ -42,10 +42,9 @@ class OpDoc:
 
 def op_docs() -> list[OpDoc]:
     """Returns every op of the dialect, in the order of its definition."""
-    docs = []
-    for value in vars(dialect).values():
-        if isinstance(value, type) and issubclass(value, dialect.SpikingBrain.Operation) and value.__doc__:
-            docs.append(_doc(str(value.OPERATION_NAME), value.__doc__, _fields(value)))
+    classes: list[Any] = [v for v in vars(dialect).values() if isinstance(v, type) and v.__doc__]
+    ops = [c for c in classes if issubclass(c, dialect.SpikingBrain.Operation)]
+    docs = [_doc(str(op.OPERATION_NAME), op.__doc__, _fields(op)) for op in ops]
     for name, check in dialect.CONTROL_OPS.items():
         docs.append(_doc(name, check.__doc__ or "", []))
     return docs
