@@ -26,6 +26,7 @@ from spikingbrain.passes.raise_attention import RaiseAttention
 from spikingbrain.passes.raise_cache_write import RaiseCacheWrite
 from spikingbrain.passes.raise_embedding import RaiseEmbedding
 from spikingbrain.passes.raise_linear import RaiseLinear
+from spikingbrain.passes.thread_state import ThreadState
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ PHASES: dict[str, list[type[Any]]] = {
     # choose layouts for the target and store weights in them
     "schedule": [PackWeights],
     # kernels where the target has them, linalg and loops where not
-    "lower": [LowerAttention, LowerCacheWrite, LowerEmbedding, LowerLinear],
+    "lower": [LowerAttention, LowerCacheWrite, LowerEmbedding, LowerLinear, ThreadState],
 }
 
 PASSES: dict[str, type[Any]] = {cls.name: cls for phase in PHASES.values() for cls in phase}
