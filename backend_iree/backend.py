@@ -50,7 +50,8 @@ class IreeBackend:
 
         flags = " ".join(self._flags(target, options))
         features = ",".join(sorted(target.features))
-        return f"iree-base-compiler {version('iree-base-compiler')} {flags} [{features}]"
+        device = targets.known()[target.name].device
+        return f"iree-base-compiler {version('iree-base-compiler')} {flags} [{features}] {device}"
 
     def stages(self, target: Target) -> dict[str, Stage]:
         return {"dispatch": _dispatch, "vmfb": self._compile}
@@ -90,6 +91,7 @@ def _dispatch(module: str, context: StageContext) -> str:
     """Turns launches into dispatches and parameters into globals; the result is text for iree-compile."""
     from torch_mlir import ir
 
+    from spikingbrain.backend_iree.devices import gather_slices, name_device
     from spikingbrain.backend_iree.dispatch import wrap_kernels
     from spikingbrain.backend_iree.parameters import emit_globals, protect_arguments
     from spikingbrain.passes import dialect
@@ -99,6 +101,10 @@ def _dispatch(module: str, context: StageContext) -> str:
         protect_arguments(parsed)
         wrap_kernels(parsed)
         emit_globals(parsed)
+        if context.target.arch == "spirv":
+            gather_slices(parsed)
+        if device := targets.known()[context.target.name].device:
+            name_device(parsed, device)
         text: str = parsed.operation.get_asm(enable_debug_info=True)
         return text
 

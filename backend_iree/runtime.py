@@ -29,7 +29,26 @@ _ELEMENTS = {
     "uint8": rt.HalElementType.UINT_8,
     "bool": rt.HalElementType.BOOL_8,
 }
+_BITS = {"bool": np.dtype(np.uint8), "bfloat16": np.dtype(np.uint16)}  # what the buffer protocol takes in their place
+# Numbers, as the binding takes them; going through the enums costs more than the call.
+_RESIDENT = int(rt.MemoryType.DEVICE_LOCAL)
+_USES = int(rt.BufferUsage.DEFAULT | rt.BufferUsage.MAPPING)
+_STAGED = int(rt.MemoryType.HOST_LOCAL | rt.MemoryType.DEVICE_VISIBLE)
+_DOWNLOAD = int(rt.BufferUsage.TRANSFER_TARGET | rt.BufferUsage.MAPPING)
 _live: weakref.WeakSet[IreeExecutable] = weakref.WeakSet()
+
+
+@functools.cache
+def _element(dtype: np.dtype[Any]) -> tuple[int, np.dtype[Any]]:
+    """Returns IREE's number of an element type and the numpy type to pass its memory as."""
+    if dtype.name not in _ELEMENTS:
+        raise CallError(f"element type {dtype} cannot be passed", hint=f"one of {', '.join(_ELEMENTS)}")
+    return int(_ELEMENTS[dtype.name]), _BITS.get(dtype.name, dtype)
+
+
+@functools.cache
+def _numpy_type(element: int) -> np.dtype[Any]:
+    return np.dtype(rt.HalElementType.map_to_dtype(rt.HalElementType(element)))
 
 
 @functools.cache
@@ -45,6 +64,8 @@ class IreeExecutable:
 
     def __init__(self, module: memoryview, driver: str, weights: Mapping[str, Array], options: IreeOptions):
         self._device = _device(driver, options.threads)
+        self._allocator = self._device.allocator
+        self._local = driver.startswith("local")
         self._instance = rt.VmInstance()
         self._weights = weights  # the mapped memory must outlive the module
         index = rt.ParameterIndex()
@@ -84,22 +105,26 @@ class IreeExecutable:
         return [outputs.get_as_object(i, rt.HalBufferView) for i in range(outputs.size)]
 
     def to_device(self, array: Array) -> Any:
-        element = _ELEMENTS.get(array.dtype.name)
-        if element is None:
-            raise CallError(
-                f"element type {array.dtype} cannot be passed", hint=f"one of {', '.join(_ELEMENTS)}"
-            )
+        element, bits = _element(array.dtype)
         array = np.asarray(array, order="C")  # ascontiguousarray would give a scalar an axis
-        return self._device.allocator.allocate_buffer_copy(
-            memory_type=rt.MemoryType.DEVICE_LOCAL,
-            allowed_usage=rt.BufferUsage.DEFAULT | rt.BufferUsage.MAPPING,
-            device=self._device,
-            buffer=array.view({"bool": np.uint8, "bfloat16": np.uint16}.get(array.dtype.name, array.dtype)),
-            element_type=element,
-        )
+        if bits is not array.dtype:
+            array = array.view(bits)
+        return self._allocator.allocate_buffer_copy(_RESIDENT, _USES, self._device, array, element)
 
     def to_host(self, buffer: Any) -> Array:
-        return rt.DeviceArray(self._device, buffer, implicit_host_transfer=True).to_host()  # type: ignore[no-any-return]
+        """Returns a buffer's content: the buffer's own memory on a CPU, which then lives as long as the array."""
+        memory = buffer if self._local else self._download(buffer.get_buffer())
+        array: Array = memory.map().asarray(buffer.shape, _numpy_type(buffer.element_type))
+        return array
+
+    def _download(self, source: Any) -> Any:
+        """Copies a device's memory to where it can be mapped; drivers differ in what else they offer."""
+        staging = self._allocator.allocate_buffer(_STAGED, _DOWNLOAD, source.byte_length())
+        semaphore = self._device.create_semaphore(0)
+        done = rt.HalFence.create_at(semaphore, 1)
+        self._device.queue_copy(source, staging, rt.HalFence.create_at(semaphore, 0), done)
+        done.wait()
+        return staging
 
 
 @atexit.register
@@ -107,5 +132,5 @@ def _close() -> None:
     """Drops runtime objects before interpreter shutdown, where nanobind would report them as leaked."""
     for executable in list(_live):
         executable._functions.clear()
-        executable._context = None
+        executable._context = executable._allocator = None
     _device.cache_clear()

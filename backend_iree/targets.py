@@ -13,11 +13,33 @@ from spikingbrain.target import Target
 
 @dataclass(frozen=True)
 class IreeTarget:
-    """A target with the flags of iree-compile and the driver that runs its code."""
+    """A target with what iree-compile needs to know of it and the driver that runs its code.
+
+    Attributes:
+        generator: the code generator inside iree-compile, as its ``--iree-hal-list-target-backends`` spells it.
+        device: the device as an attribute of the module, where flags cannot describe it.
+    """
 
     target: Target
     flags: tuple[str, ...]
     driver: str
+    generator: str
+    device: str = ""
+
+
+# IREE 3.13 fuses the score product of attention with its mask and its maximum otherwise, and then cannot distribute
+# the result over threads; its own help says that not all of its generators support that fusion.
+_GPU_FLAGS = ("--iree-dispatch-creation-enable-aggressive-fusion=false",)
+
+# What a graphics card of the last years can do. IREE's default is the Android baseline, without the 64-bit integers
+# that token positions are; its named cards assume a subgroup size, which would be wrong on the next card.
+_VULKAN_DEVICE = (
+    '#hal.device.target<"vulkan", [#hal.executable.target<"vulkan-spirv", "vulkan-spirv-fb", {'
+    'iree_codegen.target_info = #iree_gpu.target<arch = "desktop", features = "spirv:v1.3,cap:Shader", wgp = <'
+    "compute = fp32|fp16|int64|int32|int16|int8, storage = b64|b32|b16|b8, subgroup = none, "
+    "subgroup_size_choices = [32], max_workgroup_sizes = [256, 256, 64], max_thread_count_per_workgroup = 256, "
+    "max_workgroup_memory_bytes = 32768, max_workgroup_counts = [65535, 65535, 65535]>>}>]> : !hal.device"
+)
 
 
 def _cpu(name: str, arch: str, llvm_cpu: str, features: frozenset[str], *flags: str) -> IreeTarget:
@@ -38,12 +60,14 @@ def _cpu(name: str, arch: str, llvm_cpu: str, features: frozenset[str], *flags: 
         "--iree-hal-local-target-device-backends=llvm-cpu",
         "--iree-input-demote-f64-to-f32=false",
     )
-    return IreeTarget(target, (*base, f"--iree-llvmcpu-target-cpu={llvm_cpu}", *flags), "local-sync")
+    return IreeTarget(target, (*base, f"--iree-llvmcpu-target-cpu={llvm_cpu}", *flags), "local-sync", "llvm-cpu")
 
 
-def _gpu(name: str, arch: str, driver: str, wave: int, shared: int, *flags: str) -> IreeTarget:
+def _gpu(
+    name: str, arch: str, driver: str, generator: str, wave: int, shared: int, *flags: str, device: str = ""
+) -> IreeTarget:
     target = Target(name=name, kind="gpu", backend="iree", arch=arch, wave_width=wave, shared_bytes=shared)
-    return IreeTarget(target, flags, driver)
+    return IreeTarget(target, (*flags, *_GPU_FLAGS), driver, generator, device)
 
 
 def known() -> Mapping[str, IreeTarget]:
@@ -51,9 +75,27 @@ def known() -> Mapping[str, IreeTarget]:
     host = _cpu("cpu", cpu.architecture(), "host", cpu.features())
     listed = [
         host,
-        _cpu("x86-64-v3", "x86-64", "x86-64-v3", cpu.X86_64_V3, "--iree-llvmcpu-target-triple=x86_64-unknown-linux-gnu"),
-        _cpu("x86-64-v4", "x86-64", "x86-64-v4", cpu.X86_64_V4, "--iree-llvmcpu-target-triple=x86_64-unknown-linux-gnu"),
-        _cpu("aarch64", "aarch64", "generic", frozenset(), "--iree-llvmcpu-target-triple=aarch64-unknown-linux-gnu"),
+        _cpu(
+            "x86-64-v3",
+            "x86-64",
+            "x86-64-v3",
+            cpu.X86_64_V3,
+            "--iree-llvmcpu-target-triple=x86_64-unknown-linux-gnu",
+        ),
+        _cpu(
+            "x86-64-v4",
+            "x86-64",
+            "x86-64-v4",
+            cpu.X86_64_V4,
+            "--iree-llvmcpu-target-triple=x86_64-unknown-linux-gnu",
+        ),
+        _cpu(
+            "aarch64",
+            "aarch64",
+            "generic",
+            frozenset(),
+            "--iree-llvmcpu-target-triple=aarch64-unknown-linux-gnu",
+        ),
         _cpu(
             "riscv64",
             "riscv64",
@@ -63,9 +105,27 @@ def known() -> Mapping[str, IreeTarget]:
             "--iree-llvmcpu-target-abi=lp64d",
             "--iree-llvmcpu-target-cpu-features=+m,+a,+f,+d,+c",
         ),
-        _gpu("vulkan", "spirv", "vulkan", 32, 16 << 10, "--iree-hal-target-device=vulkan"),
-        _gpu("cuda", "sm_80", "cuda", 32, 48 << 10, "--iree-hal-target-device=cuda", "--iree-cuda-target=sm_80"),
-        _gpu("rocm", "gfx942", "hip", 64, 64 << 10, "--iree-hal-target-device=hip", "--iree-rocm-target=gfx942"),
+        _gpu("vulkan", "spirv", "vulkan", "vulkan-spirv", 32, 32 << 10, device=_VULKAN_DEVICE),
+        _gpu(
+            "cuda",
+            "sm_80",
+            "cuda",
+            "cuda",
+            32,
+            48 << 10,
+            "--iree-hal-target-device=cuda",
+            "--iree-cuda-target=sm_80",
+        ),
+        _gpu(
+            "rocm",
+            "gfx942",
+            "hip",
+            "rocm",
+            64,
+            64 << 10,
+            "--iree-hal-target-device=hip",
+            "--iree-rocm-target=gfx942",
+        ),
     ]
     return {t.target.name: t for t in listed}
 
@@ -77,7 +137,9 @@ def statuses() -> list[TargetStatus]:
     found = []
     for entry in known().values():
         reason = why_not_here(entry)
-        found.append(TargetStatus(entry.target, compiler, not reason, "; ".join(filter(None, (note, reason)))))
+        found.append(
+            TargetStatus(entry.target, compiler, not reason, "; ".join(filter(None, (note, reason))))
+        )
     return found
 
 

@@ -168,6 +168,7 @@ def bufferize(text: str) -> str:
                 op.location = ir.Location.name(_label(op), op.location)
         for function in _functions(module):
             _take_arguments(function)
+            _copy_reshaped_slices(function)
         run_passes(module, ("func.func(linalg-generalize-named-ops)", *BUFFERIZE))
         return str(module.operation.get_asm(enable_debug_info=True))
 
@@ -236,6 +237,26 @@ def _take_arguments(function: ir.Operation) -> None:
     readonly = {"bufferization.writable": ir.BoolAttr.get(False)}
     merged = [{**{named.name: named.attr for named in a}, **readonly} for a in attributes]
     view.arg_attrs = [ir.DictAttr.get(a) for a in merged]
+
+
+def _copy_reshaped_slices(function: ir.Operation) -> None:
+    """Gives slices that are reshaped a buffer of their own.
+
+    Other slices become index arithmetic of the kernels that read them. A reshape of a slice, such as the split into
+    heads of one part of a joint projection, cannot: between kernels only whole buffers change their shape.
+    """
+    for op in nested(function):
+        if op.name not in ("tensor.expand_shape", "tensor.collapse_shape"):
+            continue
+        source = op.operands[0]
+        if not isinstance(source.owner, ir.Operation | ir.OpView) or source.owner.name != "tensor.extract_slice":
+            continue
+        segments = ir.DenseI32ArrayAttr.get([0, 1, 0])
+        with ir.InsertionPoint(op), op.location:
+            copy = ir.Operation.create(
+                "bufferization.alloc_tensor", [source.type], [source], {"operandSegmentSizes": segments}
+            )
+        op.operands[0] = copy.result
 
 
 # Small words for index arithmetic.

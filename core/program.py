@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,10 @@ class TensorSpec:
     name: str
     shape: tuple[int | str, ...]
     dtype: str
+
+    @functools.cached_property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        return numpy_dtype(self.dtype)
 
     def __str__(self) -> str:
         return f"{self.name}: {self.dtype}[{', '.join(map(str, self.shape))}]"
@@ -126,8 +131,10 @@ def _check(spec: EntrySpec, arrays: Sequence[Array], state: State | None) -> Non
         )
     sizes: dict[str, int] = dict(state.sizes) if state else {}
     for expected, array in zip(spec.inputs, arrays, strict=True):
-        if array.dtype.name != expected.dtype and array.dtype != numpy_dtype(expected.dtype):
+        if array.dtype != expected.numpy_dtype:
             raise CallError(f"{spec.name}: {expected.name} is {array.dtype}, expected {expected}")
+        if array.shape == expected.shape:
+            continue
         if array.ndim != len(expected.shape):
             raise CallError(f"{spec.name}: {expected.name} has shape {array.shape}, expected {expected}")
         for axis, (size, wanted) in enumerate(zip(array.shape, expected.shape, strict=True)):

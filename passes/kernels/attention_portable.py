@@ -87,15 +87,16 @@ def _attention(op: Any, segments: Sequence[tuple[ir.Value, ir.Value, ir.Value]])
             (_empty("bkgts", here, f32), "bkgts"),
             lambda score, m, _: _weight(score, m),
         )
-        zeros = _filled(0.0, "bkgt", sizes)
-        totals.append(_reduce([(weights, "bkgts")], (zeros, "bkgt"), "s", lambda p, t: arith.addf(p, t)))
+        # In the order of the result: IREE 3.13 fuses this sum with the division and makes wrong SPIR-V of a transposed one.
+        zeros = _filled(0.0, "btkg", sizes)
+        totals.append(_reduce([(weights, "bkgts")], (zeros, "btkg"), "s", lambda p, t: arith.addf(p, t)))
         zeros = _filled(0.0, "btkgd", sizes)
         sums.append(_reduce([(weights, "bkgts"), (values, "bskd")], (zeros, "btkgd"), "s", _multiply_add))
 
-    total = _combined(totals, "bkgt", sizes, lambda a, b, _: arith.addf(a, b))
+    total = _combined(totals, "btkg", sizes, lambda a, b, _: arith.addf(a, b))
     summed = _combined(sums, "btkgd", sizes, lambda a, b, _: arith.addf(a, b))
     out = _map(
-        [(summed, "btkgd"), (total, "bkgt")],
+        [(summed, "btkgd"), (total, "btkg")],
         (_empty("btkgd", sizes, element), "btkgd"),
         lambda value, t, _: _narrow(_normalised(value, t), element),
     )
