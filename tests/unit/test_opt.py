@@ -128,10 +128,10 @@ def test_split_input_file(run: Opt) -> None:
     code, out, err = run("// -----\n".join([LINEAR, WRONG, LINEAR]), "--split-input-file")
     assert code == 1
     assert out.count("func.func @main") == 2 and out.count("// -----") == 1
-    assert (
-        err
-        == "error: line 3: type of return operand 0 ('tensor<3xf32>') doesn't match function result type ('tensor<4xf32>') in function @main\n"
-    )  # noqa: E501
+    assert err == (
+        "error: line 3: type of return operand 0 ('tensor<3xf32>') doesn't match function result type"
+        " ('tensor<4xf32>') in function @main\n"
+    )
 
 
 def test_syntax_error_names_the_line(run: Opt) -> None:
