@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 MODULE = "module.vmfb"
 # Elementwise and reduction code comes from IREE; the scratch of the attention kernel fits its default stack limit.
-BASE_FLAGS = ("--iree-input-type=none", "--iree-opt-level=O3", "--iree-vm-bytecode-module-strip-source-map=true")
+BASE_FLAGS = (
+    "--iree-input-type=none",
+    "--iree-opt-level=O3",
+    "--iree-vm-bytecode-module-strip-source-map=true",
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,10 @@ class IreeBackend:
         return {"dispatch": _dispatch, "vmfb": self._compile}
 
     def load(
-        self, code: Mapping[str, memoryview], manifest: Mapping[str, Any], weights: Mapping[str, np.ndarray[Any, Any]]
+        self,
+        code: Mapping[str, memoryview],
+        manifest: Mapping[str, Any],
+        weights: Mapping[str, np.ndarray[Any, Any]],
     ) -> Executable:
         from spikingbrain.backend_iree.runtime import IreeExecutable
 

@@ -23,7 +23,10 @@ def gather_slices(module: ir.Module) -> None:
     for op in torch_ir.operations(module, "tensor.extract_slice"):
         view = op.opview
         dynamic = ir.ShapedType.get_dynamic_size()
-        strides, types = list(view.static_strides), [ir.RankedTensorType(v.type) for v in (view.source, view.result)]
+        strides, types = (
+            list(view.static_strides),
+            [ir.RankedTensorType(v.type) for v in (view.source, view.result)],
+        )
         if all(s != dynamic for s in view.static_offsets) or any(s != 1 for s in strides):
             continue
         if types[0].rank != types[1].rank:
@@ -38,7 +41,9 @@ def _gather(view: tensor.ExtractSliceOp, type_: ir.RankedTensorType) -> ir.Value
     given = iter(view.offsets)
     dynamic = ir.ShapedType.get_dynamic_size()
     offsets = [next(given) if s == dynamic else build.constant_index(s) for s in view.static_offsets]
-    sizes = [s for s, n in zip(view.sizes, _dynamic(view.static_sizes), strict=True) if type_.is_dynamic_dim(n)]
+    sizes = [
+        s for s, n in zip(view.sizes, _dynamic(view.static_sizes), strict=True) if type_.is_dynamic_dim(n)
+    ]
 
     def body(_: ir.Value) -> ir.Value:
         at = [arith.AddIOp(linalg.IndexOp(axis).result, o).result for axis, o in enumerate(offsets)]

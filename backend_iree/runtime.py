@@ -29,7 +29,10 @@ _ELEMENTS = {
     "uint8": rt.HalElementType.UINT_8,
     "bool": rt.HalElementType.BOOL_8,
 }
-_BITS = {"bool": np.dtype(np.uint8), "bfloat16": np.dtype(np.uint16)}  # what the buffer protocol takes in their place
+_BITS = {
+    "bool": np.dtype(np.uint8),
+    "bfloat16": np.dtype(np.uint16),
+}  # what the buffer protocol takes in their place
 # Numbers, as the binding takes them; going through the enums costs more than the call.
 _RESIDENT = int(rt.MemoryType.DEVICE_LOCAL)
 _USES = int(rt.BufferUsage.DEFAULT | rt.BufferUsage.MAPPING)

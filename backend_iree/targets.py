@@ -60,7 +60,9 @@ def _cpu(name: str, arch: str, llvm_cpu: str, features: frozenset[str], *flags: 
         "--iree-hal-local-target-device-backends=llvm-cpu",
         "--iree-input-demote-f64-to-f32=false",
     )
-    return IreeTarget(target, (*base, f"--iree-llvmcpu-target-cpu={llvm_cpu}", *flags), "local-sync", "llvm-cpu")
+    return IreeTarget(
+        target, (*base, f"--iree-llvmcpu-target-cpu={llvm_cpu}", *flags), "local-sync", "llvm-cpu"
+    )
 
 
 def _gpu(

@@ -249,7 +249,10 @@ def _copy_reshaped_slices(function: ir.Operation) -> None:
         if op.name not in ("tensor.expand_shape", "tensor.collapse_shape"):
             continue
         source = op.operands[0]
-        if not isinstance(source.owner, ir.Operation | ir.OpView) or source.owner.name != "tensor.extract_slice":
+        if (
+            not isinstance(source.owner, ir.Operation | ir.OpView)
+            or source.owner.name != "tensor.extract_slice"
+        ):
             continue
         segments = ir.DenseI32ArrayAttr.get([0, 1, 0])
         with ir.InsertionPoint(op), op.location:

@@ -38,7 +38,9 @@ class ThreadState:
                     continue
                 value = dialect.launch_inputs(op)[index]
                 users = [use.owner.operation for use in value.uses]
-                others = [user for user in users if user != op and user.name != "tensor.dim"]  # reads no element
+                others = [
+                    user for user in users if user != op and user.name != "tensor.dim"
+                ]  # reads no element
                 if len(others) != 1 or order.get(hash(others[0]), len(order)) > order[hash(op)]:
                     continue
                 (reader,) = others

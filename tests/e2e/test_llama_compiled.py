@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
-import spikingbrain
 import torch
+
+import spikingbrain
 from spikingbrain.artifact import REPORT
 from spikingbrain.models.llama import Llama, LlamaConfig
 
@@ -89,7 +89,9 @@ def test_batch_entries_may_be_at_different_positions(compiled: tuple[Llama, spik
     both.restore({name: np.concatenate([s[name] for s in snapshots]) for name in snapshots[0]})
     joint = program.score(tokens[:, 12:16], state=both)
     for row, state in enumerate(alone):
-        np.testing.assert_allclose(program.score(tokens[row : row + 1, 12:16], state=state)[0], joint[row], atol=1e-4)
+        np.testing.assert_allclose(
+            program.score(tokens[row : row + 1, 12:16], state=state)[0], joint[row], atol=1e-4
+        )
 
 
 def test_caches_are_updated_in_place(compiled: tuple[Llama, spikingbrain.Program]) -> None:
