@@ -29,10 +29,8 @@ _ELEMENTS = {
     "uint8": rt.HalElementType.UINT_8,
     "bool": rt.HalElementType.BOOL_8,
 }
-_BITS = {
-    "bool": np.dtype(np.uint8),
-    "bfloat16": np.dtype(np.uint16),
-}  # what the buffer protocol takes in their place
+# What the buffer protocol takes in their place.
+_BITS: dict[str, np.dtype[Any]] = {"bool": np.dtype(np.uint8), "bfloat16": np.dtype(np.uint16)}
 # Numbers, as the binding takes them; going through the enums costs more than the call.
 _RESIDENT = int(rt.MemoryType.DEVICE_LOCAL)
 _USES = int(rt.BufferUsage.DEFAULT | rt.BufferUsage.MAPPING)
@@ -51,7 +49,8 @@ def _element(dtype: np.dtype[Any]) -> tuple[int, np.dtype[Any]]:
 
 @functools.cache
 def _numpy_type(element: int) -> np.dtype[Any]:
-    return np.dtype(rt.HalElementType.map_to_dtype(rt.HalElementType(element)))
+    found: np.dtype[Any] = np.dtype(rt.HalElementType.map_to_dtype(rt.HalElementType(element)))
+    return found
 
 
 @functools.cache

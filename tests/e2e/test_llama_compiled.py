@@ -79,7 +79,7 @@ def test_steps_equal_one_prefill(compiled: tuple[Llama, spikingbrain.Program]) -
 
 
 def test_batch_entries_may_be_at_different_positions(compiled: tuple[Llama, spikingbrain.Program]) -> None:
-    model, program = compiled
+    _, program = compiled
     tokens = torch.randint(0, VOCABULARY, (2, 19))
     alone = [program.new_state(1), program.new_state(1)]
     for row, seen in enumerate((3, 12)):
