@@ -18,6 +18,7 @@ from spikingbrain.passes.kernels.linear import emit_linear
 class LowerLinear:
     """Lowers ``spikingbrain.linear``: a packed weight to the CPU kernel, a plain one to linalg.
 
+    An elementwise sum of the result with another tensor (a residual) goes into the kernel.
     In: our dialect. Out: ``spikingbrain_control.launch`` and kernel functions, or ``linalg.generic``.
     """
 
@@ -27,16 +28,45 @@ class LowerLinear:
         for op in torch_ir.operations(module, "spikingbrain.linear"):
             x, weight = op.operands
             packed = len(ir.RankedTensorType(weight.type).shape) == 3
-            with ir.InsertionPoint(op), op.location:
+            # a sum with another value costs nothing in the kernel: it is what the accumulators start from
+            total, addend = _sum_with(op) if packed else (op, None)
+            with ir.InsertionPoint(total), op.location:
                 rows = build.flatten_leading(x)
                 if packed:
-                    y = emit_linear(rows, weight, op.attributes["columns"].value, context.target)
+                    residual = None if addend is None else build.flatten_leading(addend)
+                    y = emit_linear(rows, weight, op.attributes["columns"].value, context.target, residual)
                 else:
                     y = _product(rows, weight)
                 y = build.unflatten_leading(y, op.results[0].type, x)
-            op.results[0].replace_all_uses_with(y)
-            context.record(self, "lowered", op, "kernel" if packed else "linalg")
+            total.results[0].replace_all_uses_with(y)
+            context.record(self, "lowered", op, ("kernel" if packed else "linalg") + (" with a sum" if addend else ""))
+            if total != op:
+                total.erase()
             op.erase()
+
+
+def _sum_with(op: ir.Operation) -> tuple[ir.Operation, ir.Value | None]:
+    """Returns the linalg.generic that only adds another tensor to the projection's result, and that tensor.
+
+    Returns the projection itself and None where its result is used in another way.
+    """
+    users = [use.owner.operation for use in op.results[0].uses]
+    if len(users) != 1 or users[0].name != "linalg.generic" or users[0].block != op.block:
+        return op, None
+    (user,) = users
+    inputs = list(user.operands)
+    maps = [m.value for m in user.attributes["indexing_maps"]]
+    body = [o.operation for o in user.regions[0].blocks[0].operations]
+    arguments = list(user.regions[0].blocks[0].arguments)
+    identity = ir.AffineMap.get_identity(maps[0].n_dims)
+    if len(inputs) != 3 or any(m != identity for m in maps) or [o.name for o in body] != ["arith.addf", "linalg.yield"]:
+        return op, None
+    if {hash(v) for v in body[0].operands} != {hash(a) for a in arguments[:2]}:
+        return op, None
+    addend = inputs[1] if inputs[0] == op.results[0] else inputs[0]
+    if addend == op.results[0] or addend.type != op.results[0].type:
+        return op, None
+    return user, addend
 
 
 def _product(x: ir.Value, weight: ir.Value) -> ir.Value:
