@@ -52,8 +52,12 @@ class NamedModel:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", default="cpu", help="target to compile for (see 'spikingbrain targets')")
-    parser.add_argument("--window", type=int, help="attend to the last N tokens only; memory is then constant")
-    parser.add_argument("--sinks", type=int, default=0, help="first tokens that stay visible beyond the window")
+    parser.add_argument(
+        "--window", type=int, help="attend to the last N tokens only; memory is then constant"
+    )
+    parser.add_argument(
+        "--sinks", type=int, default=0, help="first tokens that stay visible beyond the window"
+    )
     parser.add_argument("--capacity", type=int, default=2048, help="tokens kept when there is no window")
 
 
@@ -96,12 +100,18 @@ def known(name: str) -> None:
     """Raises OptionError unless ``name`` is a named model."""
     if name not in MODELS:
         raise OptionError(
-            f"{name!r} is neither an artifact file nor a model known by name", hint=f"known models: {', '.join(MODELS)}"
+            f"{name!r} is neither an artifact file nor a model known by name",
+            hint=f"known models: {', '.join(MODELS)}",
         )
 
 
 def compile_named(
-    name: str, path: Path, target: str, options: ModelOptions, progress: Callable[[str], None], dump: Path | None = None
+    name: str,
+    path: Path,
+    target: str,
+    options: ModelOptions,
+    progress: Callable[[str], None],
+    dump: Path | None = None,
 ) -> Artifact:
     """Loads a named model and exports it to ``path``."""
     import spikingbrain
@@ -139,13 +149,15 @@ def cached_artifact(name: str, target: str, options: ModelOptions) -> Path:
     _, package, sources = MODELS[name]
     backend, status = resolve_target(target)
     try:
-        identity = importlib.metadata.distribution(package).read_text("RECORD")  # names each file with its hash
+        identity = importlib.metadata.distribution(package).read_text(
+            "RECORD"
+        )  # names each file with its hash
     except importlib.metadata.PackageNotFoundError:
         identity = None  # loading will say what to install
     parts: Mapping[str, Any] = {
         "model": identity,
         "options": repr(options),
-        "target": repr(status.target),
+        "target": target,
         "code": backend.cache_key(status.target, backend.options()),
         "compiler": source_hash(),
         "versions": versions(),
@@ -167,6 +179,10 @@ def prune() -> None:
 def _source_hash(package: str) -> str:
     """Returns a hash of a package's files and of this one, without importing the package (and torch with it)."""
     parent = importlib.util.find_spec(package.rpartition(".")[0])
-    folders = [Path(f) / package.rpartition(".")[2] for f in (parent.submodule_search_locations or [])] if parent else []
+    folders = (
+        [Path(f) / package.rpartition(".")[2] for f in (parent.submodule_search_locations or [])]
+        if parent
+        else []
+    )
     files = [Path(__file__), *sorted(f for folder in folders for f in folder.glob("*.py"))]
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
