@@ -39,7 +39,9 @@ class LowerLinear:
                     y = _product(rows, weight)
                 y = build.unflatten_leading(y, op.results[0].type, x)
             total.results[0].replace_all_uses_with(y)
-            context.record(self, "lowered", op, ("kernel" if packed else "linalg") + (" with a sum" if addend else ""))
+            context.record(
+                self, "lowered", op, ("kernel" if packed else "linalg") + (" with a sum" if addend else "")
+            )
             if total != op:
                 total.erase()
             op.erase()
@@ -59,7 +61,11 @@ def _sum_with(op: ir.Operation) -> tuple[ir.Operation, ir.Value | None]:
     body = [o.operation for o in user.regions[0].blocks[0].operations]
     arguments = list(user.regions[0].blocks[0].arguments)
     identity = ir.AffineMap.get_identity(maps[0].n_dims)
-    if len(inputs) != 3 or any(m != identity for m in maps) or [o.name for o in body] != ["arith.addf", "linalg.yield"]:
+    if (
+        len(inputs) != 3
+        or any(m != identity for m in maps)
+        or [o.name for o in body] != ["arith.addf", "linalg.yield"]
+    ):
         return op, None
     if {hash(v) for v in body[0].operands} != {hash(a) for a in arguments[:2]}:
         return op, None
