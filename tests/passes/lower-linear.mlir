@@ -36,3 +36,52 @@ func.func @vector(%x: tensor<4xf32>, %w: tensor<40x4xf32>) -> tensor<40xf32> {
   %y = "spikingbrain.linear"(%x, %w) {columns = 40 : i64} : (tensor<4xf32>, tensor<40x4xf32>) -> tensor<40xf32>
   return %y : tensor<40xf32>
 }
+
+#same = affine_map<(d0, d1) -> (d0, d1)>
+
+// A sum with another tensor is what the kernel's accumulators start from.
+// CHECK-LABEL: func.func @residual(
+// CHECK-SAME:      %[[X:[a-z0-9]+]]: tensor<?x4xf32>, %[[W:[a-z0-9]+]]: tensor<3x4x16xf32>, %[[R:[a-z0-9]+]]: tensor<?x40xf32>
+// CHECK-NOT:     linalg.generic
+// CHECK:         %[[Y:.+]] = "spikingbrain_control.launch"({{.*}}%[[X]], %[[W]], %[[R]]{{.*}}_residual
+// CHECK:         return %[[Y]]
+func.func @residual(%x: tensor<?x4xf32>, %w: tensor<3x4x16xf32>, %r: tensor<?x40xf32>, %out: tensor<?x40xf32>) -> tensor<?x40xf32> {
+  %y = "spikingbrain.linear"(%x, %w) {columns = 40 : i64} : (tensor<?x4xf32>, tensor<3x4x16xf32>) -> tensor<?x40xf32>
+  %s = linalg.generic {indexing_maps = [#same, #same, #same], iterator_types = ["parallel", "parallel"]}
+      ins(%r, %y : tensor<?x40xf32>, tensor<?x40xf32>) outs(%out : tensor<?x40xf32>) {
+  ^bb0(%a: f32, %b: f32, %o: f32):
+    %c = arith.addf %a, %b : f32
+    linalg.yield %c : f32
+  } -> tensor<?x40xf32>
+  return %s : tensor<?x40xf32>
+}
+
+// The projection's own result is needed as well: the sum stays.
+// CHECK-LABEL: func.func @residual_and_result(
+// CHECK-NOT:     _residual
+// CHECK:         linalg.generic
+func.func @residual_and_result(%x: tensor<?x4xf32>, %w: tensor<3x4x16xf32>, %r: tensor<?x40xf32>, %out: tensor<?x40xf32>) -> (tensor<?x40xf32>, tensor<?x40xf32>) {
+  %y = "spikingbrain.linear"(%x, %w) {columns = 40 : i64} : (tensor<?x4xf32>, tensor<3x4x16xf32>) -> tensor<?x40xf32>
+  %s = linalg.generic {indexing_maps = [#same, #same, #same], iterator_types = ["parallel", "parallel"]}
+      ins(%r, %y : tensor<?x40xf32>, tensor<?x40xf32>) outs(%out : tensor<?x40xf32>) {
+  ^bb0(%a: f32, %b: f32, %o: f32):
+    %c = arith.addf %a, %b : f32
+    linalg.yield %c : f32
+  } -> tensor<?x40xf32>
+  return %s, %y : tensor<?x40xf32>, tensor<?x40xf32>
+}
+
+// A difference is no sum.
+// CHECK-LABEL: func.func @difference(
+// CHECK-NOT:     _residual
+// CHECK:         arith.subf
+func.func @difference(%x: tensor<?x4xf32>, %w: tensor<3x4x16xf32>, %r: tensor<?x40xf32>, %out: tensor<?x40xf32>) -> tensor<?x40xf32> {
+  %y = "spikingbrain.linear"(%x, %w) {columns = 40 : i64} : (tensor<?x4xf32>, tensor<3x4x16xf32>) -> tensor<?x40xf32>
+  %s = linalg.generic {indexing_maps = [#same, #same, #same], iterator_types = ["parallel", "parallel"]}
+      ins(%r, %y : tensor<?x40xf32>, tensor<?x40xf32>) outs(%out : tensor<?x40xf32>) {
+  ^bb0(%a: f32, %b: f32, %o: f32):
+    %c = arith.subf %a, %b : f32
+    linalg.yield %c : f32
+  } -> tensor<?x40xf32>
+  return %s : tensor<?x40xf32>
+}
