@@ -46,8 +46,9 @@ def emit_globals(module: ir.Module) -> None:
 def protect_arguments(module: ir.Module) -> None:
     """Keeps the caller's buffers intact, except those of donated arguments.
 
-    IREE writes into an argument's storage when its last use is an update. A late use of each argument that is not
-    donated (function attribute ``spikingbrain.donated``) makes it copy instead.
+    IREE writes into an argument's storage when its last use is an update, and does not count its being returned as a use. A
+    late use makes it copy instead; it is given to each argument that is not donated (function attribute
+    ``spikingbrain.donated``), and to those that are returned as they came in.
     """
     for op in module.body.operations:
         function = op.operation
@@ -58,12 +59,23 @@ def protect_arguments(module: ir.Module) -> None:
         donated = {a.value for a in function.attributes["spikingbrain.donated"]}
         block = function.regions[0].blocks[0]
         terminator = block.operations[len(block.operations) - 1]
+        returned = [_viewed(value) for value in terminator.operands]
         kept = [
             a
             for i, a in enumerate(block.arguments)
-            if i not in donated and isinstance(a.type, ir.RankedTensorType)
+            if isinstance(a.type, ir.RankedTensorType) and (i not in donated or a in returned)
         ]
         with ir.InsertionPoint(terminator), function.location:
             for argument in kept:
                 ir.Operation.create("util.optimization_barrier", [argument.type], [argument])
         del function.attributes["spikingbrain.donated"]
+
+
+_VIEWS = ("tensor.expand_shape", "tensor.collapse_shape", "tensor.cast", "tensor.extract_slice")
+
+
+def _viewed(value: ir.Value) -> ir.Value:
+    """Returns the value whose memory ``value`` shows."""
+    while not isinstance(value.owner, ir.Block) and value.owner.operation.name in _VIEWS:
+        value = value.owner.operation.operands[0]
+    return value

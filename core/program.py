@@ -24,6 +24,7 @@ class TensorSpec:
     name: str
     shape: tuple[int | str, ...]
     dtype: str
+    shares_state: bool = False  # its memory may be the state's, which the next call overwrites
 
     @functools.cached_property
     def numpy_dtype(self) -> np.dtype[Any]:
@@ -46,7 +47,9 @@ class EntrySpec:
     @staticmethod
     def from_manifest(name: str, entry: Mapping[str, Any]) -> EntrySpec:
         def specs(key: str) -> tuple[TensorSpec, ...]:
-            return tuple(TensorSpec(t["name"], tuple(t["shape"]), t["dtype"]) for t in entry[key])
+            return tuple(
+                TensorSpec(t["name"], tuple(t["shape"]), t["dtype"], t.get("shares_state", False)) for t in entry[key]
+            )
 
         ranges = {d: (low, high) for d, (low, high) in entry["ranges"].items()}
         return EntrySpec(name, specs("inputs"), specs("outputs"), ranges, entry["uses_state"])
@@ -94,7 +97,10 @@ class Program:
             state.give(results[count:])
             results = results[:count]
         to_host = self.executable.to_host
-        return [to_host(r) for r in results]
+        return [
+            to_host(r).copy() if output.shares_state else to_host(r)
+            for r, output in zip(results, spec.outputs, strict=True)
+        ]
 
     def generate(self, prompt: str, max_tokens: int = 128, **options: Any) -> Iterator[str]:
         """Yields the continuation of ``prompt`` piece by piece; options are those of ``generate.generate``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
@@ -18,6 +19,8 @@ from spikingbrain.errors import CompileError, ShapeError, SourceLine, Unsupporte
 from spikingbrain.frontend.decompose import decompose
 from spikingbrain.frontend.importer import Importer
 from spikingbrain.frontend.normalise import normalise
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -264,6 +267,9 @@ def _describe(
     results = [n.meta["val"] for n in program.graph.output_node().args[0]]
     state_count = len(call.tensors) - call.inputs
     outputs = [spec(f"output{i}", v) for i, v in enumerate(results[: len(results) - state_count])]
+    shared = _shares_state(program.graph, nodes[call.inputs :], len(outputs))
+    for output, flag in zip(outputs, shared, strict=True):
+        output["shares_state"] = flag
     fields = []
     for described, value in zip(inputs[call.inputs :], call.tensors[call.inputs :], strict=True):
         fields.append({**described, **_initial(value, described["name"])})
@@ -286,6 +292,49 @@ def _describe(
         "uses_state": state_count > 0,
     }
     return entry, fields
+
+
+# Ops whose result may be their first argument's memory.
+_MAY_SHARE = {
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.expand.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.split_with_sizes.default,
+    aten.chunk.default,
+    aten.to.dtype,
+    operator.getitem,
+}
+
+
+def _shares_state(graph: torch.fx.Graph, state: list[torch.fx.Node], outputs: int) -> list[bool]:
+    """Returns which outputs may be the memory of a state tensor, before or after the call.
+
+    The next call overwrites that memory, so such outputs are copied when they are handed out.
+    """
+
+    def origin(node: torch.fx.Node) -> torch.fx.Node:
+        while node.op == "call_function" and node.target in _MAY_SHARE:
+            node = node.args[0]  # type: ignore[assignment]
+        return node
+
+    results = [origin(n) for n in graph.output_node().args[0]]  # type: ignore[union-attr, arg-type]
+    if len(set(results[outputs:])) < len(results[outputs:]):
+        raise CompileError(
+            "two tensors of the new state are one and the same",
+            why="compiled state is updated in place, so each tensor needs memory of its own",
+            hint="keep it once, and read it where it is needed",
+        )
+    held = {*state, *results[outputs:]}
+    return [node in held for node in results[:outputs]]
 
 
 def _initial(value: torch.Tensor, name: str) -> dict[str, Any]:

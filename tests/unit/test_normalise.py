@@ -139,22 +139,10 @@ class Everything(nn.Module):
 
 
 def test_end_to_end(tmp_path: Path) -> None:
-    entries, options = {"main": Entry((X, INDEX))}, {"flags": "--iree-input-type=auto"}
-    artifact = spikingbrain.export(Everything(), entries, tmp_path / "all.sb", options=options)
+    artifact = spikingbrain.export(Everything(), {"main": Entry((X, INDEX))}, tmp_path / "all.sb")
     results = spikingbrain.load(artifact).main(X, INDEX)
     for number, (result, wanted) in enumerate(zip(results, Everything()(X, INDEX), strict=True)):
         np.testing.assert_allclose(result, wanted.numpy(), rtol=1e-6, err_msg=f"result {number}")
-
-
-@pytest.mark.xfail(
-    strict=True, reason="the IREE backend's --iree-input-type=none leaves tm_tensor ops unlowered"
-)
-def test_scatter_without_further_flags(tmp_path: Path) -> None:
-    class Scatter(nn.Module):
-        def forward(self, x: Tensor, index: Tensor) -> Tensor:
-            return torch.scatter_add(x, -1, index, x)
-
-    spikingbrain.export(Scatter(), {"main": Entry((X, INDEX))}, tmp_path / "scatter.sb")
 
 
 def test_copies_as_results_keep_their_places() -> None:
