@@ -15,8 +15,15 @@ def test_importer_of_torch_mlir() -> None:
     assert list(overridden.parameters) == ["self", "loc", "node", "concrete_target"]
     for method in ("bind_node_value", "resolve_node_value", "_import_hop", "_unpack_node_result_types"):
         assert callable(getattr(GraphNodeImporter, method))
-    assert list(inspect.signature(FxImporterHooks.resolve_input).parameters) == ["self", "gni", "value", "info"]
-    assert {"context", "hooks", "graph_node_importer_cls"} <= set(inspect.signature(FxImporter.__init__).parameters)
+    assert list(inspect.signature(FxImporterHooks.resolve_input).parameters) == [
+        "self",
+        "gni",
+        "value",
+        "info",
+    ]
+    assert {"context", "hooks", "graph_node_importer_cls"} <= set(
+        inspect.signature(FxImporter.__init__).parameters
+    )
     assert {"input_spec", "ir_type", "mutable_producer_node_name"} <= set(InputInfo.__dataclass_fields__)
 
 
@@ -34,9 +41,10 @@ def test_dialect_extension_of_torch_mlir() -> None:
 
 def test_pipelines_of_torch_mlir() -> None:
     """passes/lower_torch.py runs these two without their final check."""
+    from torch_mlir.passmanager import PassManager
+
     from spikingbrain.passes.context import new_context
     from spikingbrain.passes.lower_torch import _DROPPED, _PIPELINES
-    from torch_mlir.passmanager import PassManager
 
     with new_context():
         texts = [str(PassManager.parse(f"builtin.module({name})")) for name in _PIPELINES]
