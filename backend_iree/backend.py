@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import shutil
+import itertools
+import re
 import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spikingbrain.backend import Executable, Stage, StageContext, TargetStatus
-from spikingbrain.backend_iree import targets
-from spikingbrain.errors import MissingDependency, PassFailed
+from spikingbrain.backend_iree import cpu, targets
+from spikingbrain.errors import MissingDependency, PassFailed, SourceLine
 from spikingbrain.target import Target
 
 if TYPE_CHECKING:
     import numpy as np
 
-MODULE = "module.vmfb"
+MODULE, SOURCE = "module.vmfb", "iree.mlir"
 # Elementwise and reduction code comes from IREE; the scratch of the attention kernel fits its default stack limit.
 BASE_FLAGS = (
-    "--iree-input-type=none",
     "--iree-opt-level=O3",
     "--iree-vm-bytecode-module-strip-source-map=true",
 )
@@ -49,6 +47,10 @@ class IreeBackend:
     def targets(self) -> list[TargetStatus]:
         return targets.statuses()
 
+    def status(self, name: str) -> TargetStatus | None:
+        entry = targets.known().get(name)
+        return targets.status(entry) if entry else None
+
     def cache_key(self, target: Target, options: IreeOptions) -> str:
         from importlib.metadata import version
 
@@ -75,7 +77,7 @@ class IreeBackend:
         return [*BASE_FLAGS, *targets.known()[target.name].flags, *options.flags.split()]
 
     def _compile(self, module: str, context: StageContext) -> dict[str, bytes]:
-        source, result = context.workdir / "module.mlir", context.workdir / MODULE
+        source, result = context.workdir / SOURCE, context.workdir / MODULE
         source.write_text(module)
         command = [_compiler(), *self._flags(context.target, context.options), str(source), "-o", str(result)]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -86,9 +88,12 @@ class IreeBackend:
             done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             (context.workdir / "command.txt").write_text(" ".join(command) + "\n")
+            (context.workdir / "iree-stderr.txt").write_text(done.stderr)
+            where, why = _first_error(done.stderr)
             raise PassFailed(
                 f"iree-compile stopped ({_ending(done.returncode)})",
-                why=_first_error(done.stderr),
+                where=where,
+                why=why,
                 hint=f"the module and the command that reproduce it are in {context.workdir}",
             )
         return {MODULE: result.read_bytes()}
@@ -117,8 +122,7 @@ def _dispatch(module: str, context: StageContext) -> str:
 
 
 def _compiler() -> str:
-    beside = Path(sys.executable).with_name("iree-compile")
-    found = str(beside) if beside.exists() else shutil.which("iree-compile")
+    found = cpu.tool("iree-compile")
     if found is None:
         raise MissingDependency("iree-compile is not installed", hint="pip install 'spikingbrain[compile]'")
     return found
@@ -128,6 +132,22 @@ def _ending(code: int) -> str:
     return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
-def _first_error(stderr: str) -> str:
-    lines = [line for line in stderr.splitlines() if "error:" in line] or stderr.splitlines()
-    return lines[0][:500] if lines else "it said nothing"
+_MESSAGE = re.compile(r"^(?P<file>[^:]+):(?P<line>\d+):\d+: (?P<kind>error|note): (?P<text>.*)")
+
+
+def _first_error(stderr: str) -> tuple[SourceLine | None, str]:
+    """Returns the user's line behind the first error, where one is known, and what the error says."""
+    lines = stderr.splitlines()
+    messages = [m for m in map(_MESSAGE.match, lines) if m]
+    errors = [i for i, m in enumerate(messages) if m["kind"] == "error"]
+    if not errors:
+        said = [
+            line for line in lines if re.search(r"error:|LLVM ERROR|Assertion|iree-compile: ", line)
+        ] or lines
+        return None, said[0][:500] if said else "it said nothing"
+    first = errors[0]
+    callers = itertools.takewhile(lambda m: m["text"].startswith("called from"), messages[first + 1 :])
+    for message in (messages[first], *callers):
+        if message["file"].endswith(".py") and not re.match(r"torch/|.*/site-packages/", message["file"]):
+            return SourceLine(message["file"], int(message["line"])), messages[first]["text"][:500]
+    return None, messages[first].group()[:500]

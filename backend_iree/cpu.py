@@ -32,15 +32,16 @@ def architecture() -> str:
 @functools.cache
 def features() -> frozenset[str]:
     """Returns the extensions this CPU supports, as IREE's own detection reports them."""
-    tool = _tool("iree-cpuinfo")
-    if tool is None:
+    found = tool("iree-cpuinfo")
+    if found is None:
         return frozenset()
-    lines = subprocess.run([tool], capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = subprocess.run([found], capture_output=True, text=True, check=True).stdout.splitlines()
     pairs = (line.split() for line in lines)
     return frozenset(pair[0] for pair in pairs if len(pair) == 2 and pair[1] == "1")
 
 
-def _tool(name: str) -> str | None:
+def tool(name: str) -> str | None:
+    """Returns the path of one of IREE's command line tools: beside this Python, else on the path."""
     beside = Path(sys.executable).with_name(name)
     return str(beside) if beside.exists() else shutil.which(name)
 

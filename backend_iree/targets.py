@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import logging
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 
+from spikingbrain.artifact import cache_folder
 from spikingbrain.backend import TargetStatus
 from spikingbrain.backend_iree import cpu
+from spikingbrain.files import write_atomically
 from spikingbrain.target import Target
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -134,35 +142,65 @@ def known() -> Mapping[str, IreeTarget]:
 
 def statuses() -> list[TargetStatus]:
     """Returns what can be compiled for and run here, with reasons."""
-    compiler = importlib.util.find_spec("iree.compiler") is not None if _has("iree") else False
-    note = "" if compiler else "iree-base-compiler is not installed: pip install 'spikingbrain[compile]'"
-    found = []
-    for entry in known().values():
-        reason = why_not_here(entry)
-        found.append(
-            TargetStatus(entry.target, compiler, not reason, "; ".join(filter(None, (note, reason))))
-        )
+    return [status(entry) for entry in known().values()]
+
+
+def status(entry: IreeTarget) -> TargetStatus:
+    """Returns whether a target can be compiled for and run here, with reasons, or the device that runs it."""
+    compiles, note = True, ""
+    if not _has("iree") or importlib.util.find_spec("iree.compiler") is None:
+        compiles, note = False, "iree-base-compiler is not installed: pip install 'spikingbrain[compile]'"
+    elif entry.generator not in _generators():
+        compiles, note = False, f"this iree-compile has no generator {entry.generator}"
+    reason, device = _runs_here(entry)
+    return TargetStatus(entry.target, compiles, not reason, "; ".join(filter(None, (note, reason or device))))
+
+
+@functools.cache
+def _generators() -> frozenset[str]:
+    """Returns the code generators inside iree-compile, kept on disk, as starting it takes a while."""
+    command = cpu.tool("iree-compile")
+    if command is None:
+        return frozenset()
+    place = cache_folder() / f"iree-generators-{metadata.version('iree-base-compiler')}.txt"
+    try:
+        return frozenset(place.read_text().split())
+    except OSError:
+        pass
+    done = subprocess.run([command, "--iree-hal-list-target-backends"], capture_output=True, text=True)
+    found = frozenset(line.strip() for line in done.stdout.splitlines() if line.startswith(" "))
+    if found:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(place, "\n".join(sorted(found)).encode())
+        except OSError as error:
+            log.info("cannot keep %s: %s", place, error)
     return found
 
 
-def why_not_here(entry: IreeTarget) -> str:
-    """Returns why code for a target cannot run on this machine, or an empty text."""
+def _runs_here(entry: IreeTarget) -> tuple[str, str]:
+    """Returns why code for a target cannot run on this machine, or an empty text; and the device that runs it."""
     target = entry.target
     if not _has("iree") or importlib.util.find_spec("iree.runtime") is None:
-        return "iree-base-runtime is not installed: pip install 'spikingbrain[iree]'"
+        return "iree-base-runtime is not installed: pip install 'spikingbrain[iree]'", ""
     if target.kind == "cpu":
         if target.arch != cpu.architecture():
-            return f"this machine is {cpu.architecture()}"
+            return f"this machine is {cpu.architecture()}", ""
         missing = sorted(target.features - cpu.features())
-        return f"this CPU lacks {', '.join(missing)}" if missing else ""
+        return f"this CPU lacks {', '.join(missing)}" if missing else "", ""
+    return _device(entry.driver)
+
+
+@functools.cache
+def _device(driver: str) -> tuple[str, str]:
+    """Asks a driver for its first device: why there is none, or an empty text; and the device's name."""
     import iree.runtime as rt
 
     try:
-        if not rt.get_driver(entry.driver).query_available_devices():
-            return f"the {entry.driver} driver finds no device"
+        devices = rt.get_driver(driver).query_available_devices()
     except (RuntimeError, ValueError) as error:
-        return _first_clause(str(error))
-    return ""
+        return _first_clause(str(error)), ""
+    return ("", devices[0]["name"]) if devices else (f"the {driver} driver finds no device", "")
 
 
 def _has(package: str) -> bool:

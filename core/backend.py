@@ -67,7 +67,11 @@ class Executable(Protocol):
 
 
 class Backend(Protocol):
-    """Code generation and loading for a family of targets."""
+    """Code generation and loading for a family of targets.
+
+    Where looking for devices takes time, a backend may also have ``status(name) -> TargetStatus | None``, which
+    returns one of ``targets()`` and looks for that one's device only.
+    """
 
     name: str
     options: type  # a frozen dataclass; its fields are the user's options, all with defaults
@@ -104,10 +108,16 @@ def backends() -> dict[str, Backend]:
 
 def resolve_target(name: str) -> tuple[Backend, TargetStatus]:
     """Returns the backend and status of the target called ``name``; raises TargetError listing the known ones."""
-    known: list[str] = []
-    for backend in backends().values():
-        for status in backend.targets():
-            if status.target.name == name:
-                return backend, status
-            known.append(status.target.name)
+    found = backends().values()
+    for backend in found:
+        if one := _status(backend, name):
+            return backend, one
+    known = [status.target.name for backend in found for status in backend.targets()]
     raise TargetError(f"unknown target {name!r}", hint=f"one of {', '.join(known)}")
+
+
+def _status(backend: Backend, name: str) -> TargetStatus | None:
+    ask = getattr(backend, "status", None)
+    found: TargetStatus | None
+    found = ask(name) if ask else next((s for s in backend.targets() if s.target.name == name), None)
+    return found

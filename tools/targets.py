@@ -16,10 +16,13 @@ def run(args: argparse.Namespace) -> int:
     if args.names:
         print("\n".join(s.target.name for s in statuses))
         return 0
-    print(f"{'target':12}{'kind':6}{'backend':9}{'compiles':10}{'runs here':11}note")
-    for s in statuses:
-        yes = {True: "yes", False: "no"}
-        print(
-            f"{s.target.name:12}{s.target.kind:6}{s.target.backend:9}{yes[s.compiles]:10}{yes[s.runs]:11}{s.note}"
-        )
+    heading = ["target", "kind", "backend", "compiles", "runs here", "note"]
+    answer = {True: "yes", False: "no"}
+    rows = [
+        [s.target.name, s.target.kind, s.target.backend, answer[s.compiles], answer[s.runs], s.note]
+        for s in statuses
+    ]
+    widths = [max(map(len, column)) + 2 for column in zip(heading, *rows, strict=True)]
+    for row in (heading, *rows):
+        print("".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
     return 0
