@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -125,6 +126,9 @@ def _as_array(argument: Any) -> Array:
     if hasattr(argument, "__dlpack__"):
         if getattr(argument, "requires_grad", False):
             argument = argument.detach()
+        if str(argument.dtype) == "torch.bfloat16":  # numpy's DLPack does not know it: pass the bits
+            bits = argument.view(sys.modules["torch"].int16).numpy()
+            return bits.view(numpy_dtype("bfloat16"))
         return np.from_dlpack(argument)
     return np.asarray(argument)
 

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from torch_mlir import ir
 
 from spikingbrain.errors import CompileError, ShapeError, SourceLine, UnsupportedOp
+from spikingbrain.frontend.checks import check
 from spikingbrain.frontend.decompose import decompose
 from spikingbrain.frontend.importer import Importer
 from spikingbrain.frontend.normalise import normalise
@@ -81,7 +82,13 @@ class _Flat(nn.Module):
             raise CompileError(
                 f"entry {self._call.name!r} returns a state of another structure than it takes", why=f"{spec}"
             )
-        outputs, self._call.output_spec = pytree.tree_flatten(result)
+        outputs = [leaf for leaf in pytree.tree_leaves(result) if leaf is not None]
+        for leaf in outputs:
+            if not isinstance(leaf, torch.Tensor):
+                raise CompileError(
+                    f"entry {self._call.name!r} returns {leaf!r}, which is no tensor",
+                    hint="return tensors, or containers of tensors",
+                )
         return [*outputs, *new_state]
 
 
@@ -117,7 +124,6 @@ class _Call:
         self.dims: list[Any] = []
         self.inputs = 0
         self.state_spec: Any = None
-        self.output_spec: Any = None
         for n in order:
             value = self._arguments[n]
             paths, spec = pytree.tree_flatten_with_path(value)
@@ -226,7 +232,7 @@ def _export(model: nn.Module, call: _Call) -> torch.export.ExportedProgram:
             program = torch.export.export(
                 flat, tuple(call.tensors), dynamic_shapes=(tuple(call.dims),), strict=False
             )
-            return decompose(program)
+            program = decompose(program)
     except CompileError:
         raise
     except Exception as error:
@@ -236,6 +242,8 @@ def _export(model: nn.Module, call: _Call) -> torch.export.ExportedProgram:
             why=_first_lines(str(error)),
             hint="the same error appears with torch.export.export(model, args); its documentation lists remedies",
         ) from error
+    check(program, call.name)
+    return program
 
 
 def _import(importer: Importer, program: torch.export.ExportedProgram, call: _Call) -> None:
