@@ -219,7 +219,7 @@ def _checked(array: Array, record: Mapping[str, Any], shapes: Mapping[int, Any],
         raise CallError(f"{what} has shape {list(array.shape)}, declared {wanted}")
     if str(array.dtype) != record["dtype"] and array.dtype != _storage(record["dtype"]):
         raise CallError(f"{what} is {array.dtype}, declared {record['dtype']}")
-    return np.ascontiguousarray(array)
+    return np.asarray(array, order="C")  # ascontiguousarray would give a scalar an axis
 
 
 def _guarded(record: Mapping[str, Any], shape: Sequence[int]) -> tuple[Array, Array]:

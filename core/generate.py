@@ -121,17 +121,11 @@ def generate_ids(
             "the prompt is empty",
             hint="begin with at least one token, such as the tokenizer's first special one",
         )
-    limits = program.manifest.get("generation", {})
-    capacity = limits.get("capacity")
-    if capacity is not None and len(prompt) + max_tokens > capacity:
-        raise CallError(
-            f"{len(prompt)} prompt tokens and {max_tokens} new ones exceed the capacity of {capacity}",
-            why="this artifact keeps every key and value in a cache of fixed size",
-            hint="ask for fewer tokens, compile with a larger --capacity, or with a window",
-        )
+    given = state
+    state = state or program.new_state()
+    _check_capacity(program, state, len(prompt) + max_tokens)
     sampling, timing = sampling or Sampling(), timing if timing is not None else Timing()
     random = np.random.default_rng(sampling.seed)
-    state = state or program.new_state()
     start = time.perf_counter()
     logits = program.call("prefill", np.asarray([prompt], np.int64), state=state)[0]
     for produced in range(max_tokens):
@@ -145,8 +139,22 @@ def generate_ids(
         if token in stop:
             return
         yield token
-        if produced + 1 < max_tokens:
+        if produced + 1 < max_tokens or given is not None:  # a state that goes on has seen every token
             logits = program.call("decode", np.asarray([[token]], np.int64), state=state)[0]
+
+
+def _check_capacity(program: Program, state: State, tokens: int) -> None:
+    """Raises CallError when a cache of fixed size cannot take so many tokens more."""
+    capacity = program.manifest.get("generation", {}).get("capacity")
+    if capacity is None:
+        return
+    seen = int(state.field("position").max()) if "position" in state else 0
+    if seen + tokens > capacity:
+        raise CallError(
+            f"{seen} tokens seen and up to {tokens} more exceed the capacity of {capacity}",
+            why="this artifact keeps every key and value in a cache of fixed size",
+            hint="ask for fewer tokens, compile with a larger --capacity, or with a window",
+        )
 
 
 def generate(

@@ -93,7 +93,12 @@ class Program:
         if state is None:
             results = self.executable.call(entry, buffers)
         else:
-            results = self.executable.call(entry, [*buffers, *state.take()])
+            held = state.take()
+            try:
+                results = self.executable.call(entry, [*buffers, *held])
+            except BaseException:
+                state.lose()
+                raise
             count = len(spec.outputs)
             state.give(results[count:])
             results = results[:count]

@@ -34,7 +34,7 @@ class State:
         if names and batch is None:
             raise CallError("the batch size of the state is dynamic", hint="program.new_state(batch=1)")
         self.sizes: dict[str, int] = {name: int(batch or 0) for name in names}
-        self._lock = threading.Lock()
+        self._lock, self._busy = threading.Lock(), False
         self._buffers: list[Any] | None = [self._executable.to_device(self._initial(f)) for f in layout]
 
     def _initial(self, field: Mapping[str, Any]) -> Array:
@@ -43,22 +43,50 @@ class State:
         return np.full(shape, field["fill"], dtype)
 
     def take(self) -> list[Any]:
-        """Hands the buffers to a call; until ``give`` the state cannot be used elsewhere."""
+        """Hands the buffers to a call; until ``give`` or ``lose`` the state cannot be used elsewhere."""
         with self._lock:
+            self._refuse_if_busy()
             if self._buffers is None:
-                raise CallError(
-                    "this state is in use by another call, or was lost when one failed",
-                    hint="fork() it for a second conversation, reset() it after a failure",
-                )
-            buffers, self._buffers = self._buffers, None
+                raise CallError("this state was lost when a call failed", hint="reset() it, or restore() a snapshot")
+            buffers, self._buffers, self._busy = self._buffers, None, True
         return buffers
 
     def give(self, buffers: list[Any]) -> None:
-        self._buffers = buffers
+        """Takes the buffers back after a call."""
+        with self._lock:
+            self._buffers, self._busy = buffers, False
+
+    def lose(self) -> None:
+        """Notes that a call failed halfway: its buffers may hold anything."""
+        with self._lock:
+            self._busy = False
+
+    def _refuse_if_busy(self) -> None:
+        if self._busy:
+            raise CallError("this state is in use by another call", hint="fork() it for a second conversation")
+
+    def _replace(self, buffers: list[Any]) -> None:
+        with self._lock:
+            self._refuse_if_busy()
+            self._buffers = buffers
 
     def reset(self) -> None:
         """Goes back to the state before the first token."""
-        self._buffers = [self._executable.to_device(self._initial(f)) for f in self._layout]
+        self._replace([self._executable.to_device(self._initial(f)) for f in self._layout])
+
+    def field(self, name: str) -> Array:
+        """Returns a copy of one tensor by its field path; raises KeyError for an unknown one."""
+        if name not in self:
+            raise KeyError(name)
+        place = [f["name"] for f in self._layout].index(name)
+        buffers = self.take()
+        try:
+            return np.array(self._executable.to_host(buffers[place]))
+        finally:
+            self.give(buffers)
+
+    def __contains__(self, name: str) -> bool:
+        return any(f["name"] == name for f in self._layout)
 
     def snapshot(self) -> dict[str, Array]:
         """Returns a copy of every tensor by its field path."""
@@ -83,13 +111,13 @@ class State:
                     f"the snapshot does not fit: {field['name']} is {got}, expected {field['dtype']}{list(shape)}"
                 )
             buffers.append(self._executable.to_device(np.array(array)))
-        self._buffers = buffers
+        self._replace(buffers)
 
     def fork(self) -> State:
         """Returns an independent copy."""
         copy = object.__new__(State)
         copy._executable, copy._layout, copy.sizes = self._executable, self._layout, dict(self.sizes)
-        copy._lock, copy._buffers = threading.Lock(), None
+        copy._lock, copy._busy, copy._buffers = threading.Lock(), False, None
         copy.restore(self.snapshot())
         return copy
 

@@ -57,6 +57,9 @@ class Capture:
     weights: dict[str, torch.Tensor]
 
 
+_TENSOR = object()  # stands for a tensor among an entry's leaves; None is a value of its own
+
+
 class _Flat(nn.Module):
     """The model as a function of flat tensors: inputs, then state; returning outputs, then the new state."""
 
@@ -66,8 +69,8 @@ class _Flat(nn.Module):
         self._call = call
 
     def forward(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        arguments = self._call.rebuild(tensors)
-        result = self.model(**arguments)
+        args, kwargs = self._call.rebuild(tensors)
+        result = self.model(*args, **kwargs)
         state: Any = ()
         if self._call.state_name is not None:
             if not isinstance(result, tuple) or len(result) < 2:
@@ -104,6 +107,7 @@ class _Call:
             raise CompileError(
                 f"entry {name!r} does not fit the model's forward{signature}", why=str(error)
             ) from None
+        self._bound = bound
         self._arguments: dict[str, Any] = dict(bound.arguments)
         if state is not None and state not in self._arguments:
             raise CompileError(
@@ -118,7 +122,7 @@ class _Call:
                 why=f"the arguments are {', '.join(self._arguments)}",
             )
         order = [n for n in self._arguments if n != state] + ([state] if state else [])
-        self._slots: list[tuple[str, Any, list[Any]]] = []  # (argument, tree spec, leaves; tensors as None)
+        self._slots: list[tuple[str, Any, list[Any]]] = []  # (argument, tree spec, leaves)
         self.tensors: list[torch.Tensor] = []
         self.names: list[str] = []
         self.dims: list[Any] = []
@@ -131,7 +135,7 @@ class _Call:
             leaves = []
             for (path, leaf), dim in zip(paths, dims, strict=True):
                 is_tensor = isinstance(leaf, torch.Tensor)
-                leaves.append(None if is_tensor else leaf)
+                leaves.append(_TENSOR if is_tensor else leaf)
                 if is_tensor:
                     # torch.export takes one tensor given twice for one argument
                     self.tensors.append(leaf.clone() if any(leaf is t for t in self.tensors) else leaf)
@@ -143,13 +147,13 @@ class _Call:
             else:
                 self.inputs = len(self.tensors)
 
-    def rebuild(self, tensors: tuple[torch.Tensor, ...]) -> dict[str, Any]:
-        """Returns the arguments of forward with ``tensors`` in their places."""
+    def rebuild(self, tensors: tuple[torch.Tensor, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns the positional and keyword arguments of forward with ``tensors`` in their places."""
         given = iter(tensors)
-        return {
-            n: pytree.tree_unflatten([next(given) if leaf is None else leaf for leaf in leaves], spec)
-            for n, spec, leaves in self._slots
-        }
+        for n, spec, leaves in self._slots:
+            values = [next(given) if leaf is _TENSOR else leaf for leaf in leaves]
+            self._bound.arguments[n] = pytree.tree_unflatten(values, spec)
+        return self._bound.args, self._bound.kwargs
 
 
 def capture(

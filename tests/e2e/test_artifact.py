@@ -305,14 +305,31 @@ def test_a_state_in_use_is_refused(summing: Path) -> None:
     program = spikingbrain.load(summing)
     state = program.new_state(batch=1)
     buffers = state.take()
-    for use in (lambda: program.step(numbers(1, 1, 8), state=state), state.snapshot, state.fork):
+    uses = (lambda: program.step(numbers(1, 1, 8), state=state), state.snapshot, state.fork, state.reset)
+    for use in uses:
         with pytest.raises(errors.CallError) as caught:
             use()
-        assert str(caught.value).startswith(
-            "this state is in use by another call, or was lost when one failed"
-        )
+        assert str(caught.value).startswith("this state is in use by another call")
     state.give(buffers)
     program.step(numbers(1, 1, 8), state=state)
+
+
+def test_a_state_lost_in_a_failed_call_can_be_reset(summing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = spikingbrain.load(summing)
+    state = program.new_state(batch=1)
+    expected = program.step(numbers(1, 1, 8), state=program.new_state(batch=1))
+
+    def fail(*_: object) -> list[object]:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(program.executable, "call", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            program.step(numbers(1, 1, 8), state=state)
+    with pytest.raises(errors.CallError, match="lost when a call failed"):
+        program.step(numbers(1, 1, 8), state=state)
+    state.reset()
+    np.testing.assert_array_equal(program.step(numbers(1, 1, 8), state=state), expected)
 
 
 class Scaling(nn.Module):

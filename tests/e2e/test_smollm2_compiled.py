@@ -95,3 +95,12 @@ def test_fork_and_snapshot_continue_alike(program: spikingbrain.Program, wiki: n
     np.testing.assert_array_equal(program.decode(wiki[:, 300:301], state=copy), first)
     state.restore(kept)
     np.testing.assert_array_equal(program.decode(wiki[:, 300:301], state=state), first)
+
+
+def test_a_conversation_goes_on_where_it_stopped(program: spikingbrain.Program) -> None:
+    prompt, more = Tokens(program).encode("Once upon a time"), Tokens(program).encode(" And then")
+    state = program.new_state()
+    first = list(generate_ids(program, prompt, 6, state=state))
+    assert int(state.field("position")[0]) == len(prompt) + len(first)
+    second = list(generate_ids(program, more, 6, state=state))
+    assert second == list(generate_ids(program, [*prompt, *first, *more], 6))

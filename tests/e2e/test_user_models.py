@@ -122,6 +122,21 @@ def reductions() -> Case:
     return model, (torch.randn(3, 8),), {"x": {0: torch.export.Dim("N", min=1, max=9)}}
 
 
+class AnyArguments(nn.Module):
+    """Forward with variable arguments and an optional one that stays None."""
+
+    def forward(self, x: Tensor, *more: Tensor, mask: Tensor | None = None, **named: Tensor) -> Tensor:
+        return x + sum(more) * named["factor"] if mask is None else x
+
+
+def test_variable_arguments(tmp_path: Path) -> None:
+    x, factor = torch.randn(3), torch.randn(3)
+    entry = spikingbrain.Entry((x, x + 1, x + 2), {"mask": None, "factor": factor})
+    spikingbrain.export(AnyArguments(), {"main": entry}, tmp_path / "a.sbrain")
+    got = spikingbrain.load(tmp_path / "a.sbrain").main(x, x + 1, x + 2, factor)
+    np.testing.assert_allclose(got, AnyArguments()(x, x + 1, x + 2, factor=factor).numpy(), rtol=1e-6)
+
+
 @runs
 def nothing() -> Case:
     return Function(lambda _, x: x * 2), (torch.randn(0, 4),), None
