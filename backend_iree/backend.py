@@ -141,13 +141,22 @@ def _first_error(stderr: str) -> tuple[SourceLine | None, str]:
     messages = [m for m in map(_MESSAGE.match, lines) if m]
     errors = [i for i, m in enumerate(messages) if m["kind"] == "error"]
     if not errors:
-        said = [
-            line for line in lines if re.search(r"error:|LLVM ERROR|Assertion|iree-compile: ", line)
-        ] or lines
-        return None, said[0][:500] if said else "it said nothing"
+        return None, _complaint(lines)[:500]
     first = errors[0]
     callers = itertools.takewhile(lambda m: m["text"].startswith("called from"), messages[first + 1 :])
     for message in (messages[first], *callers):
         if message["file"].endswith(".py") and not re.match(r"torch/|.*/site-packages/", message["file"]):
             return SourceLine(message["file"], int(message["line"])), messages[first]["text"][:500]
     return None, messages[first].group()[:500]
+
+
+def _complaint(lines: list[str]) -> str:
+    """Returns the line that says most, of output without a located error."""
+    for line in lines:
+        if re.search(r"error:|LLVM ERROR|Assertion|^iree-compile: ", line):
+            return line
+    frames = [m[1] for m in map(re.compile(r"^ *#\d+ 0x\w+ (.+?)\(").match, lines) if m]
+    inner = [f for f in frames if not re.match(r"llvm::sys::|SignalHandler| *$", f)]
+    if inner:
+        return f"it crashed in {inner[0]}"
+    return lines[0] if lines else "it said nothing"

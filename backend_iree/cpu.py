@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import platform
 import shutil
 import subprocess
@@ -41,7 +42,14 @@ def features() -> frozenset[str]:
 
 
 def tool(name: str) -> str | None:
-    """Returns the path of one of IREE's command line tools: beside this Python, else on the path."""
+    """Returns the path of one of IREE's command line tools, or None.
+
+    Taken from inside the packages where it is there: the commands beside Python are scripts that start Python again.
+    """
+    for package, folder in (("iree.compiler", "_mlir_libs"), ("iree.runtime", "../_runtime_libs")):
+        spec = importlib.util.find_spec(package) if importlib.util.find_spec("iree") else None
+        if spec and spec.origin and (native := Path(spec.origin).parent / folder / name).exists():
+            return str(native.resolve())
     beside = Path(sys.executable).with_name(name)
     return str(beside) if beside.exists() else shutil.which(name)
 

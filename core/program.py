@@ -49,7 +49,8 @@ class EntrySpec:
     def from_manifest(name: str, entry: Mapping[str, Any]) -> EntrySpec:
         def specs(key: str) -> tuple[TensorSpec, ...]:
             return tuple(
-                TensorSpec(t["name"], tuple(t["shape"]), t["dtype"], t.get("shares_state", False)) for t in entry[key]
+                TensorSpec(t["name"], tuple(t["shape"]), t["dtype"], t.get("shares_state", False))
+                for t in entry[key]
             )
 
         ranges = {d: (low, high) for d, (low, high) in entry["ranges"].items()}
@@ -132,7 +133,7 @@ def _as_array(argument: Any) -> Array:
         if getattr(argument, "requires_grad", False):
             argument = argument.detach()
         if str(argument.dtype) == "torch.bfloat16":  # numpy's DLPack does not know it: pass the bits
-            bits = argument.view(sys.modules["torch"].int16).numpy()
+            bits: Array = argument.view(sys.modules["torch"].int16).numpy()
             return bits.view(numpy_dtype("bfloat16"))
         return np.from_dlpack(argument)
     return np.asarray(argument)

@@ -47,7 +47,9 @@ class State:
         with self._lock:
             self._refuse_if_busy()
             if self._buffers is None:
-                raise CallError("this state was lost when a call failed", hint="reset() it, or restore() a snapshot")
+                raise CallError(
+                    "this state was lost when a call failed", hint="reset() it, or restore() a snapshot"
+                )
             buffers, self._buffers, self._busy = self._buffers, None, True
         return buffers
 
@@ -63,7 +65,9 @@ class State:
 
     def _refuse_if_busy(self) -> None:
         if self._busy:
-            raise CallError("this state is in use by another call", hint="fork() it for a second conversation")
+            raise CallError(
+                "this state is in use by another call", hint="fork() it for a second conversation"
+            )
 
     def _replace(self, buffers: list[Any]) -> None:
         with self._lock:

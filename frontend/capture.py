@@ -335,10 +335,10 @@ def _shares_state(graph: torch.fx.Graph, state: list[torch.fx.Node], outputs: in
 
     def origin(node: torch.fx.Node) -> torch.fx.Node:
         while node.op == "call_function" and node.target in _MAY_SHARE:
-            node = node.args[0]  # type: ignore[assignment]
+            node = node.args[0]
         return node
 
-    results = [origin(n) for n in graph.output_node().args[0]]  # type: ignore[union-attr, arg-type]
+    results = [origin(n) for n in graph.output_node().args[0]]
     if len(set(results[outputs:])) < len(results[outputs:]):
         raise CompileError(
             "two tensors of the new state are one and the same",

@@ -37,7 +37,9 @@ def check(program: torch.export.ExportedProgram, entry: str) -> None:
 def _check_node(node: fx.Node) -> None:
     target = node.target
     if getattr(target, "__name__", "") == "with_effects":
-        raise UnsupportedOp(f"no lowering for {node.args[1]}", where=user_line(node), why="it has side effects")
+        raise UnsupportedOp(
+            f"no lowering for {node.args[1]}", where=user_line(node), why="it has side effects"
+        )
     if _draws_random_numbers(node):
         raise UnsupportedOp(
             f"{target} draws random numbers",
@@ -68,7 +70,9 @@ def _draws_random_numbers(node: fx.Node) -> bool:
 def user_line(node: fx.Node) -> SourceLine | None:
     """Returns the innermost line of the model that made ``node``, from its stack trace."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    own = [f for f in frames if "/torch/" not in f[0] and "/frontend/" not in f[0] and not f[0].startswith("<")]
+    own = [
+        f for f in frames if "/torch/" not in f[0] and "/frontend/" not in f[0] and not f[0].startswith("<")
+    ]
     if not own:
         return None
     file, line = own[-1]

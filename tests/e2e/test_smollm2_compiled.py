@@ -12,7 +12,7 @@ from spikingbrain.models.llama import Llama
 from spikingbrain.tools.clean_wiki import wiki_text
 from spikingbrain.tools.named_models import ModelOptions, compile_named
 
-pytestmark = [pytest.mark.weights, pytest.mark.slow]
+pytestmark = [pytest.mark.weights, pytest.mark.slow, pytest.mark.gate]
 
 WINDOW, SINKS, CHUNK = 256, 1, 1024
 END_OF_TEXT = 0

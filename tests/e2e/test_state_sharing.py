@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import spikingbrain
 import torch
-from spikingbrain.errors import CompileError
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+import spikingbrain
+from spikingbrain.errors import CompileError
 
 
 @dataclass

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import spikingbrain
 import torch
-from spikingbrain.errors import CompileError, SpikingBrainError, UnsupportedOp
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
+
+import spikingbrain
+from spikingbrain.errors import CompileError, SpikingBrainError, UnsupportedOp
 
 Case = tuple[nn.Module, tuple[Any, ...], dict[str, Any] | None]
 RUNS: dict[str, Callable[[], Case]] = {}
@@ -69,7 +70,11 @@ def convolution() -> Case:
 
 @runs
 def recurrent() -> Case:
-    return Function(lambda self, x: self.cell(x), cell=nn.GRU(8, 16, batch_first=True)), (torch.randn(2, 5, 8),), None
+    return (
+        Function(lambda self, x: self.cell(x), cell=nn.GRU(8, 16, batch_first=True)),
+        (torch.randn(2, 5, 8),),
+        None,
+    )
 
 
 @runs
@@ -89,7 +94,11 @@ def double() -> Case:
 
 @runs
 def containers_and_none() -> Case:
-    return Function(lambda _, x: {"a": x * 2, "b": (x.sum(), None, x > 0), "c": torch.ones(2)}), (torch.randn(3, 8),), None
+    return (
+        Function(lambda _, x: {"a": x * 2, "b": (x.sum(), None, x > 0), "c": torch.ones(2)}),
+        (torch.randn(3, 8),),
+        None,
+    )
 
 
 @runs
@@ -146,10 +155,14 @@ def nothing() -> Case:
 def test_equals_eager(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, arguments, shapes = RUNS[name]()
-    spikingbrain.export(model, {"main": spikingbrain.Entry(arguments, dynamic_shapes=shapes)}, tmp_path / "a.sbrain")
+    spikingbrain.export(
+        model, {"main": spikingbrain.Entry(arguments, dynamic_shapes=shapes)}, tmp_path / "a.sbrain"
+    )
     results = spikingbrain.load(tmp_path / "a.sbrain").call("main", *arguments)
     expected = [leaf for leaf in pytree.tree_leaves(model(*arguments)) if leaf is not None]
-    tolerance = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float64: 1e-12}.get(arguments[0].dtype, 1e-5)
+    tolerance = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float64: 1e-12}.get(
+        arguments[0].dtype, 1e-5
+    )
     assert len(results) == len(expected)
     for got, wanted in zip(results, expected, strict=True):
         numbers = wanted.detach().double().numpy()
