@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spikingbrain import errors
-from spikingbrain.artifact import TOKENIZER, Artifact
+from spikingbrain.artifact import TOKENIZER, Artifact, check_writable
 from spikingbrain.backend import TargetStatus, backends, resolve_target
 from spikingbrain.program import Program
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,11 +59,15 @@ def export(
     except ModuleNotFoundError as error:
         raise errors.needs_compiler(error) from error
 
+    def tell(step: str) -> None:
+        if not step.endswith("%"):
+            log.info("%s", step)
+        progress(step)
+
+    check_writable(Path(path))
     _, status = resolve_target(target)
-    captured = capture(model, entries, state, progress)
-    code = compile_code(
-        captured.module, target, options or {}, progress, Path(dump) if dump else None, use_cache
-    )
+    captured = capture(model, entries, state, tell)
+    code = compile_code(captured.module, target, options or {}, tell, Path(dump) if dump else None, use_cache)
     extra = {TOKENIZER: tokenizer.encode()} if tokenizer else {}
     write_artifact(
         Path(path),
@@ -72,7 +79,7 @@ def export(
         lambda name: as_numpy(captured.weights[name]),
         extra,
         metadata or {},
-        progress,
+        tell,
     )
     return Artifact(path)
 

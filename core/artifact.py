@@ -117,6 +117,7 @@ def write(
         progress: called with bytes of weights written and their total.
     """
     path = Path(path)
+    check_writable(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent or ".", prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
@@ -133,9 +134,24 @@ def write(
             archive.writestr(_aligned(archive, MANIFEST), json.dumps(complete, indent=1))
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
+    except OSError as error:
+        Path(temporary).unlink(missing_ok=True)
+        raise ArtifactError(f"cannot write {path}", why=str(error)) from error
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def check_writable(path: Path) -> None:
+    """Raises ArtifactError if no file can be written at ``path``: better before a long compile than after it."""
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise ArtifactError(
+            f"cannot write {path}", why=f"there is no folder {folder}", hint=f"mkdir -p {folder}"
+        )
+    if Path(path).is_dir() or not os.access(folder, os.W_OK):
+        why = "it is a folder" if Path(path).is_dir() else f"{folder} may not be written to"
+        raise ArtifactError(f"cannot write {path}", why=why)
 
 
 def _umask() -> int:

@@ -6,7 +6,7 @@ import functools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -65,6 +65,10 @@ class Program:
         self.executable, self.artifact = executable, artifact
         self.entries = {name: EntrySpec.from_manifest(name, e) for name, e in manifest["entries"].items()}
         self._state_layout = manifest.get("state", [])
+        self._points = {n: EntryPoint(s, executable, self._state_layout) for n, s in self.entries.items()}
+        for name, point in self._points.items():
+            if not hasattr(self, name):  # one called like a method is reached by call()
+                setattr(self, name, point)
 
     def new_state(self, batch: int | None = None) -> State:
         """Returns a fresh state. ``batch`` is needed when the artifact leaves the batch dynamic."""
@@ -77,37 +81,10 @@ class Program:
 
         Arguments are numpy arrays or anything that speaks DLPack, and must have the declared types and shapes.
         """
-        spec = self.entries.get(entry)
-        if spec is None:
+        point = self._points.get(entry)
+        if point is None:
             raise CallError(f"no entry point {entry!r}", hint=f"one of {', '.join(self.entries)}")
-        if spec.uses_state != (state is not None):
-            what = "needs a state" if spec.uses_state else "takes no state"
-            raise CallError(f"entry point {entry!r} {what}", hint="program.new_state() makes one")
-        if state is not None and not state.fits(self.executable, self._state_layout):
-            raise CallError(
-                f"entry point {entry!r} got a state of another program", hint="program.new_state() makes one"
-            )
-        arrays = [_as_array(a) for a in arguments]
-        _check(spec, arrays, state)
-        to_device = self.executable.to_device
-        buffers = [to_device(a) for a in arrays]
-        if state is None:
-            results = self.executable.call(entry, buffers)
-        else:
-            held = state.take()
-            try:
-                results = self.executable.call(entry, [*buffers, *held])
-            except BaseException:
-                state.lose()
-                raise
-            count = len(spec.outputs)
-            state.give(results[count:])
-            results = results[:count]
-        to_host = self.executable.to_host
-        return [
-            to_host(r).copy() if output.shares_state else to_host(r)
-            for r, output in zip(results, spec.outputs, strict=True)
-        ]
+        return point.run(arguments, state)
 
     def generate(self, prompt: str, max_tokens: int = 128, **options: Any) -> Iterator[str]:
         """Yields the continuation of ``prompt`` piece by piece; options are those of ``generate.generate``."""
@@ -115,15 +92,49 @@ class Program:
 
         return generate(self, prompt, max_tokens, **options)
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name not in self.__dict__.get("entries", {}):
-            raise AttributeError(name)
+    if TYPE_CHECKING:
 
-        def run(*arguments: Any, state: State | None = None) -> Any:
-            results = self.call(name, *arguments, state=state)
-            return results[0] if len(results) == 1 else results
+        def __getattr__(self, name: str) -> EntryPoint: ...
 
-        return run
+
+class EntryPoint:
+    """One entry point of a loaded program; call it with its arguments and, where it uses one, ``state=``.
+
+    It keeps what each call needs at hand: a call of a small program is dominated by what happens here.
+    """
+
+    def __init__(self, spec: EntrySpec, executable: Executable, state_layout: list[Any]):
+        self.spec, self._executable, self._state_layout = spec, executable, state_layout
+        self._expected = [(t.numpy_dtype, t.shape) for t in spec.inputs]
+
+    def __call__(self, *arguments: Any, state: State | None = None) -> Any:
+        """Returns the result, or the list of results where there are several."""
+        results = self.run(arguments, state)
+        return results[0] if len(results) == 1 else results
+
+    def run(self, arguments: Sequence[Any], state: State | None) -> list[Array]:
+        spec, executable = self.spec, self._executable
+        if spec.uses_state != (state is not None):
+            what = "needs a state" if spec.uses_state else "takes no state"
+            raise CallError(f"entry point {spec.name!r} {what}", hint="program.new_state() makes one")
+        if state is not None and not state.fits(executable, self._state_layout):
+            raise CallError(
+                f"entry point {spec.name!r} got a state of another program",
+                hint="program.new_state() makes one",
+            )
+        arrays = [a if a.__class__ is np.ndarray else _as_array(a) for a in arguments]
+        if [(a.dtype, a.shape) for a in arrays] != self._expected:
+            _check(spec, arrays, state)
+        to_device, to_host = executable.to_device, executable.to_host
+        buffers = [to_device(a) for a in arrays]
+        if state is None:
+            results = executable.call(spec.name, buffers)
+        else:
+            results = executable.call(spec.name, [*buffers, *state.take()])
+            count = len(spec.outputs)
+            state.give(results[count:])
+            results = results[:count]
+        return [to_host(r) for r in results]
 
 
 def _as_array(argument: Any) -> Array:

@@ -642,3 +642,16 @@ def test_the_compile_cache(tmp_path: Path, cache: Path, mlp: Path, caplog: pytes
     assert message.endswith(") and will be rebuilt")
     assert "code from the cache" not in steps
     assert export(options={"flags": "--iree-llvmcpu-debug-symbols=false"}) == []
+
+
+def test_an_unwritable_place_is_refused_before_compiling(tmp_path: Path) -> None:
+    def never(step: str) -> None:
+        raise AssertionError(f"began to {step}")
+
+    entry = {"main": spikingbrain.Entry((torch.zeros(2, 8),))}
+    for path, why in (
+        (tmp_path / "missing" / "a.sbrain", "there is no folder"),
+        (tmp_path, "it is a folder"),
+    ):
+        with pytest.raises(errors.ArtifactError, match=why):
+            spikingbrain.export(nn.Linear(8, 8), entry, path, progress=never)
