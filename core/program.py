@@ -106,6 +106,7 @@ class EntryPoint:
     def __init__(self, spec: EntrySpec, executable: Executable, state_layout: list[Any]):
         self.spec, self._executable, self._state_layout = spec, executable, state_layout
         self._expected = [(t.numpy_dtype, t.shape) for t in spec.inputs]
+        self._copied = [i for i, t in enumerate(spec.outputs) if t.shares_state]
 
     def __call__(self, *arguments: Any, state: State | None = None) -> Any:
         """Returns the result, or the list of results where there are several."""
@@ -130,11 +131,19 @@ class EntryPoint:
         if state is None:
             results = executable.call(spec.name, buffers)
         else:
-            results = executable.call(spec.name, [*buffers, *state.take()])
+            held = state.take()
+            try:
+                results = executable.call(spec.name, [*buffers, *held])
+            except BaseException:
+                state.lose()
+                raise
             count = len(spec.outputs)
             state.give(results[count:])
             results = results[:count]
-        return [to_host(r) for r in results]
+        arrays = [to_host(r) for r in results]
+        for i in self._copied:
+            arrays[i] = arrays[i].copy()
+        return arrays
 
 
 def _as_array(argument: Any) -> Array:
