@@ -31,6 +31,7 @@ _ELEMENTS = {
 }
 # What the buffer protocol takes in their place.
 _BITS: dict[str, np.dtype[Any]] = {"bool": np.dtype(np.uint8), "bfloat16": np.dtype(np.uint16)}
+_List, _View = rt.VmVariantList, rt.HalBufferView
 # Numbers, as the binding takes them; going through the enums costs more than the call.
 _RESIDENT = int(rt.MemoryType.DEVICE_LOCAL)
 _USES = int(rt.BufferUsage.DEFAULT | rt.BufferUsage.MAPPING)
@@ -95,16 +96,17 @@ class IreeExecutable:
         function = self._functions.get(entry)
         if function is None:
             raise CallError(f"no entry point {entry!r}", hint=f"one of {', '.join(self._functions)}")
-        inputs = rt.VmVariantList(len(arguments))
+        inputs, outputs = _List(len(arguments)), _List(8)
+        push = inputs.push_ref
         for argument in arguments:
-            if isinstance(argument, int):
+            if argument.__class__ is int:
                 inputs.push_int(argument)
             else:
-                inputs.push_ref(argument)
-        outputs = rt.VmVariantList(8)
+                push(argument)
         with self._lock:
             self._context.invoke(function, inputs, outputs)
-        return [outputs.get_as_object(i, rt.HalBufferView) for i in range(outputs.size)]
+        get = outputs.get_as_object
+        return [get(i, _View) for i in range(outputs.size)]
 
     def to_device(self, array: Array) -> Any:
         element, bits = _element(array.dtype)
