@@ -106,7 +106,8 @@ class IreeExecutable:
         with self._lock:
             self._context.invoke(function, inputs, outputs)
         get = outputs.get_as_object
-        return [get(i, _View) for i in range(outputs.size)]
+        count = outputs.size
+        return [get(0, _View)] if count == 1 else [get(i, _View) for i in range(count)]
 
     def to_device(self, array: Array) -> Any:
         element, bits = _element(array.dtype)

@@ -123,11 +123,11 @@ class EntryPoint:
                 f"entry point {spec.name!r} got a state of another program",
                 hint="program.new_state() makes one",
             )
-        arrays = [a if a.__class__ is np.ndarray else _as_array(a) for a in arguments]
+        arrays = list(map(_as_array, arguments))
         if [(a.dtype, a.shape) for a in arrays] != self._expected:
             _check(spec, arrays, state)
         to_device, to_host = executable.to_device, executable.to_host
-        buffers = [to_device(a) for a in arrays]
+        buffers = list(map(to_device, arrays))
         if state is None:
             results = executable.call(spec.name, buffers)
         else:
@@ -140,7 +140,7 @@ class EntryPoint:
             count = len(spec.outputs)
             state.give(results[count:])
             results = results[:count]
-        arrays = [to_host(r) for r in results]
+        arrays = list(map(to_host, results))
         for i in self._copied:
             arrays[i] = arrays[i].copy()
         return arrays
