@@ -42,6 +42,7 @@ SHUFFLED_TYPES = ("f32", "i32")
 
 BUFFERIZE = (
     "one-shot-bufferize{bufferize-function-boundaries function-boundary-type-conversion=identity-layout-map}",
+    "func.func(linalg-generalize-named-ops)",  # padding becomes linalg.map only now
     "canonicalize",
     "cse",
 )
@@ -163,6 +164,12 @@ def bufferize(text: str) -> str:
                     f"'{op.name}' has no kernel for MetaX GPUs",
                     where=source_of(op.location),
                     hint="lower it to linalg before this backend",
+                )
+            if op.name.startswith(("tm_tensor.", "scf.")):
+                raise UnsupportedOp(
+                    f"'{op.name}' has no kernel for MetaX GPUs",
+                    where=source_of(op.location),
+                    why="it runs step by step: sorting, running sums and loops over time have no kernels here yet",
                 )
             if op.name.startswith("linalg.") and len(op.regions):
                 op.location = ir.Location.name(_label(op), op.location)

@@ -104,6 +104,38 @@ def test_a_small_module(name: str, status: dict[str, TargetStatus], tmp_path: Pa
             np.testing.assert_allclose(got, want.numpy(), atol=1e-6, rtol=1e-5)
 
 
+class Last(nn.Module):
+    """The last row of a sum, where the number of rows is known only at run time."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (x + y)[:, -1:]
+
+
+@pytest.mark.parametrize("name", ["vulkan", "maca-emulator"])
+def test_a_slice_at_a_dynamic_position(name: str, status: dict[str, TargetStatus], tmp_path: Path) -> None:
+    shape = {0: Dim("B", min=1, max=8), 1: Dim("T", min=1, max=64)}
+    shapes = {"x": shape, "y": shape}
+    entry = spikingbrain.Entry((torch.zeros(2, 3, 32), torch.zeros(2, 3, 32)), dynamic_shapes=shapes)
+    spikingbrain.export(Last(), {"main": entry}, tmp_path / "last", target=name)
+    if status[name].runs:
+        x, y = np.random.default_rng(0).standard_normal((2, 2, 17, 32), np.float32)
+        got = spikingbrain.load(tmp_path / "last").main(x, y)
+        np.testing.assert_array_equal(got, x[:, -1:] + y[:, -1:])
+
+
+class RunningSum(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.cumsum(0)
+
+
+def test_what_has_no_kernel_for_maca_is_refused_at_the_users_line(tmp_path: Path) -> None:
+    entry = spikingbrain.Entry((torch.zeros(4, 8),))
+    with pytest.raises(errors.UnsupportedOp, match="has no kernel for MetaX GPUs") as caught:
+        spikingbrain.export(RunningSum(), {"main": entry}, tmp_path / "sum", target="maca")
+    assert isinstance(caught.value.where, errors.SourceLine)
+    assert "cumsum" in caught.value.where.quote()
+
+
 def test_a_generator_that_the_compiler_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(targets, "_generators", lambda: frozenset({"llvm-cpu"}))
     found = {s.target.name: s for s in targets.statuses()}
