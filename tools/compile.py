@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from spikingbrain.artifact import Artifact, check_writable
 from spikingbrain.tools import named_models
 from spikingbrain.tools.progress import Progress
 
@@ -18,10 +19,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     progress = Progress()
-    artifact = named_models.compile_named(
-        args.model, args.output, args.target, named_models.model_options(args), progress, args.dump
-    )
+    named_models.known(args.model)
+    check_writable(args.output)
+    options = named_models.model_options(args)
+    if args.dump:
+        named_models.compile_named(args.model, args.output, args.target, options, progress, args.dump)
+    else:
+        named_models.hand_out(named_models.obtain(args.model, args.target, options, progress), args.output)
+    artifact = Artifact(args.output)
     size = args.output.stat().st_size / 1e6
     entries = ", ".join(artifact.manifest["entries"])
-    print(f"{args.output}: {size:.0f} MB, entry points {entries}, compiled in {progress.seconds:.1f} s")
+    print(f"{args.output}: {size:.0f} MB, entry points {entries}, in {progress.seconds:.1f} s")
     return 0

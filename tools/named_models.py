@@ -7,6 +7,8 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,6 +167,39 @@ def cached_artifact(name: str, target: str, options: ModelOptions) -> Path:
     }
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return cache_folder() / "models" / f"{name}-{key[:24]}.sbrain"
+
+
+def obtain(name: str, target: str, options: ModelOptions, progress: Callable[[str], None]) -> Path:
+    """Returns the artifact of a named model from the cache, compiled if it is not there yet."""
+    place = cached_artifact(name, target, options)
+    if place.is_file():
+        progress(f"found {place}")
+        return place
+    place.parent.mkdir(parents=True, exist_ok=True)
+    compile_named(name, place, target, options, progress)
+    prune()
+    size = place.stat().st_size / 1e6
+    progress(f"kept in {place.parent} ({size:.0f} MB; 'spikingbrain cache --clear' removes it)")
+    return place
+
+
+def hand_out(kept: Path, path: Path) -> None:
+    """Puts a kept artifact at ``path``: as a second name of the same file where the file system can, else as a copy.
+
+    Artifacts are only ever replaced, never written into, so that sharing the file is safe.
+    """
+    from spikingbrain.artifact import check_writable
+
+    check_writable(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            os.link(kept, temporary)
+        except OSError:
+            shutil.copyfile(kept, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def prune() -> None:

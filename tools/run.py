@@ -63,14 +63,6 @@ def _artifact(args: argparse.Namespace) -> tuple[Path, float]:
     from spikingbrain.tools import named_models
 
     options = named_models.ModelOptions(args.window, args.sinks, args.capacity)
-    place = named_models.cached_artifact(args.model, args.target, options)
-    if place.is_file():
-        return place, 0.0
     progress = Progress(args.quiet)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    named_models.compile_named(args.model, place, args.target, options, progress)
-    named_models.prune()
-    progress(
-        f"kept in {place.parent} ({place.stat().st_size / 1e6:.0f} MB; 'spikingbrain cache --clear' removes it)"
-    )
+    place = named_models.obtain(args.model, args.target, options, progress)
     return place, progress.seconds
