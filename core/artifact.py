@@ -336,9 +336,11 @@ class Artifact:
         with ThreadPoolExecutor() as threads:  # reading and hashing release the interpreter
             for i, fine in enumerate(threads.map(intact, range(len(facts["blocks"])))):
                 if not fine:
+                    first = i * facts["block"]
+                    last = min(first + facts["block"], facts["size"])
                     raise CorruptArtifact(
                         f"{self.path}: the weights are damaged in block {i}",
-                        why=f"the SHA-256 of its {facts['block']} bytes differs from the manifest's",
+                        why=f"the SHA-256 of bytes {first} to {last} differs",
                         hint="copy or compile it again",
                     )
         try:
