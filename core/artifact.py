@@ -27,6 +27,7 @@ from spikingbrain.errors import ArtifactError, CorruptArtifact, NewerFormat
 FORMAT_VERSION = 1
 ALIGNMENT = 64  # of members and tensors: zero-copy import into the IREE runtime needs it
 BLOCK = 16 << 20  # weights are hashed in blocks of this size
+_READ = 1 << 20
 MANIFEST, WEIGHTS, REPORT, TOKENIZER = "manifest.json", "weights.safetensors", "report.json", "tokenizer.json"
 CODE = "code/"
 
@@ -328,10 +329,16 @@ class Artifact:
         start, end = self._span(WEIGHTS)
 
         def intact(i: int) -> bool:
-            # read, not mapped: pages touched through the mapping would stay in this process
-            at = start + i * facts["block"]
-            block = os.pread(self._file.fileno(), min(facts["block"], end - at), at)
-            return hashlib.sha256(block).hexdigest() == facts["blocks"][i]
+            # read piece by piece, not mapped: pages touched through the mapping would stay in this process
+            digest, at = hashlib.sha256(), start + i * facts["block"]
+            stop = min(at + facts["block"], end)
+            while at < stop:
+                piece = os.pread(self._file.fileno(), min(_READ, stop - at), at)
+                if not piece:
+                    return False
+                digest.update(piece)
+                at += len(piece)
+            return digest.hexdigest() == facts["blocks"][i]
 
         with ThreadPoolExecutor() as threads:  # reading and hashing release the interpreter
             for i, fine in enumerate(threads.map(intact, range(len(facts["blocks"])))):
