@@ -338,7 +338,7 @@ class Artifact:
                     return False
                 digest.update(piece)
                 at += len(piece)
-            return digest.hexdigest() == facts["blocks"][i]
+            return bool(digest.hexdigest() == facts["blocks"][i])
 
         with ThreadPoolExecutor() as threads:  # reading and hashing release the interpreter
             for i, fine in enumerate(threads.map(intact, range(len(facts["blocks"])))):

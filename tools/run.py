@@ -9,6 +9,7 @@ from pathlib import Path
 
 import spikingbrain
 from spikingbrain.generate import Sampling, Timing
+from spikingbrain.tools import named_models
 from spikingbrain.tools.progress import Progress
 
 
@@ -20,14 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int)
-    parser.add_argument("--target", default="cpu", help="target to compile for (see 'spikingbrain targets')")
-    parser.add_argument(
-        "--window", type=int, help="attend to the last N tokens only; memory is then constant"
-    )
-    parser.add_argument(
-        "--sinks", type=int, default=0, help="first tokens that stay visible beyond the window"
-    )
-    parser.add_argument("--capacity", type=int, default=2048, help="tokens kept when there is no window")
+    named_models.add_model_arguments(parser)
     parser.add_argument("--quiet", action="store_true", help="print the text only")
 
 
@@ -59,10 +53,7 @@ def _artifact(args: argparse.Namespace) -> tuple[Path, float]:
     path = Path(args.model)
     if path.is_file():
         return path, 0.0
-    # Compiling needs torch; running an artifact does not.
-    from spikingbrain.tools import named_models
-
-    options = named_models.ModelOptions(args.window, args.sinks, args.capacity)
+    options = named_models.model_options(args)
     progress = Progress(args.quiet)
     place = named_models.obtain(args.model, args.target, options, progress)
     return place, progress.seconds
