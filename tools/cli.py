@@ -13,6 +13,7 @@ from spikingbrain.errors import SpikingBrainError, needs_compiler
 COMMANDS = {
     "run": ("spikingbrain.tools.run", "generate text with a model or an artifact"),
     "compile": ("spikingbrain.tools.compile", "compile a model into an artifact"),
+    "report": ("spikingbrain.tools.report", "what is in an artifact, and how it was compiled"),
     "targets": ("spikingbrain.tools.targets", "what can be compiled for, and what runs here"),
     "opt": ("spikingbrain.tools.opt", "run passes on textual IR"),
     "cache": ("spikingbrain.tools.cache", "show or clear the compile cache"),

@@ -11,6 +11,7 @@ import torch
 import spikingbrain
 from spikingbrain.artifact import REPORT
 from spikingbrain.models.llama import Llama, LlamaConfig
+from spikingbrain.tools import cli
 
 VOCABULARY, CAPACITY = 97, 40
 
@@ -142,3 +143,16 @@ def test_ids_outside_the_vocabulary_are_seen(compiled: tuple[Llama, spikingbrain
     _, program = compiled
     logits = program.score(np.array([[1, VOCABULARY, 2]]), state=program.new_state(1))
     assert np.isnan(logits[0, 1]).all()
+
+
+def test_report_tells_what_was_done(
+    compiled: tuple[Llama, spikingbrain.Program], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, program = compiled
+    assert program.artifact is not None
+    assert cli.main(["report", str(program.artifact.path)]) == 0
+    text = capsys.readouterr().out
+    assert "score(tokens_BT: int64[B, T], state) -> output0: float32[B, T, 97]" in text
+    assert "raise-attention: raised torch.aten.scaled_dot_product_attention  first at" in text
+    assert cli.main(["report", "--json", str(program.artifact.path)]) == 0
+    assert json.loads(capsys.readouterr().out)["records"]

@@ -1,0 +1,52 @@
+"""``spikingbrain report``: what is in an artifact, and what the compiler did and refused on the way to it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+
+from spikingbrain.artifact import REPORT, WEIGHTS, Artifact
+from spikingbrain.program import EntrySpec
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("artifact", type=Path, help="an artifact file")
+    parser.add_argument("--json", action="store_true", help="the whole report, for programs")
+
+
+def run(args: argparse.Namespace) -> int:
+    artifact = Artifact(args.artifact)
+    report = json.loads(bytes(artifact.member(REPORT)))
+    if args.json:
+        print(json.dumps(report, indent=1))
+        return 0
+    manifest = artifact.manifest
+    producer = ", ".join(f"{name} {version}" for name, version in manifest["producer"].items())
+    print(f"{args.artifact}: for {manifest['target']['name']} ({manifest['target']['arch']}), by {producer}")
+    for name, entry in manifest["entries"].items():
+        spec = EntrySpec.from_manifest(name, entry)
+        state = ", state" if spec.uses_state else ""
+        print(f"  {name}({', '.join(map(str, spec.inputs))}{state}) -> {', '.join(map(str, spec.outputs))}")
+    fields = len(manifest["state"])
+    weights = manifest["members"][WEIGHTS]["size"] / 1e6
+    print(f"  {len(report['weights'])} stored tensors, {weights:.1f} MB; {fields} tensors of state")
+
+    print("\nwhat the passes did")
+    records = report["records"]
+    groups = Counter((r["pass_name"], r["status"], r["op"], r["reason"]) for r in records)
+    for (pass_name, status, op, reason), count in groups.items():
+        first = next(
+            r["where"]
+            for r in records
+            if (r["pass_name"], r["status"], r["op"], r["reason"]) == (pass_name, status, op, reason)
+        )
+        why = f" ({reason})" if reason else ""
+        at = f"  first at {first}" if first else ""
+        print(f"  {count:4} x {pass_name}: {status} {op}{why}{at}")
+
+    print("\nseconds")
+    for name, seconds in report["timings"]:
+        print(f"  {seconds:8.2f}  {name}")
+    return 0
