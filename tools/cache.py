@@ -20,6 +20,6 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print(folder)
     for part in sorted(folder.iterdir()) if folder.is_dir() else []:
-        files = [f for f in part.rglob("*") if f.is_file()]
-        print(f"  {part.name:12}{len(files):6} files {sum(f.stat().st_size for f in files) / 1e6:10.1f} MB")
+        files = [part] if part.is_file() else [f for f in part.rglob("*") if f.is_file()]
+        print(f"  {part.name:28}{len(files):6} files {sum(f.stat().st_size for f in files) / 1e6:10.1f} MB")
     return 0
