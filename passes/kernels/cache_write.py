@@ -9,9 +9,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch_mlir import ir
-from torch_mlir.dialects import arith, func, memref, scf, tensor, vector
+from torch_mlir.dialects import arith, func, memref, tensor
 
-LAUNCH = "spikingbrain_control.launch"
+from spikingbrain.passes.kernels.builders import (
+    compare,
+    get,
+    index,
+    launch,
+    load,
+    loop,
+    put,
+    root_module,
+    store,
+    when,
+)
+
 MOVE_BITS = 512
 
 
@@ -25,24 +37,13 @@ def emit_cache_write(cache: ir.Value, rows: ir.Value, slots: ir.Value) -> ir.Val
     inputs = [ir.RankedTensorType(value.type) for value in (cache, rows, slots)]
     shapes = ["x".join("d" if size < 0 else str(size) for size in t.shape) for t in inputs]
     name = "_".join(["cache_write", *shapes, str(inputs[0].element_type)])
-    module = ir.InsertionPoint.current.block.owner
-    while module.operation.parent is not None:
-        module = module.operation.parent
+    module = root_module()
     if name not in ir.SymbolTable(module.operation):
         with ir.InsertionPoint.at_block_begin(module.regions[0].blocks[0]):
             build_cache_write(name, *inputs)
-    one = _index(1)
-    batch = tensor.DimOp(slots, _index(0)).result
-    launch = ir.Operation.create(
-        LAUNCH,
-        results=[cache.type],
-        operands=[batch, one, one, cache, rows, slots],
-        attributes={
-            "callee": ir.FlatSymbolRefAttr.get(name),
-            "tied": ir.ArrayAttr.get([ir.IntegerAttr.get(ir.IntegerType.get_signless(64), 0)]),
-        },
-    )
-    return launch.result
+    one = index(1)
+    batch = tensor.dim(slots, index(0))
+    return launch(name, cache.type, [batch, one, one], [cache, rows, slots], tied=0).result
 
 
 def build_cache_write(
@@ -56,24 +57,22 @@ def build_cache_write(
     if ir.ShapedType.get_dynamic_size() in row_shape:
         raise ValueError(f"cache rows must have a static shape, got {cache_type}")
     bits = _bits(cache_type.element_type)
-    index = ir.IndexType.get()
+    index_type = ir.IndexType.get()
     memrefs = [ir.MemRefType.get(t.shape, t.element_type) for t in (cache_type, rows_type, slots_type)]
-    function = func.FuncOp(name, ([index] * 3 + memrefs, []), visibility="private")
+    function = func.FuncOp(name, ([index_type] * 3 + memrefs, []), visibility="private")
     entry = function.add_entry_block()
     with ir.InsertionPoint(entry):
         batch, _, _, cache, rows, slots = entry.arguments
-        capacity = memref.DimOp(cache, _index(1)).result
-        times = scf.ForOp(_index(0), memref.DimOp(slots, _index(1)).result, _index(1))
-        with ir.InsertionPoint(times.body):
-            time = times.induction_variable
-            slot = arith.IndexCastOp(index, memref.LoadOp(slots, [batch, time]).result).result
-            # A negative slot is a huge unsigned number.
-            inside = arith.CmpIOp(arith.CmpIPredicate.ult, slot, capacity).result
-            write = scf.IfOp(inside)
-            with ir.InsertionPoint(write.then_block):
-                _copy(rows, [batch, time], cache, [batch, slot], row_shape, MOVE_BITS // bits)
-                scf.YieldOp([])
-            scf.YieldOp([])
+        capacity = memref.dim(cache, index(1))
+
+        def write(time: ir.Value) -> None:
+            slot = arith.index_cast(index_type, get(slots, [batch, time]))
+            inside = compare("ult", slot, capacity)  # a negative slot is a huge unsigned number
+            lanes = MOVE_BITS // bits
+            when(inside, lambda: _copy(rows, [batch, time], cache, [batch, slot], row_shape, lanes))
+
+        first = index(0)
+        loop(first, memref.dim(slots, index(1)), 1, write)
         func.ReturnOp([])
     return function
 
@@ -88,35 +87,26 @@ def _copy(
 ) -> None:
     """Copies ``shape`` elements between two places, the last axis in moves of ``lanes`` elements at most."""
     if not shape:
-        memref.StoreOp(memref.LoadOp(source, source_at).result, target, target_at)
+        put(get(source, source_at), target, target_at)
         return
     if len(shape) > 1:
-        loop = scf.ForOp(_index(0), _index(shape[0]), _index(1))
-        with ir.InsertionPoint(loop.body):
-            at = loop.induction_variable
+
+        def part(at: ir.Value) -> None:
             _copy(source, [*source_at, at], target, [*target_at, at], shape[1:], lanes)
-            scf.YieldOp([])
+
+        loop(0, shape[0], 1, part)
         return
-    element = ir.MemRefType(source.type).element_type
 
     def move(at: ir.Value, count: int) -> None:
-        kind = ir.VectorType.get([count], element)
-        vector.StoreOp(vector.LoadOp(kind, source, [*source_at, at]).result, target, [*target_at, at])
+        store(load(source, [*source_at, at], count), target, [*target_at, at])
 
     whole = shape[0] // lanes * lanes
-    loop = scf.ForOp(_index(0), _index(whole), _index(lanes))
-    with ir.InsertionPoint(loop.body):
-        move(loop.induction_variable, lanes)
-        scf.YieldOp([])
+    loop(0, whole, lanes, lambda at: move(at, lanes))
     while whole < shape[0]:
         lanes //= 2
         if whole + lanes <= shape[0]:
-            move(_index(whole), lanes)
+            move(index(whole), lanes)
             whole += lanes
-
-
-def _index(value: int) -> ir.Value:
-    return arith.ConstantOp(ir.IndexType.get(), value).result
 
 
 def _bits(element: ir.Type) -> int:

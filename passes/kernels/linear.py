@@ -15,10 +15,18 @@ from dataclasses import dataclass
 from torch_mlir import ir
 from torch_mlir.dialects import arith, func, memref, scf, tensor, vector
 
+from spikingbrain.passes.kernels.builders import (
+    LINE_BYTES,
+    has_fma,
+    index,
+    launch,
+    mul,
+    multiply_add,
+    root_module,
+)
 from spikingbrain.target import Target
 
-LAUNCH = "spikingbrain_control.launch"
-LINE_FLOATS = 16  # one cache line
+LINE_FLOATS = LINE_BYTES // 4  # of one cache line
 PREFETCH_BYTES = 1024  # how far ahead of its use a weight is asked for when two to four rows share it
 STREAMS = 4  # places at which one row reads a panel at a time; 8% faster from memory than one place
 WORKGROUP_BYTES = 128 << 10  # of weight for one workgroup: takes far longer than starting it
@@ -75,7 +83,7 @@ def schedule(k: int, target: Target) -> Schedule:
         lanes=lanes,
         vectors=vectors,
         rows=rows,
-        fma=target.arch == "aarch64" or bool(target.features & {"fma", "avx512f"}),
+        fma=has_fma(target),
         steps=steps,
         group_panels=max(1, WORKGROUP_BYTES // max(1, k * step_bytes)),
         group_rows=-(-WORKGROUP_ROWS // rows) * rows,
@@ -104,32 +112,20 @@ def emit_linear(
         raise ValueError(f"a packed weight of {columns} columns is {[panels, k, cut.block]}, got {stored}")
     rows = None if x_type.is_dynamic_dim(0) else m
     name = f"linear_k{k}_n{columns}_m{'' if rows is None else rows}{'_residual' if residual else ''}"
-    module = ir.InsertionPoint.current.block.owner
-    while module.operation.parent is not None:
-        module = module.operation.parent
+    module = root_module()
     if name not in ir.SymbolTable(module.operation):
         with ir.InsertionPoint.at_block_begin(module.regions[0].blocks[0]):
             build_linear(name, k, columns, rows, target, residual is not None)
 
-    def size(value: int) -> ir.Value:
-        return arith.ConstantOp(ir.IndexType.get(), value).result
-
-    groups = size(-(-panels // cut.group_panels))
+    groups = index(-(-panels // cut.group_panels))
     if rows is None:
-        sizes = [tensor.DimOp(x, size(0)).result]
-        chunks = arith.CeilDivUIOp(sizes[0], size(cut.group_rows)).result
+        sizes = [tensor.DimOp(x, index(0)).result]
+        chunks = arith.CeilDivUIOp(sizes[0], index(cut.group_rows)).result
     else:
-        sizes, chunks = [], size(-(-rows // cut.group_rows))
-    launch = ir.Operation.create(
-        LAUNCH,
-        results=[ir.RankedTensorType.get([m, columns], x_type.element_type)],
-        operands=[groups, chunks, size(1), x, weight, *([residual] if residual else []), *sizes],
-        attributes={
-            "callee": ir.FlatSymbolRefAttr.get(name),
-            "tied": ir.ArrayAttr.get([ir.IntegerAttr.get(ir.IntegerType.get_signless(64), -1)]),
-        },
-    )
-    return launch.result
+        sizes, chunks = [], index(-(-rows // cut.group_rows))
+    result = ir.RankedTensorType.get([m, columns], x_type.element_type)
+    inputs = [x, weight, *([residual] if residual else [])]
+    return launch(name, result, [groups, chunks, index(1)], inputs, sizes).result
 
 
 def build_linear(
@@ -141,23 +137,23 @@ def build_linear(
     ``[rows, columns]``. The grid is ``ceil(panels / group_panels) x ceil(rows / group_rows) x 1``.
     """
     cut = schedule(k, target)
-    index, f32 = ir.IndexType.get(), ir.F32Type.get()
+    index_type, f32 = ir.IndexType.get(), ir.F32Type.get()
     m = ir.ShapedType.get_dynamic_size() if rows is None else rows
     panels = -(-columns // cut.block)
     x_type, y_type = ir.MemRefType.get([m, k], f32), ir.MemRefType.get([m, columns], f32)
     weight_type = ir.MemRefType.get([panels, k, cut.block], f32)
-    types = [index, index, index, x_type, weight_type, *([y_type] if residual else []), y_type]
+    types = [*[index_type] * 3, x_type, weight_type, *([y_type] if residual else []), y_type]
     function = func.FuncOp(name, (types, []), visibility="private")
     entry = function.add_entry_block()
     with ir.InsertionPoint(entry):
         group, chunk, _, x, weight, *addend, y = entry.arguments
         kernel = _Kernel(cut, k, columns, x, weight, y, addend[0] if addend else None)
-        first_panel = kernel.times(group, cut.group_panels)
-        end_panel = kernel.at_most(kernel.plus(first_panel, cut.group_panels), kernel.index(panels))
-        first_row = kernel.times(chunk, cut.group_rows)
-        row_count = memref.DimOp(x, kernel.index(0)).result
+        first_panel = mul(group, cut.group_panels)
+        end_panel = kernel.at_most(kernel.plus(first_panel, cut.group_panels), index(panels))
+        first_row = mul(chunk, cut.group_rows)
+        row_count = memref.DimOp(x, index(0)).result
         end_row = kernel.at_most(kernel.plus(first_row, cut.group_rows), row_count)
-        zero, whole_k = kernel.index(0), kernel.index(k)
+        zero, whole_k = index(0), index(k)
         with kernel.loop(first_panel, end_panel, 1) as panel:
             if rows == 1:
                 kernel.tile(1, zero, panel, zero, whole_k, resume=False)
@@ -190,21 +186,15 @@ class _Kernel:
         zero = ir.FloatAttr.get(ir.F32Type.get(), 0.0)
         self.zero = arith.ConstantOp(self.vector, ir.DenseElementsAttr.get_splat(self.vector, zero)).result
 
-    def index(self, value: int) -> ir.Value:
-        return arith.ConstantOp(ir.IndexType.get(), value).result
-
     def plus(self, value: ir.Value, offset: int) -> ir.Value:
-        return arith.AddIOp(value, self.index(offset)).result if offset else value
-
-    def times(self, value: ir.Value, factor: int) -> ir.Value:
-        return arith.MulIOp(value, self.index(factor)).result
+        return arith.AddIOp(value, index(offset)).result if offset else value
 
     def at_most(self, value: ir.Value, limit: ir.Value) -> ir.Value:
         return arith.MinUIOp(value, limit).result
 
     @contextmanager
     def loop(self, first: ir.Value, end: ir.Value, step: int) -> Iterator[ir.Value]:
-        op = scf.ForOp(first, end, self.index(step))
+        op = scf.ForOp(first, end, index(step))
         with ir.InsertionPoint(op.body):
             yield op.induction_variable
             scf.YieldOp([])
@@ -234,8 +224,8 @@ class _Kernel:
     ) -> None:
         """Covers rows ``first`` to ``end`` of one panel with tiles, the largest first."""
         for count in self.cut.row_counts():
-            tiles = arith.DivUIOp(arith.SubIOp(end, first).result, self.index(count)).result
-            end_whole = arith.AddIOp(first, self.times(tiles, count)).result
+            tiles = arith.DivUIOp(arith.SubIOp(end, first).result, index(count)).result
+            end_whole = arith.AddIOp(first, mul(tiles, count)).result
             with self.loop(first, end_whole, count) as row:
                 self.tile(count, row, panel, first_k, end_k, resume)
             first = end_whole
@@ -254,15 +244,15 @@ class _Kernel:
             return [self.zero] * size if self.residual is None else self.load(self.residual, rows, panel)
 
         if resume:
-            at_start = arith.CmpIOp(arith.CmpIPredicate.eq, first_k, self.index(0)).result
+            at_start = arith.CmpIOp(arith.CmpIPredicate.eq, first_k, index(0)).result
             values = self.choose(at_start, fresh, lambda: self.load(self.y, rows, panel), size)
         else:
             values = fresh()
         # A tile of few rows has accumulators to spare: it computes several runs of K side by side.
         runs = max(1, STREAMS // count)
         unroll = UNROLL if runs == 1 else 2
-        whole = arith.DivUIOp(arith.SubIOp(end_k, first_k).result, self.index(runs * unroll)).result
-        length = self.times(whole, unroll)
+        whole = arith.DivUIOp(arith.SubIOp(end_k, first_k).result, index(runs * unroll)).result
+        length = mul(whole, unroll)
         firsts = [first_k]
         for _ in range(runs - 1):
             firsts.append(arith.AddIOp(firsts[-1], length).result)
@@ -289,10 +279,10 @@ class _Kernel:
     ) -> list[ir.Value]:
         """Emits the loop over the runs of K that begin at ``firsts``; returns the accumulators after it."""
         vectors = self.cut.vectors
-        offsets = [self.index(v * self.cut.lanes) for v in range(vectors)]
-        lines = [self.index(column) for column in range(0, self.cut.block, LINE_FLOATS)]
+        offsets = [index(v * self.cut.lanes) for v in range(vectors)]
+        lines = [index(column) for column in range(0, self.cut.block, LINE_FLOATS)]
         ahead = -(-PREFETCH_BYTES // (4 * self.cut.block))
-        op = scf.ForOp(self.index(0), length, self.index(unroll), values)
+        op = scf.ForOp(index(0), length, index(unroll), values)
         with ir.InsertionPoint(op.body):
             values = list(op.inner_iter_args)
             for step, (run, first) in itertools.product(range(unroll), enumerate(firsts)):
@@ -306,15 +296,9 @@ class _Kernel:
                     factor = vector.BroadcastOp(self.vector, value).result
                     for v, weight in enumerate(weights):
                         at = (run * len(rows) + r) * vectors + v
-                        values[at] = self.multiply_add(factor, weight, values[at])
+                        values[at] = multiply_add(factor, weight, values[at], self.cut.fma)
             scf.YieldOp(values)
         return list(op.results)
-
-    def multiply_add(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-        if self.cut.fma:
-            return vector.FMAOp(a, b, c).result
-        # A processor without the instruction would call the C library once per lane.
-        return arith.AddFOp(arith.MulFOp(a, b).result, c).result
 
     def load(self, source: ir.Value, rows: list[ir.Value], panel: ir.Value) -> list[ir.Value]:
         """Returns a tile of ``[rows, columns]``, zero beyond the last column."""
@@ -349,7 +333,7 @@ class _Kernel:
         edge = self.columns % self.cut.block
         if not edge:
             return emit(self.cut.block)
-        last = self.index(self.columns // self.cut.block)
+        last = index(self.columns // self.cut.block)
         is_whole = arith.CmpIOp(arith.CmpIPredicate.ult, panel, last).result
         return self.choose(is_whole, lambda: emit(self.cut.block), lambda: emit(edge), results)
 
@@ -357,7 +341,7 @@ class _Kernel:
         self, rows: list[ir.Value], panel: ir.Value, columns: int
     ) -> Iterator[tuple[ir.Value, ir.Value, ir.Value | bool | None]]:
         """Yields row, column and mask of each vector of a tile; True means all lanes, None means none."""
-        first = self.times(panel, self.cut.block)
+        first = mul(panel, self.cut.block)
         mask_type = ir.VectorType.get([self.cut.lanes], ir.IntegerType.get_signless(1))
         for row in rows:
             for v in range(self.cut.vectors):
