@@ -7,7 +7,6 @@ cache key. Passes append steps without ever holding weights; ``apply`` runs them
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -18,11 +17,6 @@ Array = np.ndarray[Any, Any]
 def concat(arrays: list[Array], axis: int) -> list[Array]:
     """Joins the source tensors along an axis."""
     return [np.concatenate(arrays, axis=axis)] if len(arrays) > 1 else arrays
-
-
-def transpose(arrays: list[Array]) -> list[Array]:
-    """Swaps the two axes of a matrix."""
-    return [np.ascontiguousarray(arrays[0].T)]
 
 
 def pack_columns(arrays: list[Array], block: int) -> list[Array]:
@@ -38,7 +32,7 @@ def pack_columns(arrays: list[Array], block: int) -> list[Array]:
     return [np.ascontiguousarray(matrix.reshape(blocks, block, k).transpose(0, 2, 1))]
 
 
-STEPS: dict[str, Callable[..., list[Array]]] = {f.__name__: f for f in (concat, transpose, pack_columns)}
+STEPS: dict[str, Callable[..., list[Array]]] = {f.__name__: f for f in (concat, pack_columns)}
 
 
 def apply(recipe: Sequence[str], sources: Sequence[Array]) -> Array:
@@ -57,12 +51,3 @@ def apply(recipe: Sequence[str], sources: Sequence[Array]) -> Array:
 def key(sources: Sequence[str], recipe: Sequence[str]) -> str:
     """Returns the name of a stored tensor: equal for equal content, readable in a listing."""
     return "+".join(sources) + "".join(f"|{step}" for step in recipe)
-
-
-def is_identity(recipe: Sequence[str], sources: Sequence[str]) -> bool:
-    """Returns whether the stored tensor is the model's own."""
-    return not recipe and len(sources) == 1
-
-
-def stored_bytes(shape: Sequence[int], itemsize: int) -> int:
-    return prod(shape) * itemsize
