@@ -122,8 +122,6 @@ class _Parameters(FxImporterHooks):  # type: ignore[misc]
         self._name_of = name_of
 
     def resolve_input(self, gni: GraphNodeImporter, value: Any, info: InputInfo) -> ir.Value:
-        if info.mutable_producer_node_name is not None:
-            raise NotImplementedError(f"buffer {info.input_spec.target!r} is changed by the model")
         name = self._name_of(info.input_spec.target, value)
         shape, element = list(value.shape), gni._cc.dtype_to_type(value.dtype)
         text = str(element)

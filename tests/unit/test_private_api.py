@@ -24,7 +24,7 @@ def test_importer_of_torch_mlir() -> None:
     assert {"context", "hooks", "graph_node_importer_cls"} <= set(
         inspect.signature(FxImporter.__init__).parameters
     )
-    assert {"input_spec", "ir_type", "mutable_producer_node_name"} <= set(InputInfo.__dataclass_fields__)
+    assert {"input_spec", "ir_type"} <= set(InputInfo.__dataclass_fields__)
 
 
 def test_dialect_extension_of_torch_mlir() -> None:
