@@ -6,7 +6,7 @@ import atexit
 import functools
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import iree.runtime as rt
@@ -89,25 +89,47 @@ class IreeExecutable:
         self._functions = {
             name: compiled.lookup_function(name) for name in compiled.function_names if "$" not in name
         }
+        self._bound: dict[str, Callable[[Sequence[Any]], list[Any]]] = {}
         self._lock = threading.Lock()
         _live.add(self)
 
     def call(self, entry: str, arguments: Sequence[Any]) -> list[Any]:
-        function = self._functions.get(entry)
-        if function is None:
-            raise CallError(f"no entry point {entry!r}", hint=f"one of {', '.join(self._functions)}")
-        inputs, outputs = _List(len(arguments)), _List(8)
-        push = inputs.push_ref
-        for argument in arguments:
-            if argument.__class__ is int:
-                inputs.push_int(argument)
-            else:
-                push(argument)
-        with self._lock:
-            self._context.invoke(function, inputs, outputs)
-        get = outputs.get_as_object
-        count = outputs.size
-        return [get(0, _View)] if count == 1 else [get(i, _View) for i in range(count)]
+        return self.function(entry)(arguments)
+
+    def function(self, entry: str) -> Callable[[Sequence[Any]], list[Any]]:
+        found = self._bound.get(entry)
+        if found is None:
+            if entry not in self._functions:
+                raise CallError(f"no entry point {entry!r}", hint=f"one of {', '.join(self._functions)}")
+            found = self._bound[entry] = self._bind(entry)
+        return found
+
+    def _bind(self, entry: str) -> Callable[[Sequence[Any]], list[Any]]:
+        def invoke(arguments: Sequence[Any]) -> list[Any]:
+            inputs, outputs = _List(len(arguments)), _List(8)
+            push = inputs.push_ref
+            for argument in arguments:
+                if argument.__class__ is int:
+                    inputs.push_int(argument)
+                elif argument.__class__ is float:
+                    inputs.push_float(argument)
+                else:
+                    push(argument)
+            with self._lock:
+                self._context.invoke(self._functions[entry], inputs, outputs)
+            get = outputs.get_as_object
+            count = outputs.size
+            return [get(0, _View)] if count == 1 else [get(i, _View) for i in range(count)]
+
+        return invoke
+
+    def borrow(self, capsule: Any) -> Any:
+        """Returns a buffer over the memory of a DLPack capsule; raises ValueError where that memory cannot be used as it is."""
+        return self._device.from_dlpack_capsule(capsule)
+
+    def lend(self, buffer: Any) -> Any:
+        """Returns a DLPack capsule over a buffer's memory, which lives as long as the tensor made from it."""
+        return self._device.create_dlpack_capsule(buffer, 1, 0)
 
     def to_device(self, array: Array) -> Any:
         element, bits = _element(array.dtype)

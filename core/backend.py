@@ -57,6 +57,21 @@ class Executable(Protocol):
         """Runs an entry point. State arguments are consumed: their storage may be reused for the results."""
         ...
 
+    def function(self, entry: str) -> Callable[[Sequence[Buffer]], list[Buffer]]:
+        """Returns an entry point as a function, for callers that call it often."""
+        ...
+
+    def borrow(self, capsule: Any) -> Buffer:
+        """Returns a buffer over the memory of a DLPack capsule, without a copy.
+
+        Raises ValueError or RuntimeError where the memory cannot be used as it is (gaps, alignment).
+        """
+        ...
+
+    def lend(self, buffer: Buffer) -> Any:
+        """Returns a DLPack capsule over a buffer's memory, without a copy."""
+        ...
+
     def to_device(self, array: np.ndarray[Any, Any]) -> Buffer:
         """Copies a host array into a buffer."""
         ...

@@ -137,6 +137,54 @@ class _Parameters(FxImporterHooks):  # type: ignore[misc]
         return from_builtin(parameter.result, info.ir_type)
 
 
+class _RegionWeights(FxImporterHooks):  # type: ignore[misc]
+    """Turns the attributes of a region's graph module, its packed weights, into ``spikingbrain.parameter``s."""
+
+    def __init__(self) -> None:
+        self.names: dict[int, str] = {}
+
+    def resolve_literal(
+        self, gni: GraphNodeImporter, literal: Any, info: InputInfo | None
+    ) -> ir.Value | None:
+        name = self.names.get(id(literal))
+        if name is None:
+            return None
+        type_ = gni._cc.tensor_to_vtensor_type(literal)
+        parameter = ir.Operation.create(
+            "spikingbrain.parameter",
+            [builtin_type(type_)],
+            attributes={
+                "sources": ir.ArrayAttr.get([ir.StringAttr.get(name)]),
+                "recipe": ir.ArrayAttr.get([]),
+            },
+        )
+        return from_builtin(parameter.result, type_)
+
+
+class GraphImporter:
+    """Collects graphs without state as functions of one module; their weights will be arguments."""
+
+    def __init__(self) -> None:
+        self.context = new_context()
+        self._hooks = _RegionWeights()
+        self._modules: list[torch.fx.GraphModule] = []  # upstream names things by id(): keep them alive
+        self._fx = FxImporter(context=self.context, hooks=self._hooks, graph_node_importer_cls=NodeImporter)
+
+    def add_graph(self, module: torch.fx.GraphModule, name: str) -> None:
+        """Imports a graph as the public function ``name``; tensors among the module's attributes are its weights."""
+        self._modules.append(module)
+        for node in module.graph.find_nodes(op="get_attr"):
+            self._hooks.names[id(getattr(module, node.target))] = node.target
+        function = self._fx.import_stateless_graph(module.graph, func_name=name)
+        with self.context:
+            function.attributes["spikingbrain.donated"] = ir.ArrayAttr.get([])
+            function.attributes["spikingbrain.weight_arguments"] = ir.UnitAttr.get()
+
+    @property
+    def module(self) -> ir.Module:
+        return self._fx.module
+
+
 def _name_outputs(program: torch.export.ExportedProgram) -> None:
     """Lets the signature name the nodes that the graph returns, where rewrites have put others in their place."""
     returned = program.graph.output_node().args[0]

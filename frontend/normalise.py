@@ -137,3 +137,11 @@ def normalise(graph: fx.Graph) -> None:
     keep_user_frames(graph)
     graph.eliminate_dead_code()
     graph.lint()
+
+
+def normalise_region(graph: fx.Graph) -> None:
+    """Applies in place what a region of a graph from AOTAutograd needs."""
+    make_scatter_dims_positive(graph)
+    rename_synonyms(graph)
+    keep_user_frames(graph)
+    graph.lint()

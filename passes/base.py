@@ -33,10 +33,15 @@ class Record:
 
 @dataclass
 class PassContext:
-    """What passes share during one run of a pipeline."""
+    """What passes share during one run of a pipeline.
+
+    Attributes:
+        weight_arguments: for each function whose weights became arguments, what each stands for, in order.
+    """
 
     target: Target
     records: list[Record] = field(default_factory=list)
+    weight_arguments: dict[str, list[Any]] = field(default_factory=dict)
 
     def record(self, pass_: Pass, status: str, op: ir.Operation, reason: str = "") -> None:
         """Notes a decision; the compile report, ``explain`` and the log all read these notes."""

@@ -27,6 +27,7 @@ from spikingbrain.passes.raise_cache_write import RaiseCacheWrite
 from spikingbrain.passes.raise_embedding import RaiseEmbedding
 from spikingbrain.passes.raise_linear import RaiseLinear
 from spikingbrain.passes.thread_state import ThreadState
+from spikingbrain.passes.weights_to_arguments import WeightsToArguments
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ PHASES: dict[str, list[type[Any]]] = {
     # choose layouts for the target and store weights in them
     "schedule": [PackWeights],
     # kernels where the target has them, linalg and loops where not
-    "lower": [LowerAttention, LowerCacheWrite, LowerEmbedding, LowerLinear, ThreadState],
+    "lower": [LowerAttention, LowerCacheWrite, LowerEmbedding, LowerLinear, WeightsToArguments, ThreadState],
 }
 
 PASSES: dict[str, type[Any]] = {cls.name: cls for phase in PHASES.values() for cls in phase}

@@ -96,13 +96,22 @@ def operations(module: ir.Module, name: str) -> list[ir.Operation]:
     return [op for op in walk(module) if op.name == name]
 
 
+def operations_in(function: ir.Operation, name: str) -> list[ir.Operation]:
+    """Returns every op inside ``function`` called ``name``, in order."""
+    return [op for op in _walk(function) if op.name == name]
+
+
 def walk(module: ir.Module) -> Iterator[ir.Operation]:
     """Yields every op of the module in order; the list is taken first, so that rewriting is safe."""
+    yield from _walk(module.operation)
+
+
+def _walk(root: ir.Operation) -> list[ir.Operation]:
     found: list[ir.Operation] = []
 
     def visit(op: ir.Operation) -> ir.WalkResult:
         found.append(op.operation)
         return ir.WalkResult.ADVANCE
 
-    module.operation.walk(visit, ir.WalkOrder.PRE_ORDER)
-    yield from found
+    root.walk(visit, ir.WalkOrder.PRE_ORDER)
+    return found

@@ -1,0 +1,63 @@
+"""Into which ops AOTAutograd takes a graph apart before it is partitioned."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._decomp import core_aten_decompositions, get_decompositions
+
+aten = torch.ops.aten
+
+# Norms and losses fall apart into elementwise ops and reductions, which are fused with their neighbours.
+_FURTHER = [
+    aten.native_layer_norm,
+    aten.native_group_norm,
+    aten._native_batch_norm_legit,
+    aten._native_batch_norm_legit_functional,
+    aten._native_batch_norm_legit_no_training,
+    aten.native_batch_norm,
+    aten.logsumexp,
+    aten.hardswish,
+    aten.hardsigmoid,
+    aten.log_sigmoid_forward,
+]
+
+# Kept whole: torch has a kernel for them, or their decomposition draws other random numbers than eager does.
+_KEPT = {
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "baddbmm",
+    "embedding_dense_backward",
+    "bernoulli",
+    "rrelu",
+    "im2col",
+    "col2im",
+    "index_add",
+    "index_copy",
+    "index_fill",
+    "roll",
+    "upsample_bicubic2d",
+    "upsample_bilinear2d",
+    "upsample_nearest2d",
+    "_upsample_bilinear2d_aa",
+    "grid_sampler_2d",
+    "clamp_max",
+    "clamp_min",
+    "silu",
+    "cdist",
+    "pdist",
+    "isin",
+}
+
+
+@functools.cache
+def table() -> dict[Any, Callable[..., Any]]:
+    """Returns op overload -> decomposition."""
+    found = {**core_aten_decompositions(), **get_decompositions(_FURTHER)}
+    return {
+        op: f
+        for op, f in found.items()
+        if not (isinstance(op, torch._ops.OpOverload) and op._schema.name.removeprefix("aten::") in _KEPT)
+    }

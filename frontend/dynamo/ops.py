@@ -1,0 +1,388 @@
+"""Which ops are compiled, which are left to torch, and why: the one table that decides.
+
+Every op of a graph falls into one class:
+
+* ``VIEW``: another shape or stride of the same memory; free, taken into whichever region reads it.
+* ``COMPILED``: elementwise ops, reductions and the like, which gain from being fused.
+* ``LIBRARY``: torch's kernel is faster than generated code (matrix products, convolutions, attention), or nothing is gained by
+  fusing it (sorting, scattering). With the option ``library=False`` those that can be compiled are.
+* ``EAGER``: no lowering that is known to be right. Reported, and an error in strict mode.
+
+The conformance run (``tests/conformance``) holds this table to what was tried, op by op and dtype by dtype.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+
+class Kind(enum.Enum):
+    """What becomes of an op."""
+
+    VIEW = "view"
+    COMPILED = "compiled"
+    LIBRARY = "library"
+    EAGER = "eager"
+    SCALAR = "scalar"  # arithmetic on sizes, done in Python
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The class of one op in one place, with the reason and what a user could do where it is not compiled."""
+
+    kind: Kind
+    reason: str = ""
+    remedy: str = ""
+
+
+VIEWS = [
+    "view",
+    "_unsafe_view",
+    "reshape",
+    "permute",
+    "transpose",
+    "t",
+    "unsqueeze",
+    "squeeze",
+    "expand",
+    "slice",
+    "select",
+    "alias",
+    "detach",
+    "split_with_sizes",
+    "split",
+    "unbind",
+    "diagonal",
+    "view_as",
+]
+
+COMPILED = [
+    "abs",
+    "acos",
+    "acosh",
+    "add",
+    "addcdiv",
+    "addcmul",
+    "all",
+    "amax",
+    "amin",
+    "any",
+    "arange",
+    "argmax",
+    "argmin",
+    "asin",
+    "asinh",
+    "atan",
+    "atan2",
+    "atanh",
+    "bitwise_and",
+    "bitwise_left_shift",
+    "bitwise_not",
+    "bitwise_or",
+    "bitwise_right_shift",
+    "bitwise_xor",
+    "cat",
+    "ceil",
+    "clamp",
+    "clamp_max",
+    "clamp_min",
+    "clone",
+    "constant_pad_nd",
+    "copy",
+    "cos",
+    "cosh",
+    "div",
+    "elu",
+    "empty",
+    "eq",
+    "erf",
+    "exp",
+    "exp2",
+    "expm1",
+    "fill",
+    "floor",
+    "fmod",
+    "full",
+    "full_like",
+    "ge",
+    "gelu",
+    "gt",
+    "hardtanh",
+    "isinf",
+    "isnan",
+    "le",
+    "leaky_relu",
+    "lerp",
+    "lift_fresh_copy",
+    "log",
+    "log10",
+    "log1p",
+    "log2",
+    "logical_and",
+    "logical_not",
+    "logical_or",
+    "logical_xor",
+    "lt",
+    "maximum",
+    "mean",
+    "minimum",
+    "mul",
+    "ne",
+    "neg",
+    "pow",
+    "prod",
+    "reciprocal",
+    "relu",
+    "remainder",
+    "repeat",
+    "round",
+    "rsqrt",
+    "rsub",
+    "scalar_tensor",
+    "sigmoid",
+    "sign",
+    "sin",
+    "sinh",
+    "softplus",
+    "sqrt",
+    "square",
+    "stack",
+    "sub",
+    "sum",
+    "tan",
+    "tanh",
+    "tril",
+    "triu",
+    "trunc",
+    "var",
+    "var_mean",
+    "where",
+    "_to_copy",
+    "_softmax",
+    "_log_softmax",
+    "to",
+    "masked_fill",
+    "embedding",
+    "index_select",
+    "ones_like",
+    "zeros_like",
+    "zeros",
+    "ones",
+    "flip",
+]
+
+# Left to torch, with the reason. Those in BOTH are compiled when `library=False`.
+_PRODUCTS = ["mm", "bmm", "addmm", "baddbmm", "dot", "mv", "matmul", "linear", "addmv", "addbmm", "_int_mm"]
+_CONVOLUTIONS = [
+    "convolution",
+    "convolution_backward",
+    "mkldnn_convolution",
+    "_mkldnn_rnn_layer",
+    "max_pool2d_with_indices",
+    "max_pool2d_with_indices_backward",
+    "avg_pool2d",
+    "avg_pool2d_backward",
+    "_adaptive_avg_pool2d",
+    "_adaptive_avg_pool2d_backward",
+    "max_pool3d_with_indices",
+    "avg_pool3d",
+    "avg_pool1d",
+    "adaptive_max_pool2d",
+    "upsample_bilinear2d",
+    "upsample_nearest2d",
+    "upsample_bicubic2d",
+    "upsample_bilinear2d_backward",
+    "upsample_nearest2d_backward",
+    "upsample_bicubic2d_backward",
+    "grid_sampler_2d",
+    "grid_sampler_2d_backward",
+    "im2col",
+    "col2im",
+    "_upsample_bilinear2d_aa",
+]
+_ATTENTION = [
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention_for_cpu_backward",
+    "_scaled_dot_product_fused_attention_overrideable",
+]
+_MOVING = [
+    "sort",
+    "topk",
+    "argsort",
+    "cumsum",
+    "cumprod",
+    "cummax",
+    "cummin",
+    "logcumsumexp",
+    "scatter",
+    "scatter_add",
+    "scatter_reduce",
+    "index_put",
+    "_unsafe_index_put",
+    "index_add",
+    "index_copy",
+    "gather",
+    "index",
+    "_unsafe_index",
+    "embedding_dense_backward",
+    "slice_scatter",
+    "select_scatter",
+    "as_strided_scatter",
+    "as_strided",
+    "unfold",
+    "searchsorted",
+    "bucketize",
+    "histc",
+    "bincount",
+    "kthvalue",
+    "median",
+    "mode",
+    "_embedding_bag",
+    "masked_scatter",
+    "roll",
+    "diagonal_scatter",
+    "index_fill",
+]
+LIBRARY: dict[str, str] = {
+    **dict.fromkeys(_PRODUCTS, "torch's matrix products are faster than generated ones"),
+    **dict.fromkeys(_CONVOLUTIONS, "torch's kernel is faster than a generated one"),
+    **dict.fromkeys(_ATTENTION, "torch has a fused kernel"),
+    **dict.fromkeys(_MOVING, "moves elements by index: fusing it gains nothing"),
+}
+BOTH = frozenset(
+    [
+        "mm",
+        "bmm",
+        "addmm",
+        "baddbmm",
+        "matmul",
+        "linear",
+        "convolution",
+        "cumsum",
+        "gather",
+        "index",
+        "scatter",
+        "scatter_add",
+    ]
+)
+
+_DTYPES = {
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.uint8,
+    torch.bool,
+}
+
+
+def packet_name(target: Any) -> str:
+    """Returns ``add`` for ``aten.add.Tensor``, and the full name of anything that is no aten op."""
+    if isinstance(target, torch._ops.OpOverload):
+        name = target._schema.name
+        return name.removeprefix("aten::")
+    return str(getattr(target, "__name__", target))
+
+
+def tensors_of(value: Any) -> Iterator[torch.Tensor]:
+    """Yields the tensors in a node's value or arguments' values."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_of(item)
+
+
+def operands(node: fx.Node) -> Iterator[torch.Tensor]:
+    for source in node.all_input_nodes:
+        yield from tensors_of(source.meta.get("val"))
+
+
+def classify(node: fx.Node, library: bool = True) -> Verdict:
+    """Returns what becomes of a ``call_function`` node."""
+    value = node.meta.get("val")
+    if not isinstance(node.target, torch._ops.OpOverload):
+        if isinstance(value, (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return Verdict(Kind.SCALAR)
+        if node.target is operator.getitem:  # one of several results: shares its source's fate
+            return classify(node.args[0], library)
+        return Verdict(Kind.EAGER, f"{packet_name(node.target)} is a higher-order op without a lowering")
+    if not any(True for _ in tensors_of(value)):
+        if isinstance(value, (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)) and not any(
+            isinstance(v, torch.Tensor) for v in operands(node)
+        ):
+            return Verdict(Kind.SCALAR)
+        if packet_name(node.target) in ("sym_size", "sym_numel", "sym_stride", "sym_storage_offset"):
+            return Verdict(Kind.SCALAR)
+        return Verdict(Kind.EAGER, "its result is not a tensor", "keep numbers in tensors")
+    if torch.Tag.nondeterministic_seeded in node.target.tags:
+        return Verdict(
+            Kind.EAGER, "draws random numbers, by torch's generator, so that torch.manual_seed holds"
+        )
+    if node.target._schema.is_mutable:
+        return Verdict(Kind.EAGER, "writes in place")
+    if node.target.namespace not in ("aten", "prims"):
+        return Verdict(
+            Kind.EAGER, f"{node.target} is a custom op", "write it in plain PyTorch if it should be fused"
+        )
+    if refused := _refuse_types(node):
+        return refused
+    name = packet_name(node.target)
+    if name in VIEWS:
+        return Verdict(Kind.VIEW)
+    if name in LIBRARY and (library or name not in BOTH):
+        return Verdict(Kind.LIBRARY, LIBRARY[name])
+    if name in COMPILED or name in BOTH:
+        reason = _EXCEPTIONS[name](node) if name in _EXCEPTIONS else ""
+        return Verdict(Kind.EAGER, reason) if reason else Verdict(Kind.COMPILED)
+    return Verdict(Kind.EAGER, "no lowering that is known to be right")
+
+
+def _refuse_types(node: fx.Node) -> Verdict | None:
+    for value in [*tensors_of(node.meta.get("val")), *operands(node)]:
+        if value.layout != torch.strided or value.is_quantized:
+            return Verdict(Kind.EAGER, f"tensors of layout {value.layout}")
+        if value.device.type != "cpu":
+            return Verdict(Kind.EAGER, f"a tensor on {value.device}; the target's memory is the CPU's")
+        if value.dtype not in _DTYPES:
+            return Verdict(Kind.EAGER, f"element type {str(value.dtype).removeprefix('torch.')}")
+        if any(isinstance(s, int) and s == 0 for s in value.shape):
+            return Verdict(Kind.EAGER, "a tensor without elements")
+    return None
+
+
+# Ops that are compiled except for some arguments: name -> function of the node that returns the reason, or "".
+_EXCEPTIONS: dict[str, Any] = {}
+
+
+@functools.cache
+def default_value(target: torch._ops.OpOverload, name: str) -> Any:
+    """Returns the default of an argument of an op."""
+    for argument in target._schema.arguments:
+        if argument.name == name:
+            return argument.default_value
+    raise KeyError(name)
+
+
+def argument(node: fx.Node, name: str) -> Any:
+    """Returns an argument of a node by its schema's name, or its default."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    for i, declared in enumerate(node.target._schema.arguments):
+        if declared.name == name and i < len(node.args):
+            return node.args[i]
+    return default_value(node.target, name)

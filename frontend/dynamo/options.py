@@ -1,0 +1,74 @@
+"""What a user of ``torch.compile(model, backend="spikingbrain", options={...})`` may choose."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from spikingbrain.backend import resolve_target
+from spikingbrain.errors import OptionError, TargetError
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """Options of the ``torch.compile`` backend.
+
+    Attributes:
+        target: where compiled regions run: a name from ``spikingbrain.targets()`` that runs here and shares torch's memory.
+        threads: threads of compiled regions; 0 takes ``torch.get_num_threads()`` at compile time.
+        level: 2 compiles with kernels of our own, 1 with upstream lowerings only, 0 compiles nothing (the graph runs as
+            torch decomposes it, which tells a fault of ours from one of torch's).
+        library: leave matrix products, convolutions, attention and the like to torch's kernels, which are faster than
+            generated code; False compiles all that can be compiled.
+        strict: raise one error that lists every op that would have run in eager for want of a lowering.
+        dump: a folder for the IR of each graph after every pass.
+        cache: keep compiled code on disk and take it from there.
+    """
+
+    target: str = "cpu"
+    threads: int = 0
+    level: int = 2
+    library: bool = True
+    strict: bool = False
+    dump: str = ""
+    cache: bool = True
+
+    @property
+    def thread_count(self) -> int:
+        return self.threads or torch.get_num_threads()
+
+
+_RANGES = {"level": (0, 2), "threads": (0, 1024)}
+
+
+def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> CompileOptions:
+    """Returns checked options; raises OptionError naming the faulty one and what would be right."""
+    if mode not in (None, "default"):
+        raise OptionError(
+            f"unknown mode {mode!r} for the spikingbrain backend", hint='options={"level": 0, 1 or 2}'
+        )
+    fields = {f.name: f for f in dataclasses.fields(CompileOptions)}
+    for name, value in (options or {}).items():
+        if name not in fields:
+            raise OptionError(f"unknown option {name!r}", hint=f"known: {', '.join(sorted(fields))}")
+        wanted = type(fields[name].default)
+        if type(value) is not wanted:
+            raise OptionError(f"option {name!r} is {value!r}", why=f"it must be of type {wanted.__name__}")
+        low, high = _RANGES.get(name, (value, value))
+        if not low <= value <= high:
+            raise OptionError(f"option {name!r} is {value!r}", why=f"it must be in {low} to {high}")
+    parsed = CompileOptions(**(options or {}))
+    _, status = resolve_target(parsed.target)
+    if not (status.compiles and status.runs):
+        raise TargetError(f"cannot run target {parsed.target!r} here", why=status.note)
+    if status.target.kind != "cpu":
+        raise TargetError(
+            f"torch.compile cannot run regions on target {parsed.target!r}",
+            why="the tensors of this torch are in the CPU's memory",
+            hint="spikingbrain.export(model, ..., target=...) compiles for it ahead of time",
+        )
+    return parsed

@@ -1,0 +1,75 @@
+"""Weights of frozen projections, packed once for all graphs that read them, and packed anew when they change."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from spikingbrain.backend import Buffer, Executable
+from spikingbrain.frontend.weights import as_numpy
+from spikingbrain.passes import recipes
+
+_epoch = [0]
+_lock = threading.Lock()
+_packed: dict[Any, tuple[list[weakref.ref[torch.Tensor]], Any, Buffer]] = {}
+
+
+def refresh() -> None:
+    """Lets every compiled model read its weights anew at its next call.
+
+    In-place ops, ``load_state_dict`` and new tensors are noticed without it. Writes through ``.data``, numpy or other
+    memory sharing leave no trace that could be noticed: call this after them.
+    """
+    with _lock:
+        _epoch[0] += 1
+        _packed.clear()
+
+
+def stamp(tensor: torch.Tensor) -> tuple[int, int]:
+    """Returns what changes when a tensor's memory is written by torch or replaced."""
+    return (-1 if tensor.is_inference() else tensor._version, tensor.data_ptr())
+
+
+class FrozenWeights:
+    """The packed weights of one region, as buffers to append to its arguments."""
+
+    def __init__(self, executable: Executable, stored: Sequence[dict[str, Any]]):
+        self._executable, self._stored = executable, stored
+        self._held: tuple[torch.Tensor, ...] = ()
+        self._stamps: list[tuple[int, int]] = []
+        self._seen = -1
+        self._buffers: list[Buffer] = []
+
+    def buffers(self, tensors: tuple[torch.Tensor, ...]) -> list[Buffer]:
+        """Returns the packed buffers for the region's weight tensors, packing what is new or has changed."""
+        if self._seen == _epoch[0] and len(tensors) == len(self._held):
+            for tensor, held, old in zip(tensors, self._held, self._stamps):  # noqa: B905  (equal lengths; this is hot)
+                if tensor is not held or old != stamp(tensor):
+                    break
+            else:
+                return self._buffers
+        self._seen = _epoch[0]
+        self._buffers = [self._pack(entry, tensors) for entry in self._stored]
+        self._held, self._stamps = tensors, [stamp(t) for t in tensors]
+        return self._buffers
+
+    def _pack(self, entry: dict[str, Any], tensors: tuple[torch.Tensor, ...]) -> Buffer:
+        sources = [tensors[int(name[1:])] for name in entry["sources"]]
+        key = (id(type(self._executable)), tuple(map(id, sources)), tuple(entry["recipe"]))
+        stamps = [stamp(t) for t in sources]
+        with _lock:
+            found = _packed.get(key)
+            if found and found[1] == stamps and all(r() is t for r, t in zip(found[0], sources, strict=True)):
+                return found[2]
+            array = recipes.apply(entry["recipe"], [as_numpy(t) for t in sources])
+            buffer = self._executable.to_device(array)
+            _packed[key] = (
+                [weakref.ref(t, lambda _: _packed.pop(key, None)) for t in sources],
+                stamps,
+                buffer,
+            )
+            return buffer
