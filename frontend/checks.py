@@ -40,7 +40,7 @@ def _check_node(node: fx.Node) -> None:
         raise UnsupportedOp(
             f"no lowering for {node.args[1]}", where=user_line(node), why="it has side effects"
         )
-    if _draws_random_numbers(node):
+    if draws_random_numbers(node):
         raise UnsupportedOp(
             f"{target} draws random numbers",
             where=user_line(node),
@@ -58,13 +58,22 @@ def _check_node(node: fx.Node) -> None:
             )
 
 
-def _draws_random_numbers(node: fx.Node) -> bool:
+def draws_random_numbers(node: fx.Node) -> bool:
+    """Returns whether an op takes numbers from torch's generator."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
         return False
-    if target == torch.ops.aten.scaled_dot_product_attention.default:  # only with dropout
-        return bool(node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0))
-    return True
+    position = _DROPOUT.get(target)
+    if position is None:
+        return True
+    return bool(node.kwargs.get("dropout_p", node.args[position] if len(node.args) > position else 0.0))
+
+
+# Attention draws only with dropout; where that argument stands.
+_DROPOUT = {
+    torch.ops.aten.scaled_dot_product_attention.default: 4,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: 3,
+}
 
 
 def user_line(node: fx.Node) -> SourceLine | None:

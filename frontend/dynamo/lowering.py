@@ -104,7 +104,7 @@ def _load(
     options: CompileOptions,
     graph_name: str,
 ) -> dict[str, Compiled]:
-    backend, status = resolve_target(options.target)
+    backend, _ = resolve_target(options.target)
     backend_options = {"threads": options.thread_count}
     dump = Path(options.dump) / graph_name if options.dump else None
     code: Code = compile_code(module, options.target, backend_options, dump=dump, use_cache=options.cache)

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from spikingbrain.frontend.checks import draws_random_numbers
+
 aten = torch.ops.aten
 
 
@@ -45,236 +47,50 @@ class Verdict:
     remedy: str = ""
 
 
-VIEWS = [
-    "view",
-    "_unsafe_view",
-    "reshape",
-    "permute",
-    "transpose",
-    "t",
-    "unsqueeze",
-    "squeeze",
-    "expand",
-    "slice",
-    "select",
-    "alias",
-    "detach",
-    "split_with_sizes",
-    "split",
-    "unbind",
-    "diagonal",
-    "view_as",
-]
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
 
-COMPILED = [
-    "abs",
-    "acos",
-    "acosh",
-    "add",
-    "addcdiv",
-    "addcmul",
-    "all",
-    "amax",
-    "amin",
-    "any",
-    "arange",
-    "argmax",
-    "argmin",
-    "asin",
-    "asinh",
-    "atan",
-    "atan2",
-    "atanh",
-    "bitwise_and",
-    "bitwise_left_shift",
-    "bitwise_not",
-    "bitwise_or",
-    "bitwise_right_shift",
-    "bitwise_xor",
-    "cat",
-    "ceil",
-    "clamp",
-    "clamp_max",
-    "clamp_min",
-    "clone",
-    "constant_pad_nd",
-    "copy",
-    "cos",
-    "cosh",
-    "div",
-    "elu",
-    "empty",
-    "eq",
-    "erf",
-    "exp",
-    "exp2",
-    "expm1",
-    "fill",
-    "floor",
-    "fmod",
-    "full",
-    "full_like",
-    "ge",
-    "gelu",
-    "gt",
-    "hardtanh",
-    "isinf",
-    "isnan",
-    "le",
-    "leaky_relu",
-    "lerp",
-    "lift_fresh_copy",
-    "log",
-    "log10",
-    "log1p",
-    "log2",
-    "logical_and",
-    "logical_not",
-    "logical_or",
-    "logical_xor",
-    "lt",
-    "maximum",
-    "mean",
-    "minimum",
-    "mul",
-    "ne",
-    "neg",
-    "pow",
-    "prod",
-    "reciprocal",
-    "relu",
-    "remainder",
-    "repeat",
-    "round",
-    "rsqrt",
-    "rsub",
-    "scalar_tensor",
-    "sigmoid",
-    "sign",
-    "sin",
-    "sinh",
-    "softplus",
-    "sqrt",
-    "square",
-    "stack",
-    "sub",
-    "sum",
-    "tan",
-    "tanh",
-    "tril",
-    "triu",
-    "trunc",
-    "var",
-    "var_mean",
-    "where",
-    "_to_copy",
-    "_softmax",
-    "_log_softmax",
-    "to",
-    "masked_fill",
-    "embedding",
-    "index_select",
-    "ones_like",
-    "zeros_like",
-    "zeros",
-    "ones",
-    "flip",
-]
+
+VIEWS = _names("""
+view _unsafe_view reshape permute transpose t unsqueeze squeeze expand slice select alias detach
+split_with_sizes split unbind diagonal view_as
+""")
+
+COMPILED = _names("""
+abs acos acosh add addcdiv addcmul all amax amin any arange argmax argmin asin asinh atan atan2 atanh bitwise_and
+bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor cat ceil clamp clamp_max clamp_min clone
+constant_pad_nd copy cos cosh div elu empty eq erf exp exp2 expm1 fill floor fmod full full_like ge gelu gt hardtanh
+isinf isnan le leaky_relu lerp lift_fresh_copy log log10 log1p log2 logical_and logical_not logical_or logical_xor lt
+maximum mean minimum mul ne neg pow prod reciprocal relu remainder repeat round rsqrt rsub scalar_tensor sigmoid sign
+silu sin sinh softplus sqrt square stack sub sum tan tanh tril triu trunc var var_mean where _to_copy _softmax
+_log_softmax to masked_fill embedding index_select ones_like zeros_like zeros ones flip
+""")
 
 # Left to torch, with the reason. Those in BOTH are compiled when `library=False`.
-_PRODUCTS = ["mm", "bmm", "addmm", "baddbmm", "dot", "mv", "matmul", "linear", "addmv", "addbmm", "_int_mm"]
-_CONVOLUTIONS = [
-    "convolution",
-    "convolution_backward",
-    "mkldnn_convolution",
-    "_mkldnn_rnn_layer",
-    "max_pool2d_with_indices",
-    "max_pool2d_with_indices_backward",
-    "avg_pool2d",
-    "avg_pool2d_backward",
-    "_adaptive_avg_pool2d",
-    "_adaptive_avg_pool2d_backward",
-    "max_pool3d_with_indices",
-    "avg_pool3d",
-    "avg_pool1d",
-    "adaptive_max_pool2d",
-    "upsample_bilinear2d",
-    "upsample_nearest2d",
-    "upsample_bicubic2d",
-    "upsample_bilinear2d_backward",
-    "upsample_nearest2d_backward",
-    "upsample_bicubic2d_backward",
-    "grid_sampler_2d",
-    "grid_sampler_2d_backward",
-    "im2col",
-    "col2im",
-    "_upsample_bilinear2d_aa",
-]
-_ATTENTION = [
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_flash_attention_for_cpu_backward",
-    "_scaled_dot_product_fused_attention_overrideable",
-]
-_MOVING = [
-    "sort",
-    "topk",
-    "argsort",
-    "cumsum",
-    "cumprod",
-    "cummax",
-    "cummin",
-    "logcumsumexp",
-    "scatter",
-    "scatter_add",
-    "scatter_reduce",
-    "index_put",
-    "_unsafe_index_put",
-    "index_add",
-    "index_copy",
-    "gather",
-    "index",
-    "_unsafe_index",
-    "embedding_dense_backward",
-    "slice_scatter",
-    "select_scatter",
-    "as_strided_scatter",
-    "as_strided",
-    "unfold",
-    "searchsorted",
-    "bucketize",
-    "histc",
-    "bincount",
-    "kthvalue",
-    "median",
-    "mode",
-    "_embedding_bag",
-    "masked_scatter",
-    "roll",
-    "diagonal_scatter",
-    "index_fill",
-]
+_PRODUCTS = _names("mm bmm addmm baddbmm dot mv matmul linear addmv addbmm _int_mm")
+_CONVOLUTIONS = _names("""
+convolution convolution_backward mkldnn_convolution _mkldnn_rnn_layer max_pool2d_with_indices
+max_pool2d_with_indices_backward avg_pool2d avg_pool2d_backward _adaptive_avg_pool2d _adaptive_avg_pool2d_backward
+max_pool3d_with_indices avg_pool3d avg_pool1d adaptive_max_pool2d upsample_bilinear2d upsample_nearest2d
+upsample_bicubic2d upsample_bilinear2d_backward upsample_nearest2d_backward upsample_bicubic2d_backward
+grid_sampler_2d grid_sampler_2d_backward im2col col2im _upsample_bilinear2d_aa
+""")
+_ATTENTION = _names("""
+_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention_for_cpu_backward
+""")
+_MOVING = _names("""
+sort topk argsort cumsum cumprod cummax cummin logcumsumexp scatter scatter_add scatter_reduce index_put
+_unsafe_index_put index_add index_copy gather index _unsafe_index embedding_dense_backward slice_scatter
+select_scatter as_strided_scatter as_strided unfold searchsorted bucketize histc bincount kthvalue median mode
+_embedding_bag masked_scatter roll diagonal_scatter index_fill
+""")
 LIBRARY: dict[str, str] = {
     **dict.fromkeys(_PRODUCTS, "torch's matrix products are faster than generated ones"),
     **dict.fromkeys(_CONVOLUTIONS, "torch's kernel is faster than a generated one"),
     **dict.fromkeys(_ATTENTION, "torch has a fused kernel"),
     **dict.fromkeys(_MOVING, "moves elements by index: fusing it gains nothing"),
 }
-BOTH = frozenset(
-    [
-        "mm",
-        "bmm",
-        "addmm",
-        "baddbmm",
-        "matmul",
-        "linear",
-        "convolution",
-        "cumsum",
-        "gather",
-        "index",
-        "scatter",
-        "scatter_add",
-    ]
-)
+BOTH = _names("mm bmm addmm baddbmm matmul linear convolution cumsum gather index scatter scatter_add")
 
 _DTYPES = {
     torch.float32,
@@ -329,7 +145,7 @@ def classify(node: fx.Node, library: bool = True) -> Verdict:
         if packet_name(node.target) in ("sym_size", "sym_numel", "sym_stride", "sym_storage_offset"):
             return Verdict(Kind.SCALAR)
         return Verdict(Kind.EAGER, "its result is not a tensor", "keep numbers in tensors")
-    if torch.Tag.nondeterministic_seeded in node.target.tags:
+    if draws_random_numbers(node):
         return Verdict(
             Kind.EAGER, "draws random numbers, by torch's generator, so that torch.manual_seed holds"
         )
