@@ -11,8 +11,6 @@ import io
 import json
 import logging
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
@@ -22,7 +20,7 @@ from typing import Any
 import numpy as np
 
 import spikingbrain
-from spikingbrain import artifact, errors
+from spikingbrain import artifact, errors, workers
 from spikingbrain.backend import Backend, resolve_target
 from spikingbrain.files import write_atomically
 from spikingbrain.target import Target
@@ -61,7 +59,10 @@ def compile_code(
     dump: Path | None = None,
     use_cache: bool = True,
 ) -> Code:
-    """Compiles a captured module in a child process, or takes the result from the compile cache."""
+    """Compiles a captured module in a child process, or takes the result from the compile cache.
+
+    May be called from several threads. ``spikingbrain.workers.prewarm()``, called earlier, starts the process by then.
+    """
     backend, status = resolve_target(target_name)
     if not status.compiles:
         raise errors.TargetError(f"cannot compile for {target_name!r} here", why=status.note)
@@ -195,23 +196,21 @@ def _run_worker(
     job = {
         "target": target,
         "options": dict(options),
-        "dump": str(dump) if dump else None,
+        "dump": str(dump.resolve()) if dump else None,  # the process may be older than the current folder
         "verify_each": bool(dump),
     }
     (workdir / "job.json").write_text(json.dumps(job))
-    command = [sys.executable, "-m", "spikingbrain.worker", str(workdir)]
-    with (
-        open(workdir / "stderr.txt", "w+") as stderr,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as process,
-    ):
-        for line in process.stdout or []:
-            progress(line.strip())
-    if process.returncode == 0:
+    try:
+        returncode = workers.run(workdir, progress)
+    except BaseException:
+        shutil.rmtree(workdir, ignore_errors=True)
+        raise
+    if returncode == 0:
         members = {f.name: f.read_bytes() for f in (workdir / "code").iterdir()}
         report = json.loads((workdir / "report.json").read_text())
         shutil.rmtree(workdir)
         return Code(members, report, cached=False)
-    raise _failure(workdir, process.returncode)
+    raise _failure(workdir, returncode)
 
 
 def _failure(workdir: Path, returncode: int) -> errors.CompileError:
