@@ -17,6 +17,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext
 from torch.fx.graph import _BoxedCodeGen
 
+from spikingbrain import workers
 from spikingbrain.errors import CompileError
 from spikingbrain.frontend.dynamo import decompositions, report, rewrites
 from spikingbrain.frontend.dynamo.call import region_function
@@ -38,6 +39,8 @@ def spikingbrain(
 ) -> Callable[..., Any]:
     """The backend, as Dynamo calls it; see ``CompileOptions`` for the options."""
     chosen = parse(options, mode)
+    if chosen.level:
+        workers.prewarm()  # it imports while AOTAutograd traces
 
     def compiler(kind: str) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
         return lambda graph, inputs: compile_graph(graph, kind, chosen)
