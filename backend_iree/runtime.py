@@ -159,5 +159,6 @@ def _close() -> None:
     """Drops runtime objects before interpreter shutdown, where nanobind would report them as leaked."""
     for executable in list(_live):
         executable._functions.clear()
-        executable._context = executable._allocator = None
+        executable._bound.clear()
+        executable._context = executable._allocator = executable._device = executable._instance = None
     _device.cache_clear()

@@ -57,6 +57,18 @@ class Executable(Protocol):
         """Runs an entry point. State arguments are consumed: their storage may be reused for the results."""
         ...
 
+    def to_device(self, array: np.ndarray[Any, Any]) -> Buffer:
+        """Copies a host array into a buffer."""
+        ...
+
+    def to_host(self, buffer: Buffer) -> np.ndarray[Any, Any]:
+        """Copies a buffer to the host."""
+        ...
+
+
+class SharedMemory(Executable, Protocol):
+    """Code that runs on the host's memory: tensors cross by DLPack, without copies."""
+
     def function(self, entry: str) -> Callable[[Sequence[Buffer]], list[Buffer]]:
         """Returns an entry point as a function, for callers that call it often."""
         ...
@@ -70,14 +82,6 @@ class Executable(Protocol):
 
     def lend(self, buffer: Buffer) -> Any:
         """Returns a DLPack capsule over a buffer's memory, without a copy."""
-        ...
-
-    def to_device(self, array: np.ndarray[Any, Any]) -> Buffer:
-        """Copies a host array into a buffer."""
-        ...
-
-    def to_host(self, buffer: Buffer) -> np.ndarray[Any, Any]:
-        """Copies a buffer to the host."""
         ...
 
 

@@ -15,16 +15,15 @@ from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext
-from torch.fx.graph import _BoxedCodeGen
 
 from spikingbrain import workers
 from spikingbrain.errors import CompileError
 from spikingbrain.frontend.dynamo import decompositions, report, rewrites
-from spikingbrain.frontend.dynamo.call import region_function
 from spikingbrain.frontend.dynamo.lowering import Compiled, compile_regions, culprit
 from spikingbrain.frontend.dynamo.ops import Kind, Verdict, classify, packet_name
 from spikingbrain.frontend.dynamo.options import CompileOptions, parse
 from spikingbrain.frontend.dynamo.partition import SMALLEST, Region, Step, partition
+from spikingbrain.frontend.dynamo.program import assemble
 from spikingbrain.frontend.dynamo.region import RegionGraph, build
 
 _numbers = itertools.count()
@@ -73,7 +72,7 @@ def compile_graph(module: fx.GraphModule, kind: str, options: CompileOptions) ->
     report.publish(made)
     if options.strict:
         report.refuse(made)
-    return _assemble(module, steps, verdicts, regions, code)
+    return assemble(module, steps, regions, code).load()
 
 
 def _frozen_inputs(graph: fx.Graph) -> set[fx.Node]:
@@ -111,6 +110,9 @@ def _blame(region: Region, error: CompileError, verdicts: dict[fx.Node, Verdict]
     reason = f"{error.what}: {error.why}".strip(": ").splitlines()[0]
     for node in blamed:
         verdicts[node] = Verdict(Kind.EAGER, reason, error.hint)
+        for user in node.users:
+            if user.target is operator.getitem:
+                verdicts[user] = verdicts[node]
 
 
 def _reports(steps: Sequence[Step], verdicts: Mapping[fx.Node, Verdict]) -> list[report.RegionReport]:
@@ -120,7 +122,7 @@ def _reports(steps: Sequence[Step], verdicts: Mapping[fx.Node, Verdict]) -> list
         for step in group if kind is None else [list(group)]:
             if isinstance(step, Region):
                 found.append(report.describe("compiled", step.nodes))
-            elif kind is not Kind.SCALAR:
+            elif kind in status:
                 found.append(report.describe(status[kind], step, reason, remedy))
     return found
 
@@ -132,43 +134,3 @@ def _group(step: Step, verdicts: Mapping[fx.Node, Verdict]) -> tuple[Kind | None
     if verdict.kind is Kind.COMPILED:
         return Kind.COMPILED, "too few ops in a row to gain from being compiled", ""
     return verdict.kind, verdict.reason, verdict.remedy
-
-
-def _assemble(
-    module: fx.GraphModule,
-    steps: Sequence[Step],
-    verdicts: Mapping[fx.Node, Verdict],
-    regions: Mapping[int, RegionGraph],
-    code: Mapping[str, Compiled],
-) -> Callable[..., Any]:
-    """Writes the steps as straight-line Python, by FX's own code generator, which also frees values early."""
-    graph = fx.Graph()
-    made: dict[fx.Node, fx.Node] = {}
-
-    def value(node: fx.Node) -> fx.Node:
-        if node not in made:  # a view, made where it is first read
-            made[node] = graph.node_copy(node, value)
-        return made[node]
-
-    for node in module.graph.nodes:
-        if node.op in ("placeholder", "get_attr"):
-            made[node] = graph.node_copy(node)
-    for number, step in enumerate(steps):
-        if isinstance(step, Region):
-            region = regions[id(step)]
-            function = region_function(region, code[region.key], f"region_{number}")
-            called = graph.call_function(function, tuple(value(n) for n in [*region.inputs, *region.weights]))
-            for i, node in enumerate(region.outputs):
-                made[node] = graph.call_function(operator.getitem, (called, i))
-        else:
-            made[step] = graph.node_copy(step, value)
-    graph.output(fx.node.map_arg(module.graph.output_node().args[0], value))
-    graph.set_codegen(_BoxedCodeGen())
-    runner = fx.GraphModule(module, graph, class_name="SpikingBrainGraph")
-    forward = runner.forward
-
-    def boxed(arguments: list[Any]) -> Any:
-        return forward(arguments)
-
-    boxed._boxed_call = True  # type: ignore[attr-defined]
-    return boxed

@@ -2,77 +2,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch._C import _from_dlpack, _to_dlpack
 
+from spikingbrain.backend import SharedMemory
 from spikingbrain.frontend.dynamo.layout import inverse
 from spikingbrain.frontend.dynamo.lowering import Compiled
 from spikingbrain.frontend.dynamo.region import RegionGraph
 from spikingbrain.frontend.dynamo.weights import FrozenWeights
 
-_ALIGNMENT = 64
+
+@dataclass(frozen=True)
+class RegionCall:
+    """How to call one region of a graph.
+
+    Attributes:
+        unit: index of the compiled module that holds it.
+        entry: its name there.
+        inputs: for each argument, None for a number, or the order of axes in which the tensor is contiguous
+            (``layout.memory_order``).
+        weights: how the arguments that follow are made from the region's weights: ``sources`` and ``recipe``.
+        outputs: for each result, the axes to permute back, and the element type where it has to be set.
+    """
+
+    unit: int
+    entry: str
+    inputs: tuple[tuple[int, ...] | None, ...]
+    weights: tuple[Mapping[str, Any], ...]
+    outputs: tuple[tuple[tuple[int, ...], torch.dtype | None], ...]
+
+    @staticmethod
+    def of(region: RegionGraph, compiled: Compiled, unit: int) -> RegionCall:
+        inputs = [
+            order if isinstance(n.meta["val"], torch.Tensor) else None
+            for n, order in zip(region.inputs, region.input_orders, strict=True)
+        ]
+        outputs = []
+        for node, order in zip(region.outputs, region.output_orders, strict=True):
+            dtype = node.meta["val"].dtype
+            unsigned = dtype if dtype is torch.uint8 else None  # compiled code knows integers without a sign
+            outputs.append((tuple(inverse(order)) if order else (), unsigned))
+        return RegionCall(unit, compiled.entry, tuple(inputs), tuple(compiled.weights), tuple(outputs))
 
 
-def region_function(region: RegionGraph, compiled: Compiled, name: str) -> Callable[..., Any]:
-    """Returns a function of the region's inputs, then its weights, that returns the tuple of its outputs."""
-    executable = compiled.executable
-    invoke, borrow, lend = executable.function(compiled.entry), executable.borrow, executable.lend
-    count = len(region.inputs)
-    frozen = FrozenWeights(executable, compiled.weights) if compiled.weights else None
-    is_tensor = [isinstance(n.meta["val"], torch.Tensor) for n in region.inputs]
-    permuted = [(i, order) for i, order in enumerate(region.input_orders) if order]
-    finish = _finisher(region)
+def region_function(call: RegionCall, executable: SharedMemory, name: str) -> Callable[..., Any]:
+    """Returns a function of the region's inputs, then its weights, that returns its outputs."""
+    invoke, borrow, lend = executable.function(call.entry), executable.borrow, executable.lend
+    count = len(call.inputs)
+    frozen = FrozenWeights(executable, call.weights) if call.weights else None
+    permuted = [(i, order) for i, order in enumerate(call.inputs) if order]
+    numbers = [i for i, order in enumerate(call.inputs) if order is None]
+    finish = [(i, back, dtype) for i, (back, dtype) in enumerate(call.outputs) if back or dtype]
+
+    def borrow_slowly(arguments: Sequence[Any]) -> list[Any]:
+        buffers: list[Any] = []
+        for i, value in enumerate(arguments):
+            if i in numbers:
+                buffers.append(value)
+                continue
+            try:
+                buffers.append(borrow(_to_dlpack(value)))
+            except (RuntimeError, ValueError, BufferError):
+                buffers.append(borrow(_to_dlpack(_aligned(value))))
+        return buffers
 
     def run(*arguments: Any) -> Any:
+        inputs: Sequence[Any] = arguments[:count] if frozen is not None else arguments
         if permuted:
-            arguments = list(arguments)
+            inputs = list(inputs)
             for i, order in permuted:
-                arguments[i] = arguments[i].permute(order)
-        buffers = []
-        for i in range(count):
-            value = arguments[i]
-            if is_tensor[i]:
-                try:
-                    value = borrow(_to_dlpack(value))
-                except (RuntimeError, ValueError, BufferError):
-                    value = borrow(_to_dlpack(_aligned(value)))
-            buffers.append(value)
+                inputs[i] = inputs[i].permute(order)
+        try:
+            if numbers:
+                buffers = [v if v.__class__ is int else borrow(_to_dlpack(v)) for v in inputs]
+            else:
+                buffers = [borrow(_to_dlpack(v)) for v in inputs]
+        except (RuntimeError, ValueError, BufferError, AttributeError, TypeError):
+            buffers = borrow_slowly(inputs)
         if frozen is not None:
             buffers += frozen.buffers(arguments[count:])
         results = [_from_dlpack(lend(b)) for b in invoke(buffers)]
-        return finish(results) if finish else results
-
-    run.__name__, run.__module__, run.__qualname__ = name, "spikingbrain_regions", name
-    return run
-
-
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns a contiguous copy in memory of its own."""
-    return (
-        tensor.resolve_conj().resolve_neg().detach().contiguous(memory_format=torch.contiguous_format).clone()
-    )
-
-
-def _finisher(region: RegionGraph) -> Callable[[list[torch.Tensor]], Sequence[torch.Tensor]] | None:
-    """Returns what gives results the element type and axis order that torch expects, or None where that is nothing."""
-    work: list[tuple[int, torch.dtype | None, list[int]]] = []
-    for i, (node, order) in enumerate(zip(region.outputs, region.output_orders, strict=True)):
-        dtype = node.meta["val"].dtype
-        unsigned = dtype if dtype is torch.uint8 else None
-        if order or unsigned:
-            work.append((i, unsigned, inverse(order) if order else []))
-    if not work:
-        return None
-
-    def finish(results: list[torch.Tensor]) -> list[torch.Tensor]:
-        for i, dtype, back in work:
+        for i, back, dtype in finish:
             if dtype is not None:
                 results[i] = results[i].view(dtype)
             if back:
                 results[i] = results[i].permute(back)
         return results
 
-    return finish
+    run.__name__ = run.__qualname__ = name
+    return run
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a contiguous copy in memory of its own."""
+    return tensor.detach().contiguous(memory_format=torch.contiguous_format).clone()

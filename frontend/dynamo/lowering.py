@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch_mlir import ir
 
-from spikingbrain.backend import Executable, resolve_target
+from spikingbrain.backend import SharedMemory, resolve_target
 from spikingbrain.build import Code, compile_code
 from spikingbrain.errors import CompileError, UnsupportedOp
 from spikingbrain.frontend.dynamo.options import CompileOptions
@@ -21,10 +21,32 @@ from spikingbrain.frontend.normalise import normalise_region
 
 
 @dataclass
-class Compiled:
-    """One distinct region as code: where it is loaded, what it is called there, how its weights are stored."""
+class CodeUnit:
+    """One compiled module, as bytes and, once loaded, as code."""
 
-    executable: Executable
+    target: str
+    options: dict[str, Any]
+    members: dict[str, bytes]
+    _loaded: SharedMemory | None = field(default=None, repr=False)
+
+    def load(self) -> SharedMemory:
+        """Returns the code, loaded at the first call."""
+        if self._loaded is None:
+            backend, _ = resolve_target(self.target)
+            manifest = {"target": {"name": self.target}, "options": self.options}
+            members = {k: memoryview(v) for k, v in self.members.items()}
+            self._loaded = cast(SharedMemory, backend.load(members, manifest, {}))
+        return self._loaded
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_loaded": None}
+
+
+@dataclass
+class Compiled:
+    """One distinct region: the module that holds it, what it is called there, how its weights are stored."""
+
+    unit: CodeUnit
     entry: str
     weights: list[dict[str, Any]]
 
@@ -104,16 +126,12 @@ def _load(
     options: CompileOptions,
     graph_name: str,
 ) -> dict[str, Compiled]:
-    backend, _ = resolve_target(options.target)
     backend_options = {"threads": options.thread_count}
     dump = Path(options.dump) / graph_name if options.dump else None
     code: Code = compile_code(module, options.target, backend_options, dump=dump, use_cache=options.cache)
-    manifest = {"target": {"name": options.target}, "options": backend_options}
-    executable = backend.load({k: memoryview(v) for k, v in code.members.items()}, manifest, {})
-    return {
-        key: Compiled(executable, names[key], code.report["weight_arguments"].get(names[key], []))
-        for key in regions
-    }
+    unit = CodeUnit(options.target, backend_options, code.members)
+    stored = code.report["weight_arguments"]
+    return {key: Compiled(unit, names[key], stored.get(names[key], [])) for key in regions}
 
 
 _OP = re.compile(r"torch\.(?:aten|prims)\.([A-Za-z0-9_]+)")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from torch import fx
 
@@ -32,7 +33,7 @@ class Region:
         return sum(packet_name(n.target) not in _FREE for n in self.nodes)
 
 
-Step = Region | fx.Node
+Step: TypeAlias = Region | fx.Node
 
 
 def partition(graph: fx.Graph, verdicts: Mapping[fx.Node, Verdict], smallest: int = SMALLEST) -> list[Step]:

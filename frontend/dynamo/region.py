@@ -111,7 +111,8 @@ def build(region: Region, verdicts: Mapping[fx.Node, Verdict], frozen: set[fx.No
     for node in sorted([*views, *region.nodes], key=position.__getitem__):
         weight = _frozen_weight(node, frozen)
         copies[node] = graph.node_copy(node, lambda n, w=weight: stored[n] if n is w else copies[n])
-    results, out_orders = [], []
+    results: list[fx.Node] = []
+    out_orders: list[tuple[int, ...] | None] = []
     for node in outputs:
         value = node.meta["val"]
         order = memory_order(value)

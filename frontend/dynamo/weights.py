@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from spikingbrain.passes import recipes
 
 _epoch = [0]
 _lock = threading.Lock()
+_live: weakref.WeakSet[FrozenWeights] = weakref.WeakSet()
 _packed: dict[Any, tuple[list[weakref.ref[torch.Tensor]], Any, Buffer]] = {}
 
 
@@ -37,12 +39,13 @@ def stamp(tensor: torch.Tensor) -> tuple[int, int]:
 class FrozenWeights:
     """The packed weights of one region, as buffers to append to its arguments."""
 
-    def __init__(self, executable: Executable, stored: Sequence[dict[str, Any]]):
+    def __init__(self, executable: Executable, stored: Sequence[Mapping[str, Any]]):
         self._executable, self._stored = executable, stored
         self._held: tuple[torch.Tensor, ...] = ()
         self._stamps: list[tuple[int, int]] = []
         self._seen = -1
         self._buffers: list[Buffer] = []
+        _live.add(self)
 
     def buffers(self, tensors: tuple[torch.Tensor, ...]) -> list[Buffer]:
         """Returns the packed buffers for the region's weight tensors, packing what is new or has changed."""
@@ -57,7 +60,7 @@ class FrozenWeights:
         self._held, self._stamps = tensors, [stamp(t) for t in tensors]
         return self._buffers
 
-    def _pack(self, entry: dict[str, Any], tensors: tuple[torch.Tensor, ...]) -> Buffer:
+    def _pack(self, entry: Mapping[str, Any], tensors: tuple[torch.Tensor, ...]) -> Buffer:
         sources = [tensors[int(name[1:])] for name in entry["sources"]]
         key = (id(type(self._executable)), tuple(map(id, sources)), tuple(entry["recipe"]))
         stamps = [stamp(t) for t in sources]
@@ -73,3 +76,11 @@ class FrozenWeights:
                 buffer,
             )
             return buffer
+
+
+@atexit.register
+def _close() -> None:
+    """Drops buffers before interpreter shutdown, where the runtime's binding would report them as leaked."""
+    _packed.clear()
+    for weights in list(_live):
+        weights._buffers = []

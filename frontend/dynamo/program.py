@@ -1,0 +1,121 @@
+"""A compiled graph as plain data: Python source, code of its regions, and how to call them.
+
+Everything in it can be stored and loaded in another process; nothing refers to the graph it came from.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.graph import _BoxedCodeGen
+
+from spikingbrain.frontend.dynamo.call import RegionCall, region_function
+from spikingbrain.frontend.dynamo.lowering import CodeUnit, Compiled
+from spikingbrain.frontend.dynamo.partition import Region, Step
+from spikingbrain.frontend.dynamo.region import RegionGraph
+
+
+@dataclass
+class GraphProgram:
+    """What runs one graph.
+
+    Attributes:
+        source: a function ``forward(self, args_list)`` that empties its list of arguments; calls regions by name.
+        names: what the source refers to besides regions, by name.
+        constants: tensors of the graph, read as ``self.NAME``.
+        units: compiled modules.
+        calls: for each region by name: its unit and how to call it.
+    """
+
+    source: str
+    names: dict[str, Any]
+    constants: dict[str, Any]
+    units: list[CodeUnit]
+    calls: dict[str, RegionCall]
+
+    def load(self) -> Callable[[list[Any]], Any]:
+        """Returns the boxed function: it takes one list, which it clears, and returns the graph's results."""
+        executables = [unit.load() for unit in self.units]
+        scope = dict(self.names)
+        for op in set(_OP.findall(self.source)):
+            scope[_alias(op)] = operator.attrgetter(op)(torch.ops)
+        for name, call in self.calls.items():
+            scope[name] = region_function(call, executables[call.unit], name)
+        exec(compile(_OP.sub(lambda m: _alias(m[1]), self.source), "<spikingbrain graph>", "exec"), scope)
+        forward, constants = scope["forward"], types.SimpleNamespace(**self.constants)
+
+        def run(arguments: list[Any]) -> Any:
+            return forward(constants, arguments)
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+
+# Ops are written out as paths, which takes six look-ups at each call; they get names of their own.
+_OP = re.compile(r"\btorch\.ops\.(\w+\.\w+\.\w+)(?=\()")
+
+
+def _alias(op: str) -> str:
+    return "op_" + op.replace(".", "_")
+
+
+def assemble(
+    module: fx.GraphModule,
+    steps: Sequence[Step],
+    regions: Mapping[int, RegionGraph],
+    code: Mapping[str, Compiled],
+) -> GraphProgram:
+    """Writes the steps as straight-line Python, by FX's own code generator, which also frees values early."""
+    graph = fx.Graph()
+    made: dict[fx.Node, fx.Node] = {}
+    calls: dict[str, RegionCall] = {}
+    units: dict[int, CodeUnit] = {}
+
+    def value(node: fx.Node) -> fx.Node:
+        if node not in made:  # a view, made where it is first read
+            made[node] = graph.node_copy(node, value)
+        return made[node]
+
+    for node in module.graph.nodes:
+        if node.op in ("placeholder", "get_attr"):
+            made[node] = graph.node_copy(node)
+    for step in steps:
+        if not isinstance(step, Region):
+            made[step] = graph.node_copy(step, value)
+            continue
+        region = regions[id(step)]
+        compiled = code[region.key]
+        units.setdefault(id(compiled.unit), compiled.unit)
+        name = f"region_{len(calls)}"
+        calls[f"spikingbrain_{name}"] = RegionCall.of(region, compiled, list(units).index(id(compiled.unit)))
+        called = graph.call_function(
+            _stand_in(name), tuple(value(n) for n in [*region.inputs, *region.weights])
+        )
+        for i, node in enumerate(region.outputs):
+            made[node] = graph.call_function(operator.getitem, (called, i))
+    graph.output(fx.node.map_arg(module.graph.output_node().args[0], value))
+    graph.set_codegen(_BoxedCodeGen())
+    text = graph.python_code("self")
+    names = {k: v for k, v in text.globals.items() if k not in calls}
+    constants = {
+        node.target: operator.attrgetter(node.target)(module) for node in graph.find_nodes(op="get_attr")
+    }
+    return GraphProgram(text.src, names, constants, list(units.values()), calls)
+
+
+def _stand_in(name: str) -> Callable[..., Any]:
+    """Returns a function that only lends its name to generated code."""
+
+    def region(*_: Any) -> Any:
+        raise NotImplementedError
+
+    region.__name__ = region.__qualname__ = name
+    region.__module__ = "spikingbrain"
+    return region
