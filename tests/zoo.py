@@ -45,6 +45,7 @@ class Size:
     batch: int
     image: int
     patch: int
+    window: int
     samples: int
 
     @property
@@ -53,8 +54,8 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size(2, 64, 4, 128, 13, 2, 32, 8, 1600),
-    "small": Size(6, 384, 6, 4000, 96, 1, 168, 14, 32000),
+    "tiny": Size(2, 64, 4, 128, 13, 2, 32, 8, 4, 1600),
+    "small": Size(6, 384, 6, 4000, 96, 1, 168, 14, 7, 32000),
 }
 
 
@@ -272,7 +273,6 @@ _decoder(
         | {
             "mamba_d_state": 8,
             "mamba_dt_rank": 4,
-            "use_mamba_kernels": False,
             "attn_layer_period": 2,
             "attn_layer_offset": 1,
             "expert_layer_period": 2,
@@ -292,7 +292,6 @@ _decoder(
         "chunk_size": 32,
         "layers_block_type": ["linear_attention", "hybrid"] * (s.layers // 2),
         "num_key_value_heads": s.heads,
-        "use_mamba_kernels": False,
         "adapter_rank": 8,
         "attention_hidden_size": 2 * s.width,
         "attention_head_dim": 2 * s.head,
@@ -435,7 +434,7 @@ _add(
     "vision",
     transformers.AutoModelForImageClassification,
     _pixels,
-    lambda s: _stages(s) | {"embed_dim": s.width // 4, "num_heads": [2, 4]},
+    lambda s: _stages(s) | {"embed_dim": s.width // 4, "num_heads": [2, 4], "window_size": s.window},
 )
 _add(
     "resnet",

@@ -36,14 +36,13 @@ def fresh_dynamo() -> Iterator[None]:
 
 
 def explained(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
-    """Returns what the backend says of the model: the share of ops compiled, graph breaks, and what ran eagerly why."""
+    """Returns what the backend says of the model: the share of ops compiled, graph breaks, and why ops ran eagerly."""
     if BACKEND != "spikingbrain" or not hasattr(spikingbrain, "explain"):
         return {}
     report = spikingbrain.explain(model, **inputs).to_dict()
-    ops = {status: 0 for status in ("compiled", "eager")}
-    for region in report["regions"]:
-        ops[region["status"]] += region["ops"]
+    ops = report["counts"]
     return {
+        "ops": ops,
         "compiled_share": ops["compiled"] / max(1, sum(ops.values())),
         "graph_breaks": report["graph_breaks"],
         "eager": [
