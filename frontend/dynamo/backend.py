@@ -18,12 +18,12 @@ from torch._guards import TracingContext
 
 from spikingbrain import workers
 from spikingbrain.errors import CompileError
-from spikingbrain.frontend.dynamo import decompositions, report, rewrites
+from spikingbrain.frontend.dynamo import aot_cache, decompositions, report, rewrites
 from spikingbrain.frontend.dynamo.lowering import Compiled, compile_regions, culprit
 from spikingbrain.frontend.dynamo.ops import Kind, Verdict, classify, packet_name
 from spikingbrain.frontend.dynamo.options import CompileOptions, parse
 from spikingbrain.frontend.dynamo.partition import SMALLEST, Region, Step, partition
-from spikingbrain.frontend.dynamo.program import assemble
+from spikingbrain.frontend.dynamo.program import GraphProgram, assemble
 from spikingbrain.frontend.dynamo.region import RegionGraph, build
 
 _numbers = itertools.count()
@@ -41,20 +41,23 @@ def spikingbrain(
     if chosen.level:
         workers.prewarm()  # it imports while AOTAutograd traces
 
-    def compiler(kind: str) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
-        return lambda graph, inputs: compile_graph(graph, kind, chosen)
+    def compiler(kind: str) -> Callable[..., Any]:
+        return aot_cache.cacheable(lambda graph: compile_graph(graph, kind, chosen))
 
-    return aot_autograd(
-        fw_compiler=compiler("forward"),
-        bw_compiler=compiler("backward"),
-        inference_compiler=compiler("inference"),
-        decompositions=decompositions.table(),
-        partition_fn=min_cut_rematerialization_partition,
-    )(module, example_inputs)
+    with aot_cache.enabled(module, chosen):
+        return aot_autograd(
+            fw_compiler=compiler("forward"),
+            bw_compiler=compiler("backward"),
+            inference_compiler=compiler("inference"),
+            decompositions=decompositions.table(),
+            partition_fn=min_cut_rematerialization_partition,
+        )(module, example_inputs)
 
 
-def compile_graph(module: fx.GraphModule, kind: str, options: CompileOptions) -> Callable[..., Any]:
-    """Returns a boxed function that runs the graph: it takes one list of arguments, which it clears."""
+def compile_graph(
+    module: fx.GraphModule, kind: str, options: CompileOptions
+) -> tuple[GraphProgram, report.GraphReport]:
+    """Returns the compiled graph, and what was compiled of it and what was not."""
     name = f"graph{next(_numbers)}"
     graph = module.graph
     frozen = _frozen_inputs(graph) if kind == "inference" and options.level > 1 else set()
@@ -72,7 +75,7 @@ def compile_graph(module: fx.GraphModule, kind: str, options: CompileOptions) ->
     report.publish(made)
     if options.strict:
         report.refuse(made)
-    return assemble(module, steps, regions, code).load()
+    return assemble(module, steps, regions, code), made
 
 
 def _frozen_inputs(graph: fx.Graph) -> set[fx.Node]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.graph import _BoxedCodeGen
+from torch.fx.graph import _BoxedCodeGen, _custom_builtins
 
 from spikingbrain.frontend.dynamo.call import RegionCall, region_function
 from spikingbrain.frontend.dynamo.lowering import CodeUnit, Compiled
@@ -43,7 +43,7 @@ class GraphProgram:
     def load(self) -> Callable[[list[Any]], Any]:
         """Returns the boxed function: it takes one list, which it clears, and returns the graph's results."""
         executables = [unit.load() for unit in self.units]
-        scope = dict(self.names)
+        scope = {name: builtin.obj for name, builtin in _custom_builtins.items()} | self.names
         for op in set(_OP.findall(self.source)):
             scope[_alias(op)] = operator.attrgetter(op)(torch.ops)
         for name, call in self.calls.items():
@@ -103,7 +103,7 @@ def assemble(
     graph.output(fx.node.map_arg(module.graph.output_node().args[0], value))
     graph.set_codegen(_BoxedCodeGen())
     text = graph.python_code("self")
-    names = {k: v for k, v in text.globals.items() if k not in calls}
+    names = {k: v for k, v in text.globals.items() if k not in calls and k not in _custom_builtins}
     constants = {
         node.target: operator.attrgetter(node.target)(module) for node in graph.find_nodes(op="get_attr")
     }

@@ -1,0 +1,93 @@
+"""Compiled graphs in torch's own cache of AOTAutograd results, so that a second process traces nothing either.
+
+The only module that touches this private API of torch; ``tests/unit/test_private_api.py`` fails when it changes.
+``torch.compiler.save_cache_artifacts`` works through it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import fx
+from torch._functorch import config as functorch_config
+from torch._functorch.aot_autograd import SerializableAOTDispatchCompiler
+from torch._inductor.output_code import OutputCode
+
+from spikingbrain.backend import resolve_target
+from spikingbrain.build import source_hash, versions
+from spikingbrain.frontend.dynamo import report
+from spikingbrain.frontend.dynamo.options import CompileOptions
+from spikingbrain.frontend.dynamo.program import GraphProgram
+
+Compile = Callable[[fx.GraphModule], tuple[GraphProgram, report.GraphReport]]
+
+
+@dataclass
+class CachedGraph(OutputCode):  # type: ignore[misc]
+    """One compiled graph as torch's cache holds it."""
+
+    program: GraphProgram
+    report: report.GraphReport
+    _run: Callable[[list[Any]], Any] | None = field(default=None, repr=False)
+    _boxed_call: bool = True
+
+    def __call__(self, inputs: Sequence[Any]) -> Any:
+        assert self._run is not None
+        return self._run(inputs)  # type: ignore[arg-type]
+
+    def post_compile(self, example_inputs: Any, constants: Any, graph_kwargs: Any) -> None:
+        """Makes the graph callable; torch calls this for what it has just compiled and for what it has loaded."""
+        if self._run is None:
+            self._run = self.program.load()
+            report.publish(self.report)
+
+    def prepare_for_serialization(self) -> None:
+        """Nothing to do: ``__getstate__`` leaves out what belongs to this process."""
+
+    def set_triton_bundle(self, triton_bundle: Any) -> None:
+        """Nothing to do: there are no Triton kernels."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_run": None}
+
+
+def cacheable(compile_graph: Compile) -> SerializableAOTDispatchCompiler:
+    """Wraps a function that compiles one graph, so that AOTAutograd may store what it returns."""
+
+    def compiler(module: fx.GraphModule, _: Sequence[Any]) -> CachedGraph:
+        program, made = compile_graph(module)
+        return CachedGraph(program, made, program.load())
+
+    return SerializableAOTDispatchCompiler(CachedGraph, compiler)
+
+
+@contextlib.contextmanager
+def enabled(module: fx.GraphModule, options: CompileOptions) -> Iterator[None]:
+    """Lets AOTAutograd look for the graph in its cache, and store it with its code, under a key that holds our options.
+
+    Forward and backward are stored together, so the backward is compiled at once and not at its first call.
+    """
+    module._spikingbrain_key = _key(options)
+    settings = {"enable_autograd_cache": options.cache and functorch_config.enable_autograd_cache}
+    if settings["enable_autograd_cache"]:
+        settings |= {"bundled_autograd_cache": True, "force_non_lazy_backward_lowering": True}
+    with functorch_config.patch(settings):
+        yield
+
+
+def _key(options: CompileOptions) -> str:
+    """Returns what decides about generated code besides the graph. It becomes part of the pickled graph module."""
+    backend, status = resolve_target(options.target)
+    parts = [
+        asdict(options),
+        options.thread_count,
+        versions(),
+        source_hash(),
+        backend.cache_key(status.target, backend.options(threads=options.thread_count)),
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
