@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch._decomp import core_aten_decompositions, get_decompositions
 
+from spikingbrain.frontend.dynamo.exact import EXACT
+
 aten = torch.ops.aten
 
 # Norms and losses fall apart into elementwise ops and reductions, which are fused with their neighbours.
@@ -49,6 +51,7 @@ _KEPT = {
     "cdist",
     "pdist",
     "isin",
+    "squeeze",
 }
 
 
@@ -56,8 +59,9 @@ _KEPT = {
 def table() -> dict[Any, Callable[..., Any]]:
     """Returns op overload -> decomposition."""
     found = {**core_aten_decompositions(), **get_decompositions(_FURTHER)}
-    return {
+    kept = {
         op: f
         for op, f in found.items()
         if not (isinstance(op, torch._ops.OpOverload) and op._schema.name.removeprefix("aten::") in _KEPT)
     }
+    return kept | EXACT

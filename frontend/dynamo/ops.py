@@ -16,7 +16,7 @@ from __future__ import annotations
 import enum
 import functools
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,7 @@ constant_pad_nd copy cos cosh div elu empty eq erf exp exp2 expm1 fill floor fmo
 isinf isnan le leaky_relu lerp lift_fresh_copy log log10 log1p log2 logical_and logical_not logical_or logical_xor lt
 maximum mean minimum mul ne neg pow prod reciprocal relu remainder repeat round rsqrt rsub scalar_tensor sigmoid sign
 silu sin sinh softplus sqrt square stack sub sum tan tanh tril triu trunc var var_mean where _to_copy _softmax
-_log_softmax to masked_fill embedding index_select ones_like zeros_like zeros ones flip
+_log_softmax to prims::convert_element_type masked_fill embedding index_select ones_like zeros_like zeros ones flip
 """)
 
 # Left to torch, with the reason. Those in BOTH are compiled when `library=False`.
@@ -91,6 +91,13 @@ LIBRARY: dict[str, str] = {
     **dict.fromkeys(_MOVING, "moves elements by index: fusing it gains nothing"),
 }
 BOTH = _names("mm bmm addmm baddbmm matmul linear convolution cumsum gather index scatter scatter_add")
+
+# The same bits come out for uint8 and int8.
+_SIGNLESS = _names("""
+add bitwise_and bitwise_not bitwise_or bitwise_xor cat clone constant_pad_nd copy embedding empty eq fill flip full full_like
+gather index_select lift_fresh_copy masked_fill ne ones ones_like prims::convert_element_type repeat rsub scalar_tensor
+stack sub tril triu where zeros zeros_like _to_copy
+""")
 
 _DTYPES = {
     torch.float32,
@@ -163,8 +170,16 @@ def classify(node: fx.Node, library: bool = True) -> Verdict:
     if name in LIBRARY and (library or name not in BOTH):
         return Verdict(Kind.LIBRARY, LIBRARY[name])
     if name in COMPILED or name in BOTH:
-        reason = _EXCEPTIONS[name](node) if name in _EXCEPTIONS else ""
-        return Verdict(Kind.EAGER, reason) if reason else Verdict(Kind.COMPILED)
+        if name not in _SIGNLESS and any(
+            v.dtype is torch.uint8 for v in [*operands(node), *tensors_of(value)]
+        ):
+            return Verdict(
+                Kind.EAGER, "torch-mlir takes uint8 for int8 in everything that tells them apart", "use int32"
+            )
+        for when, why in _EXCEPTIONS.get(name, []):
+            if when(node):
+                return Verdict(Kind.EAGER, why)
+        return Verdict(Kind.COMPILED)
     return Verdict(Kind.EAGER, "no lowering that is known to be right")
 
 
@@ -181,8 +196,76 @@ def _refuse_types(node: fx.Node) -> Verdict | None:
     return None
 
 
-# Ops that are compiled except for some arguments: name -> function of the node that returns the reason, or "".
-_EXCEPTIONS: dict[str, Any] = {}
+def _first(node: fx.Node) -> torch.Tensor:
+    return next(
+        tensors_of(node.args[0].meta["val"] if isinstance(node.args[0], fx.Node) else node.meta["val"])
+    )
+
+
+def _always(_: fx.Node) -> bool:
+    return True
+
+
+def _floating(node: fx.Node) -> bool:
+    return _first(node).is_floating_point()
+
+
+def _integer(node: fx.Node) -> bool:
+    return all(not v.is_floating_point() for v in operands(node))
+
+
+def _double(node: fx.Node) -> bool:
+    return any(v.dtype is torch.float64 for v in [*operands(node), *tensors_of(node.meta["val"])])
+
+
+def _without_axes(node: fx.Node) -> bool:
+    return _first(node).dim() == 0
+
+
+def _rounds(node: fx.Node) -> bool:
+    return node.kwargs.get("rounding_mode") is not None and any(v.is_floating_point() for v in operands(node))
+
+
+def _risky_power(node: fx.Node) -> bool:
+    """A number to the power of a tensor is right for positive numbers, a tensor to that of a number always."""
+    base, exponent = node.args[:2]
+    if isinstance(exponent, fx.Node):
+        return isinstance(base, fx.Node) or base <= 0
+    return False
+
+
+# Ops that are compiled except for some arguments: names, when not, and why not.
+_DEFECTS: list[tuple[str, Callable[[fx.Node], bool], str]] = [
+    ("acosh asinh atanh sinh", _always, "torch-mlir's formula is inaccurate for small and for large numbers"),
+    ("tan", _always, "IREE divides approximations of sine and cosine, which is inaccurate near the poles"),
+    ("atan2", _always, "IREE's approximation is NaN where both arguments are 0 or infinite"),
+    ("fmod", _always, "torch-mlir computes x - trunc(x / y) * y, which is inexact, and NaN for infinite y"),
+    ("remainder", _double, "IREE calls fmod of a C library that it is not linked with"),
+    ("div", _rounds, "torch-mlir rounds the quotient, torch the exact one: 1.0 // 0.1 differs"),
+    ("pow", _risky_power, "IREE computes exp(y * log(x)), which is NaN for zero and negative x"),
+    ("pow", _integer, "torch-mlir raises no integers to a power"),
+    ("argmax argmin", _floating, "torch-mlir skips NaN"),
+    (
+        "argmax argmin gather scatter scatter_add prod",
+        _without_axes,
+        "torch-mlir stops at tensors without axes",
+    ),
+    (
+        "acos asin atan cos log10 log2 sin tanh gelu",
+        _double,
+        "IREE computes it in f64 by a C library that it is not linked with",
+    ),
+    ("erf", _double, "IREE has no code for it in f64"),
+    (
+        "elu expm1 log1p softplus",
+        _double,
+        "IREE computes it in f64 as exp(x) - 1 or log(1 + x), which is inaccurate near 0",
+    ),
+]
+_EXCEPTIONS: dict[str, list[tuple[Callable[[fx.Node], bool], str]]] = {}
+for _ops, _when, _why in _DEFECTS:
+    for _name in _ops.split():
+        _EXCEPTIONS.setdefault(_name, []).append((_when, _why))
 
 
 @functools.cache

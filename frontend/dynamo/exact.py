@@ -1,0 +1,323 @@
+"""Ops rewritten where torch-mlir or IREE compute other values than torch, or nothing at all.
+
+Each is a decomposition in AOTAutograd's sense: it returns NotImplemented where the op is right as it is. Each says what is wrong
+upstream; the minimal case of each is in ``tests/conformance/test_extremes.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._decomp import decomposition_table, get_decompositions
+from torch._prims_common import elementwise_dtypes
+
+aten = torch.ops.aten
+_KIND = torch._prims_common.ELEMENTWISE_TYPE_PROMOTION_KIND.DEFAULT
+
+EXACT: dict[Any, Callable[..., Any]] = {}
+
+
+def _replaces(*ops: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def note(function: Callable[..., Any]) -> Callable[..., Any]:
+        EXACT.update(dict.fromkeys(ops, function))
+        return function
+
+    return note
+
+
+def _constant(value: Any, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return aten.full.default([], value, dtype=dtype or like.dtype, device=like.device)
+
+
+def _axes(dims: Sequence[int], rank: int) -> list[int]:
+    return sorted(d % rank for d in dims) if rank else []
+
+
+@_replaces(aten.squeeze.dims)
+def squeeze(x: Tensor, dims: Sequence[int]) -> Tensor:
+    """torch-mlir has no squeeze of several axes. (The decomposition of ``squeeze.dim``, into this, is left out.)"""
+    for d in reversed(_axes(dims, x.dim())):
+        x = aten.squeeze.dim(x, d)
+    return x
+
+
+@_replaces(aten.gelu.default)
+def gelu(x: Tensor, approximate: str = "none") -> Any:
+    """torch-mlir rounds a constant of the tanh form: 3e-5 off."""
+    if approximate == "none":
+        return NotImplemented
+    return decomposition_table[aten.gelu.default](x, approximate=approximate)
+
+
+@_replaces(aten.maximum.default)
+def maximum(a: Tensor, b: Tensor) -> Any:
+    """torch-mlir forgets NaN in the first operand, and the sign of uint8."""
+    return _pick(a, b, aten.gt.Tensor)
+
+
+@_replaces(aten.minimum.default)
+def minimum(a: Tensor, b: Tensor) -> Any:
+    return _pick(a, b, aten.lt.Tensor)
+
+
+def _pick(a: Tensor, b: Tensor, compare: Callable[..., Tensor]) -> Any:
+    if torch.result_type(a, b).is_floating_point:
+        a, b = _promoted(a, b)
+        return aten.where.self(aten.logical_or.default(compare(a, b), aten.isnan.default(a)), a, b)
+    return NotImplemented if _is_alike(a, b) else aten.where.self(compare(a, b), *_promoted(a, b))
+
+
+def _promoted(*values: Any) -> tuple[Any, ...]:
+    _, dtype = elementwise_dtypes(*(v for v in values if v is not None), type_promotion_kind=_KIND)
+    return tuple(
+        (v if v.dtype == dtype else aten._to_copy.default(v, dtype=dtype)) if isinstance(v, Tensor) else v
+        for v in values
+    )
+
+
+@_replaces(aten.fmax.default)
+def fmax(a: Tensor, b: Tensor) -> Any:
+    return _pick_number(a, b, aten.ge.Tensor)
+
+
+@_replaces(aten.fmin.default)
+def fmin(a: Tensor, b: Tensor) -> Any:
+    return _pick_number(a, b, aten.le.Tensor)
+
+
+def _pick_number(a: Tensor, b: Tensor, compare: Callable[..., Tensor]) -> Tensor:
+    a, b = _promoted(a, b)
+    return aten.where.self(aten.logical_or.default(compare(a, b), aten.isnan.default(b)), a, b)
+
+
+@_replaces(aten.clamp.default, aten.clamp.Tensor)
+def clamp(x: Tensor, min: Any = None, max: Any = None) -> Any:
+    """torch-mlir's clamps and hardtanh lose NaN, and it knows bounds that are tensors for some ranks only."""
+    x, min, max = _promoted(x, min, max)
+    for bound, beyond in ((min, aten.lt.Tensor), (max, aten.gt.Tensor)):
+        if bound is None:
+            continue
+        limit = bound if isinstance(bound, Tensor) else _constant(bound, x)
+        outside = beyond(x, limit)
+        if isinstance(bound, Tensor) and x.is_floating_point():
+            outside = aten.logical_or.default(outside, aten.isnan.default(limit))
+        x = aten.where.self(outside, limit, x)
+    return x
+
+
+@_replaces(aten.hardtanh.default)
+def hardtanh(x: Tensor, min_val: Any = -1, max_val: Any = 1) -> Any:
+    return clamp(x, min_val, max_val) if x.is_floating_point() else clamp(x, int(min_val), int(max_val))
+
+
+@_replaces(aten.clamp_min.default, aten.clamp_min.Tensor)
+def clamp_min(x: Tensor, min: Any) -> Any:
+    return clamp(x, min, None)
+
+
+@_replaces(aten.clamp_max.default, aten.clamp_max.Tensor)
+def clamp_max(x: Tensor, max: Any) -> Any:
+    return clamp(x, None, max)
+
+
+@_replaces(aten.sin.default)
+def sin(x: Tensor) -> Any:
+    """IREE approximates the sine of large arguments badly (1e-4 off at 1e4, infinite at 1e10)."""
+    return _periodic(x, aten.sin.default)
+
+
+@_replaces(aten.cos.default)
+def cos(x: Tensor) -> Any:
+    return _periodic(x, aten.cos.default)
+
+
+_reduced = [False]
+
+
+def _periodic(x: Tensor, function: Callable[[Tensor], Tensor]) -> Any:
+    """Takes whole turns off first, in f64; beyond 2**40, where numbers are many turns apart, the angle is 0."""
+    if x.dtype is torch.float64 or _reduced[0]:
+        return NotImplemented
+    dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
+    wide = aten._to_copy.default(x, dtype=torch.float64)
+    turns = aten.round.default(aten.mul.Tensor(wide, 1 / math.tau))
+    angle = aten.sub.Tensor(wide, aten.mul.Tensor(turns, math.tau))
+    near = aten.lt.Scalar(aten.abs.default(wide), 2.0**40)
+    angle = aten.where.self(near, angle, aten.mul.Tensor(wide, 0.0))
+    _reduced[0] = True
+    try:
+        found = function(aten._to_copy.default(angle, dtype=torch.float32))
+    finally:
+        _reduced[0] = False
+    return found if dtype is torch.float32 else aten._to_copy.default(found, dtype=dtype)
+
+
+@_replaces(aten.log10.default)
+def log10(x: Tensor) -> Any:
+    """IREE calls ``log10f`` of a C library that it is not linked with."""
+    if x.dtype is torch.float64:
+        return NotImplemented
+    dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
+    found = aten.mul.Tensor(aten.log.default(aten._to_copy.default(x, dtype=torch.float32)), 1 / math.log(10))
+    return found if dtype is torch.float32 else aten._to_copy.default(found, dtype=dtype)
+
+
+@_replaces(aten.neg.default)
+def neg(x: Tensor) -> Any:
+    """torch-mlir negates integers as f64."""
+    return NotImplemented if x.is_floating_point() or x.is_complex() else aten.mul.Scalar(x, -1)
+
+
+@_replaces(aten.div.Tensor_mode, aten.div.Scalar_mode)
+def divide(a: Tensor, b: Any, *, rounding_mode: str | None = None) -> Any:
+    """torch-mlir divides integers with rounding down as f64."""
+    if rounding_mode != "floor" or torch.result_type(a, b) not in (
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+    ):
+        return NotImplemented
+    if not isinstance(b, Tensor):
+        b = _constant(b, a, torch.result_type(a, b))
+    a, b = _promoted(a, b)
+    whole = aten.div.Tensor_mode(a, b, rounding_mode="trunc")
+    rest = aten.sub.Tensor(a, aten.mul.Tensor(whole, b))
+    apart = aten.ne.Tensor(aten.lt.Scalar(rest, 0), aten.lt.Scalar(b, 0))
+    down = aten.logical_and.default(aten.ne.Scalar(rest, 0), apart)
+    return aten.sub.Tensor(whole, aten._to_copy.default(down, dtype=whole.dtype))
+
+
+@_replaces(aten.pow.Tensor_Scalar)
+def power(x: Tensor, exponent: Any) -> Any:
+    """torch-mlir raises no integers to a power, and halfs without the precision of f32."""
+    if x.dtype in (torch.float16, torch.bfloat16):
+        wide = aten._to_copy.default(x, dtype=torch.float32)
+        return aten._to_copy.default(aten.pow.Tensor_Scalar(wide, exponent), dtype=x.dtype)
+    if x.is_floating_point() or x.is_complex() or x.dtype is torch.bool or not isinstance(exponent, int):
+        return NotImplemented
+    if not 0 < exponent <= 4:
+        return NotImplemented
+    found = x
+    for _ in range(exponent - 1):
+        found = aten.mul.Tensor(found, x)
+    return found
+
+
+@_replaces(aten.eq.Tensor)
+def equal(a: Tensor, b: Tensor) -> Any:
+    """torch-mlir takes ``x == x`` for true, which it is not for NaN."""
+    if a is b and a.is_floating_point():
+        return aten.logical_not.default(aten.isnan.default(a))
+    return _alike(aten.eq.Tensor)(a, b)
+
+
+for _name in ("bitwise_or", "bitwise_xor", "bitwise_and"):
+    _packet = getattr(aten, _name)
+
+    def _with_tensor(x: Tensor, value: Any, packet: Any = _packet) -> Any:
+        """torch-mlir lacks the form with a number."""
+        return packet.Tensor(x, _constant(value, x, torch.result_type(x, value)))
+
+    EXACT[_packet.Scalar] = _with_tensor
+
+
+@_replaces(aten.constant_pad_nd.default)
+def constant_pad(x: Tensor, pad: Sequence[int], value: Any = 0) -> Any:
+    """IREE stops at negative padding: takes the slice first."""
+    if all(not isinstance(p, int) or p >= 0 for p in pad):
+        return NotImplemented
+    for i in range(len(pad) // 2):
+        axis, before, after = x.dim() - 1 - i, pad[2 * i], pad[2 * i + 1]
+        start, end = max(-before, 0), x.shape[axis] - max(-after, 0)
+        x = aten.slice.Tensor(x, axis, start, end)
+    rest = [max(p, 0) for p in pad]
+    return aten.constant_pad_nd.default(x, rest, value) if any(rest) else aten.clone.default(x)
+
+
+def _with_axis(op: Any) -> Callable[..., Any]:
+    """torch-mlir hangs or stops where an op along an axis is given a tensor without axes."""
+
+    def function(x: Tensor, dim: int, *args: Any, **kwargs: Any) -> Any:
+        if x.dim():
+            return NotImplemented
+        return aten.squeeze.dim(op(aten.unsqueeze.default(x, 0), 0, *args, **kwargs), 0)
+
+    return function
+
+
+EXACT |= {
+    op: _with_axis(op) for op in (aten._softmax.default, aten._log_softmax.default, aten.cumsum.default)
+}
+
+
+@_replaces(aten.amax.default)
+def amax(x: Tensor, dim: Sequence[int] = (), keepdim: bool = False) -> Any:
+    return _over_all(aten.amax.default, x, dim, keepdim)
+
+
+@_replaces(aten.amin.default)
+def amin(x: Tensor, dim: Sequence[int] = (), keepdim: bool = False) -> Any:
+    return _over_all(aten.amin.default, x, dim, keepdim)
+
+
+def _over_all(op: Any, x: Tensor, dim: Sequence[int], keepdim: bool) -> Any:
+    """torch-mlir wants the axes named."""
+    if not x.dim():
+        return aten.clone.default(x)
+    return NotImplemented if len(dim) else op(x, list(range(x.dim())), keepdim)
+
+
+@_replaces(aten.max.default)
+def largest(x: Tensor) -> Any:
+    return aten.amax.default(x, list(range(x.dim())))
+
+
+@_replaces(aten.min.default)
+def smallest(x: Tensor) -> Any:
+    return aten.amin.default(x, list(range(x.dim())))
+
+
+@_replaces(aten._to_copy.default)
+def cast(x: Tensor, *, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
+    """torch-mlir takes uint8 for int8 when it widens, and ends at 127 when it makes one of a floating number."""
+    if torch.uint8 not in (x.dtype, dtype) or dtype in (None, x.dtype, torch.bool) or x.dtype is torch.bool:
+        return NotImplemented
+    if x.dtype is torch.uint8:
+        wide = torch.ops.prims.convert_element_type.default(x, torch.int32)
+        wide = aten.bitwise_and.Tensor(wide, _constant(255, wide))
+        return wide if dtype is torch.int32 else aten._to_copy.default(wide, dtype=dtype)
+    if x.is_floating_point():
+        return aten._to_copy.default(aten._to_copy.default(x, dtype=torch.int32), dtype=torch.uint8)
+    return NotImplemented
+
+
+def _alike(op: Any) -> Callable[..., Any]:
+    """torch-mlir mixes types wrongly (it extends bool and uint8 by their highest bit), or crashes: converts first."""
+
+    def function(a: Any, b: Any, **kwargs: Any) -> Any:
+        return NotImplemented if _is_alike(a, b) else op(*_promoted(a, b), **kwargs)
+
+    return function
+
+
+def _is_alike(a: Any, b: Any) -> bool:
+    _, dtype = elementwise_dtypes(a, b, type_promotion_kind=_KIND)
+    return all(v.dtype == dtype for v in (a, b) if isinstance(v, Tensor))
+
+
+for _op in (aten.add, aten.sub, aten.mul, aten.div, aten.lt, aten.le, aten.gt, aten.ge, aten.ne, aten.remainder,
+            aten.bitwise_and, aten.bitwise_or, aten.bitwise_xor):  # fmt: skip
+    EXACT[_op.Tensor] = _alike(_op.Tensor)
+
+
+@_replaces(aten.where.self)
+def where(condition: Tensor, a: Tensor, b: Tensor) -> Any:
+    return NotImplemented if _is_alike(a, b) else aten.where.self(condition, *_promoted(a, b))
+
+
+EXACT |= get_decompositions([aten.linalg_vector_norm])
