@@ -169,27 +169,33 @@ def log10(x: Tensor) -> Any:
 @_replaces(aten.neg.default)
 def neg(x: Tensor) -> Any:
     """torch-mlir negates integers as f64."""
-    return NotImplemented if x.is_floating_point() or x.is_complex() else aten.mul.Scalar(x, -1)
+    return NotImplemented if x.is_floating_point() or x.is_complex() else aten.mul.Tensor(x, _constant(-1, x))
 
 
 @_replaces(aten.div.Tensor_mode, aten.div.Scalar_mode)
-def divide(a: Tensor, b: Any, *, rounding_mode: str | None = None) -> Any:
-    """torch-mlir divides integers with rounding down as f64."""
-    if rounding_mode != "floor" or torch.result_type(a, b) not in (
-        torch.int64,
-        torch.int32,
-        torch.int16,
-        torch.int8,
-    ):
+def divide(a: Any, b: Any, *, rounding_mode: str | None = None) -> Any:
+    """torch-mlir divides integers with rounding down as f64, and crashes on a number with bytes."""
+    dtype = torch.result_type(a, b)
+    if dtype not in (torch.int64, torch.int32, torch.int16, torch.int8) or rounding_mode is None:
         return NotImplemented
-    if not isinstance(b, Tensor):
-        b = _constant(b, a, torch.result_type(a, b))
+    tensors = [v for v in (a, b) if isinstance(v, Tensor)]
+    like = tensors[0]
+    if rounding_mode == "trunc" and len(tensors) == 2 and _is_alike(a, b):
+        return NotImplemented
+    a, b = (v if isinstance(v, Tensor) else _constant(v, like, dtype) for v in (a, b))
     a, b = _promoted(a, b)
     whole = aten.div.Tensor_mode(a, b, rounding_mode="trunc")
+    if rounding_mode == "trunc":
+        return whole
     rest = aten.sub.Tensor(a, aten.mul.Tensor(whole, b))
     apart = aten.ne.Tensor(aten.lt.Scalar(rest, 0), aten.lt.Scalar(b, 0))
     down = aten.logical_and.default(aten.ne.Scalar(rest, 0), apart)
     return aten.sub.Tensor(whole, aten._to_copy.default(down, dtype=whole.dtype))
+
+
+@_replaces(aten.remainder.Scalar)
+def remainder(x: Tensor, divisor: Any) -> Any:
+    return aten.remainder.Tensor(x, _constant(divisor, x)) if x.dtype is torch.int8 else NotImplemented
 
 
 @_replaces(aten.pow.Tensor_Scalar)
@@ -300,7 +306,11 @@ def _alike(op: Any) -> Callable[..., Any]:
     """torch-mlir mixes types wrongly (it extends bool and uint8 by their highest bit), or crashes: converts first."""
 
     def function(a: Any, b: Any, **kwargs: Any) -> Any:
-        return NotImplemented if _is_alike(a, b) else op(*_promoted(a, b), **kwargs)
+        if isinstance(a, Tensor) and isinstance(b, int) and a.dtype in (torch.int8, torch.uint8):
+            b = _constant(b, a)  # torch-mlir crashes on a number with bytes
+        elif _is_alike(a, b):
+            return NotImplemented
+        return op(*_promoted(a, b), **kwargs)
 
     return function
 

@@ -95,7 +95,7 @@ BOTH = _names("mm bmm addmm baddbmm matmul linear convolution cumsum gather inde
 # The same bits come out for uint8 and int8.
 _SIGNLESS = _names("""
 add bitwise_and bitwise_not bitwise_or bitwise_xor cat clone constant_pad_nd copy embedding empty eq fill flip full full_like
-gather index_select lift_fresh_copy masked_fill ne ones ones_like prims::convert_element_type repeat rsub scalar_tensor
+gather index_select lift_fresh_copy masked_fill mul ne ones ones_like prims::convert_element_type repeat rsub scalar_tensor
 stack sub tril triu where zeros zeros_like _to_copy
 """)
 
