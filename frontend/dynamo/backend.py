@@ -64,6 +64,7 @@ def compile_graph(
     rewrites.gather_results(graph)
     rewrites.lift_sizes(graph)
     rewrites.drop_noop_copies(graph)
+    rewrites.fuse_constant_scatters(graph)
     raised = rewrites.raise_linears(graph, frozen)
     verdicts = {n: classify(n, options.library) for n in graph.nodes if n.op == "call_function"}
     verdicts.update(dict.fromkeys(raised, Verdict(Kind.COMPILED)))

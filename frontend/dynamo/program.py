@@ -5,6 +5,7 @@ Everything in it can be stored and loaded in another process; nothing refers to 
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
 import types
@@ -49,11 +50,7 @@ class GraphProgram:
         for name, call in self.calls.items():
             scope[name] = region_function(call, executables[call.unit], name)
         exec(compile(_OP.sub(lambda m: _alias(m[1]), self.source), "<spikingbrain graph>", "exec"), scope)
-        forward, constants = scope["forward"], types.SimpleNamespace(**self.constants)
-
-        def run(arguments: list[Any]) -> Any:
-            return forward(constants, arguments)
-
+        run = functools.partial(scope["forward"], types.SimpleNamespace(**self.constants))
         run._boxed_call = True  # type: ignore[attr-defined]
         return run
 
