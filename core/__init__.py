@@ -5,20 +5,36 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Artifact", "Entry", "Program", "export", "load", "targets"]
+__all__ = [
+    "Artifact",
+    "Entry",
+    "Explanation",
+    "Program",
+    "compile",
+    "explain",
+    "export",
+    "load",
+    "refresh",
+    "targets",
+]
 
 if TYPE_CHECKING:
-    from spikingbrain.api import export, load, targets
+    from spikingbrain.api import compile, explain, export, load, refresh, targets
     from spikingbrain.artifact import Artifact
     from spikingbrain.frontend.capture import Entry
+    from spikingbrain.frontend.dynamo.explain import Explanation
     from spikingbrain.program import Program
 
 _HOMES = {
     "Artifact": "spikingbrain.artifact",
     "Entry": "spikingbrain.frontend.capture",
+    "Explanation": "spikingbrain.frontend.dynamo.explain",
     "Program": "spikingbrain.program",
+    "compile": "spikingbrain.api",
+    "explain": "spikingbrain.api",
     "export": "spikingbrain.api",
     "load": "spikingbrain.api",
+    "refresh": "spikingbrain.api",
     "targets": "spikingbrain.api",
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from spikingbrain import errors
 from spikingbrain.artifact import TOKENIZER, Artifact, check_writable
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from spikingbrain.frontend.capture import Entry
+    from spikingbrain.frontend.dynamo.explain import Explanation
+
+_Model = TypeVar("_Model", bound=Callable[..., Any])
 
 
 def export(
@@ -82,6 +85,59 @@ def export(
         tell,
     )
     return Artifact(path)
+
+
+def compile(model: _Model, *, dynamic: bool | None = None, fullgraph: bool = False, **options: Any) -> _Model:
+    """Returns ``model``, a module or function, compiled when it is called: ``torch.compile`` with this compiler.
+
+    What cannot be compiled runs in torch, with the same numbers as before; ``explain`` tells what and why. Training works:
+    the backward is compiled too.
+
+    Args:
+        dynamic: True for sizes that change from call to call, False for code for each size, None to find out.
+        fullgraph: raise torch's error where Python breaks the graph.
+        options: fields of ``spikingbrain.frontend.dynamo.options.CompileOptions``.
+
+    Raises OptionError and TargetError at once, not at the first call.
+    """
+    try:
+        import torch
+
+        from spikingbrain.frontend.dynamo.options import parse
+    except ModuleNotFoundError as error:
+        raise errors.needs_compiler(error) from error
+    parse(options)
+    compiled: Any = torch.compile(
+        model, backend="spikingbrain", dynamic=dynamic, fullgraph=fullgraph, options=options or None
+    )
+    return compiled  # type: ignore[no-any-return]
+
+
+def explain(
+    model: Callable[..., Any], *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any
+) -> Explanation:
+    """Tells what the compiler does with ``model(*args, **kwargs)``: what is compiled, what is not, where and why.
+
+    Compiles afresh and calls the model once, and its backward if the result requires a gradient. What was compiled before
+    stays; ``.grad``, buffers of a module and torch's random state are left as they were. A model that writes elsewhere, such
+    as into its arguments, does so. The code made here is kept by Dynamo until ``torch._dynamo.reset()``.
+    """
+    try:
+        from spikingbrain.frontend.dynamo import explain as explaining
+    except ModuleNotFoundError as error:
+        raise errors.needs_compiler(error) from error
+    return explaining.explain(model, args, kwargs, options)
+
+
+def refresh() -> None:
+    """Lets every model compiled by ``compile`` read its weights anew at its next call.
+
+    In-place ops, ``load_state_dict``, optimizers and new tensors are noticed without it. Writes through ``.data``, numpy or
+    other memory sharing leave no trace that could be noticed: call this after them.
+    """
+    from spikingbrain.frontend.dynamo import weights
+
+    weights.refresh()
 
 
 def load(path: str | Path | Artifact, *, verify: bool = False) -> Program:

@@ -14,6 +14,8 @@ COMMANDS = {
     "run": ("spikingbrain.tools.run", "generate text with a model or an artifact"),
     "compile": ("spikingbrain.tools.compile", "compile a model into an artifact"),
     "report": ("spikingbrain.tools.report", "what is in an artifact, and how it was compiled"),
+    "explain": ("spikingbrain.tools.explain", "what torch.compile with this compiler does with a model"),
+    "compare": ("spikingbrain.tools.compare", "find the first op that differs between torch and compiled"),
     "targets": ("spikingbrain.tools.targets", "what can be compiled for, and what runs here"),
     "opt": ("spikingbrain.tools.opt", "run passes on textual IR"),
     "cache": ("spikingbrain.tools.cache", "show or clear the compile cache"),

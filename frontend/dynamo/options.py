@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -51,11 +52,13 @@ def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> Compile
         raise OptionError(
             f"unknown mode {mode!r} for the spikingbrain backend", hint='options={"level": 0, 1 or 2}'
         )
-    fields = {f.name: f for f in dataclasses.fields(CompileOptions)}
+    defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(CompileOptions)}
     for name, value in (options or {}).items():
-        if name not in fields:
-            raise OptionError(f"unknown option {name!r}", hint=f"known: {', '.join(sorted(fields))}")
-        wanted = type(fields[name].default)
+        if name not in defaults:
+            close = difflib.get_close_matches(str(name), defaults, 1)
+            meant = f"{close[0]!r}; " if close else ""
+            raise OptionError(f"unknown option {name!r}", hint=f"{meant}known: {', '.join(sorted(defaults))}")
+        wanted = type(defaults[name])
         if type(value) is not wanted:
             raise OptionError(f"option {name!r} is {value!r}", why=f"it must be of type {wanted.__name__}")
         low, high = _RANGES.get(name, (value, value))

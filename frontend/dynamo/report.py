@@ -35,6 +35,11 @@ class RegionReport:
     reason: str = ""
     remedy: str = ""
 
+    @property
+    def failed(self) -> bool:
+        """Whether the compiler itself failed: the remedy of such an error, and of no other, names a reproducer."""
+        return self.status == "eager" and "reproduce" in self.remedy
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "status": self.status,
@@ -99,9 +104,12 @@ def publish(report: GraphReport) -> None:
     )
     for region in report.regions:
         if region.status == "eager":
-            log.info(
-                "  eager: %s at %s because %s", ", ".join(region.ops), region.where or "?", region.reason
-            )
+            where, ops = region.where or "?", ", ".join(region.ops)
+            if region.failed:
+                text = "the compiler failed, so %s at %s runs in eager, with the right numbers: %s; %s"
+                log.warning(text, ops, where, region.reason, region.remedy)
+            else:
+                log.info("  eager: %s at %s because %s", ops, where, region.reason)
     with _lock:
         for collector in _collectors:
             collector.append(report)
