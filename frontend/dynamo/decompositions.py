@@ -21,6 +21,8 @@ _FURTHER = [
     aten._native_batch_norm_legit_functional,
     aten._native_batch_norm_legit_no_training,
     aten.native_batch_norm,
+    aten._batch_norm_with_update,
+    aten._batch_norm_with_update_functional,
     aten.logsumexp,
     aten.hardswish,
     aten.hardsigmoid,

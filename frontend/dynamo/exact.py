@@ -30,7 +30,8 @@ def _replaces(*ops: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def _constant(value: Any, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return aten.full.default([], value, dtype=dtype or like.dtype, device=like.device)
+    made: Tensor = aten.full.default([], value, dtype=dtype or like.dtype, device=like.device)
+    return made
 
 
 def _axes(dims: Sequence[int], rank: int) -> list[int]:
@@ -89,7 +90,7 @@ def fmin(a: Tensor, b: Tensor) -> Any:
     return _pick_number(a, b, aten.le.Tensor)
 
 
-def _pick_number(a: Tensor, b: Tensor, compare: Callable[..., Tensor]) -> Tensor:
+def _pick_number(a: Tensor, b: Tensor, compare: Callable[..., Tensor]) -> Any:
     a, b = _promoted(a, b)
     return aten.where.self(aten.logical_or.default(compare(a, b), aten.isnan.default(b)), a, b)
 

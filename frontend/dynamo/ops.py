@@ -243,6 +243,7 @@ _DEFECTS: list[tuple[str, Callable[[fx.Node], bool], str]] = [
     ("remainder", _double, "IREE calls fmod of a C library that it is not linked with"),
     ("div", _rounds, "torch-mlir rounds the quotient, torch the exact one: 1.0 // 0.1 differs"),
     ("pow", _risky_power, "IREE computes exp(y * log(x)), which is NaN for zero and negative x"),
+    ("addmm baddbmm", _integer, "torch-mlir adds no integers to a product"),
     ("pow", _integer, "torch-mlir raises no integers to a power"),
     ("argmax argmin", _floating, "torch-mlir skips NaN"),
     (
