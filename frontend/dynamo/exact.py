@@ -128,32 +128,35 @@ def clamp_max(x: Tensor, max: Any) -> Any:
 @_replaces(aten.sin.default)
 def sin(x: Tensor) -> Any:
     """IREE approximates the sine of large arguments badly (1e-4 off at 1e4, infinite at 1e10)."""
-    return _periodic(x, aten.sin.default)
+    return _sine(x, 0.0)
 
 
 @_replaces(aten.cos.default)
 def cos(x: Tensor) -> Any:
-    return _periodic(x, aten.cos.default)
+    return _sine(x, 0.5)
 
 
 _reduced = [False]
 
 
-def _periodic(x: Tensor, function: Callable[[Tensor], Tensor]) -> Any:
-    """Takes whole turns off first, in f64; beyond 2**40, where numbers are many turns apart, the angle is 0."""
+def _sine(x: Tensor, shift: float) -> Any:
+    """Takes half turns off first, in f64; beyond 2**40, where numbers are many turns apart, the result is 0."""
     if x.dtype is torch.float64 or _reduced[0]:
         return NotImplemented
     dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
     wide = aten._to_copy.default(x, dtype=torch.float64)
-    turns = aten.round.default(aten.mul.Tensor(wide, 1 / math.tau))
-    angle = aten.sub.Tensor(wide, aten.mul.Tensor(turns, math.tau))
+    turns = aten.round.default(aten.add.Tensor(aten.mul.Tensor(wide, 1 / math.pi), shift))
+    angle = aten.sub.Tensor(wide, aten.mul.Tensor(aten.sub.Tensor(turns, shift), math.pi))
     near = aten.lt.Scalar(aten.abs.default(wide), 2.0**40)
     angle = aten.where.self(near, angle, aten.mul.Tensor(wide, 0.0))
+    odd = aten.sub.Tensor(turns, aten.mul.Tensor(aten.floor.default(aten.mul.Tensor(turns, 0.5)), 2.0))
+    sign = aten._to_copy.default(aten.add.Tensor(aten.mul.Tensor(odd, -2.0), 1.0), dtype=torch.float32)
     _reduced[0] = True
     try:
-        found = function(aten._to_copy.default(angle, dtype=torch.float32))
+        found = aten.sin.default(aten._to_copy.default(angle, dtype=torch.float32))
     finally:
         _reduced[0] = False
+    found = aten.mul.Tensor(found, sign)
     return found if dtype is torch.float32 else aten._to_copy.default(found, dtype=dtype)
 
 
@@ -176,15 +179,16 @@ def neg(x: Tensor) -> Any:
 @_replaces(aten.div.Tensor_mode, aten.div.Scalar_mode)
 def divide(a: Any, b: Any, *, rounding_mode: str | None = None) -> Any:
     """torch-mlir divides integers with rounding down as f64, and crashes on a number with bytes."""
-    dtype = torch.result_type(a, b)
-    if dtype not in (torch.int64, torch.int32, torch.int16, torch.int8) or rounding_mode is None:
+    if (
+        isinstance(b, Tensor)
+        or not isinstance(b, int)
+        or rounding_mode is None
+        or a.dtype in (torch.bool, torch.uint8)
+    ):
         return NotImplemented
-    tensors = [v for v in (a, b) if isinstance(v, Tensor)]
-    like = tensors[0]
-    if rounding_mode == "trunc" and len(tensors) == 2 and _is_alike(a, b):
+    if a.is_floating_point() or a.is_complex():
         return NotImplemented
-    a, b = (v if isinstance(v, Tensor) else _constant(v, like, dtype) for v in (a, b))
-    a, b = _promoted(a, b)
+    b = _constant(b, a)
     whole = aten.div.Tensor_mode(a, b, rounding_mode="trunc")
     if rounding_mode == "trunc":
         return whole

@@ -226,6 +226,16 @@ def _rounds(node: fx.Node) -> bool:
     return node.kwargs.get("rounding_mode") is not None and any(v.is_floating_point() for v in operands(node))
 
 
+def _may_divide_by_zero(node: fx.Node) -> bool:
+    """A number is all right as divisor of integers, unless it is 0, or -1, which overflows."""
+    if node.target in (aten.div.Tensor, aten.div.Scalar) or not _integer(node):
+        return False
+    divisor = node.args[1]
+    if isinstance(divisor, fx.Node):
+        divisor = divisor.args[1] if divisor.target == aten.full.default else 0
+    return divisor in (0, -1)
+
+
 def _risky_power(node: fx.Node) -> bool:
     """A number to the power of a tensor is right for positive numbers, a tensor to that of a number always."""
     base, exponent = node.args[:2]
@@ -241,6 +251,11 @@ _DEFECTS: list[tuple[str, Callable[[fx.Node], bool], str]] = [
     ("atan2", _always, "IREE's approximation is NaN where both arguments are 0 or infinite"),
     ("fmod", _always, "torch-mlir computes x - trunc(x / y) * y, which is inexact, and NaN for infinite y"),
     ("remainder", _double, "IREE calls fmod of a C library that it is not linked with"),
+    (
+        "div remainder",
+        _may_divide_by_zero,
+        "torch raises where an integer is divided by 0; compiled code would crash",
+    ),
     ("div", _rounds, "torch-mlir rounds the quotient, torch the exact one: 1.0 // 0.1 differs"),
     ("pow", _risky_power, "IREE computes exp(y * log(x)), which is NaN for zero and negative x"),
     ("addmm baddbmm", _integer, "torch-mlir adds no integers to a product"),
