@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -175,7 +177,8 @@ class GraphImporter:
         self._modules.append(module)
         for node in module.graph.find_nodes(op="get_attr"):
             self._hooks.names[id(getattr(module, node.target))] = node.target
-        function = self._fx.import_stateless_graph(module.graph, func_name=name)
+        with _root_logger_kept():
+            function = self._fx.import_stateless_graph(module.graph, func_name=name)
         with self.context:
             function.attributes["spikingbrain.donated"] = ir.ArrayAttr.get([])
             function.attributes["spikingbrain.weight_arguments"] = ir.UnitAttr.get()
@@ -183,6 +186,20 @@ class GraphImporter:
     @property
     def module(self) -> ir.Module:
         return self._fx.module
+
+
+@contextlib.contextmanager
+def _root_logger_kept() -> Iterator[None]:
+    """Keeps upstream's ``logging.debug`` from giving the root logger a handler, which would defeat the user's own set-up.
+
+    Can go when torch_mlir.extras.fx_importer logs through a logger of its own.
+    """
+    root, stand_in = logging.getLogger(), logging.NullHandler()
+    root.addHandler(stand_in)
+    try:
+        yield
+    finally:
+        root.removeHandler(stand_in)
 
 
 def _name_outputs(program: torch.export.ExportedProgram) -> None:
@@ -209,7 +226,8 @@ class Importer:
         """Imports ``program`` as the public function ``name``."""
         self._programs.append(program)
         _name_outputs(program)
-        self._fx.import_program(program, func_name=name)
+        with _root_logger_kept():
+            self._fx.import_program(program, func_name=name)
 
     @property
     def module(self) -> ir.Module:

@@ -9,17 +9,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import fx
 from torch._functorch import config as functorch_config
-from torch._functorch.aot_autograd import SerializableAOTDispatchCompiler
+from torch._functorch._aot_autograd.autograd_cache import BypassAOTAutogradCache
+from torch._functorch._aot_autograd.schemas import SerializableAOTDispatchCompiler
 from torch._inductor.output_code import OutputCode
 
 from spikingbrain.backend import resolve_target
-from spikingbrain.build import source_hash, versions
+from spikingbrain.build import code_parts
 from spikingbrain.frontend.dynamo import report
 from spikingbrain.frontend.dynamo.options import CompileOptions
 from spikingbrain.frontend.dynamo.program import GraphProgram
@@ -28,7 +30,7 @@ Compile = Callable[[fx.GraphModule], tuple[GraphProgram, report.GraphReport]]
 
 
 @dataclass
-class CachedGraph(OutputCode):  # type: ignore[misc]
+class CachedGraph(OutputCode):
     """One compiled graph as torch's cache holds it."""
 
     program: GraphProgram
@@ -47,7 +49,18 @@ class CachedGraph(OutputCode):  # type: ignore[misc]
             report.publish(self.report)
 
     def prepare_for_serialization(self) -> None:
-        """Nothing to do: ``__getstate__`` leaves out what belongs to this process."""
+        """Leaves a graph out of the cache, without torch's warning, if it is not fit to be kept.
+
+        A part may run in eager because the compiler failed: the next process may have more luck, or a kept error. Or
+        an op holds a function, which has no form outside this process.
+        """
+        for region in self.report.regions:
+            if region.failed or region.reason.startswith("the compile"):
+                raise BypassAOTAutogradCache(f"{self.report.name}: {region.reason}")
+        try:
+            pickle.dumps((self.program.names, self.program.constants))
+        except Exception as error:
+            raise BypassAOTAutogradCache(f"{self.report.name} cannot be stored: {error}") from error
 
     def set_triton_bundle(self, triton_bundle: Any) -> None:
         """Nothing to do: there are no Triton kernels."""
@@ -73,7 +86,8 @@ def enabled(module: fx.GraphModule, options: CompileOptions) -> Iterator[None]:
     Forward and backward are stored together, so the backward is compiled at once and not at its first call.
     """
     module._spikingbrain_key = _key(options)
-    settings = {"enable_autograd_cache": options.cache and functorch_config.enable_autograd_cache}
+    wanted = options.cache and not options.dump  # a stored graph would leave nothing in the folder
+    settings = {"enable_autograd_cache": wanted and functorch_config.enable_autograd_cache}
     if settings["enable_autograd_cache"]:
         settings |= {"bundled_autograd_cache": True, "force_non_lazy_backward_lowering": True}
     with functorch_config.patch(settings):
@@ -83,11 +97,5 @@ def enabled(module: fx.GraphModule, options: CompileOptions) -> Iterator[None]:
 def _key(options: CompileOptions) -> str:
     """Returns what decides about generated code besides the graph. It becomes part of the pickled graph module."""
     backend, status = resolve_target(options.target)
-    parts = [
-        asdict(options),
-        options.thread_count,
-        versions(),
-        source_hash(),
-        backend.cache_key(status.target, backend.options(threads=options.thread_count)),
-    ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    parts = code_parts(backend, status.target, backend.options(threads=options.thread_count))
+    return hashlib.sha256(json.dumps([asdict(options), options.thread_count, parts]).encode()).hexdigest()

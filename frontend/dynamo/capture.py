@@ -13,8 +13,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext, tracing
 
-from spikingbrain.frontend.dynamo import backend, decompositions, rewrites
-from spikingbrain.frontend.dynamo.ops import Kind, Verdict, classify
+from spikingbrain.frontend.dynamo import decompositions, plan
+from spikingbrain.frontend.dynamo.ops import Verdict
 from spikingbrain.frontend.dynamo.options import CompileOptions
 from spikingbrain.frontend.dynamo.partition import Region
 
@@ -83,19 +83,12 @@ def recorder(found: list[Captured]) -> Callable[..., Any]:
     return backend_function
 
 
-def plan(captured: Captured, options: CompileOptions, name: str) -> Planned:
+def plan_again(captured: Captured, options: CompileOptions, name: str) -> Planned:
     """Cuts a captured graph as the backend does, and runs it in torch."""
     graph = captured.module.graph
     with tracing(captured.context):
-        inference = captured.kind == "inference" and options.level > 1
-        frozen = backend._frozen_inputs(graph) if inference else set()
-    rewrites.gather_results(graph)
-    rewrites.lift_sizes(graph)
-    rewrites.drop_noop_copies(graph)
-    raised = rewrites.raise_linears(graph, frozen)
-    verdicts = {n: classify(n, options.library) for n in graph.nodes if n.op == "call_function"}
-    verdicts.update(dict.fromkeys(raised, Verdict(Kind.COMPILED)))
-    steps, _, _ = backend._compile(graph, verdicts, frozen, options, name)
+        planned = plan.plan(graph, captured.kind, options)
+    steps = plan.carry_out(planned, options, name).steps
     captured.module.recompile()
     keeper = _Keeper(captured.module)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -103,7 +96,7 @@ def plan(captured: Captured, options: CompileOptions, name: str) -> Planned:
             torch.set_rng_state(captured.random)
         outputs = keeper.run(*[_plain(a) for a in captured.inputs])
     regions = [step for step in steps if isinstance(step, Region)]
-    return Planned(graph, verdicts, frozen, regions, keeper.values, list(outputs))
+    return Planned(graph, planned.verdicts, planned.frozen, regions, keeper.values, list(outputs))
 
 
 class _Keeper(fx.Interpreter):  # type: ignore[misc]

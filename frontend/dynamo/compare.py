@@ -22,7 +22,7 @@ from torch_mlir import ir
 from spikingbrain.backend import SharedMemory, StageContext, resolve_target
 from spikingbrain.frontend.checks import user_line
 from spikingbrain.frontend.dynamo import once
-from spikingbrain.frontend.dynamo.capture import Captured, Planned, plan, recorder
+from spikingbrain.frontend.dynamo.capture import Captured, Planned, plan_again, recorder
 from spikingbrain.frontend.dynamo.ops import Kind, packet_name
 from spikingbrain.frontend.dynamo.options import CompileOptions, parse
 from spikingbrain.frontend.dynamo.partition import Region
@@ -178,7 +178,7 @@ def _unlike(actual: once.Run, expected: once.Run) -> str:
 def _in_graph(
     captured: Captured, options: CompileOptions, name: str, progress: Callable[[str], None]
 ) -> Finding | None:
-    planned = plan(captured, options, name)
+    planned = plan_again(captured, options, name)
     tensors = [t for t in captured.outputs if isinstance(t, torch.Tensor)]
     scale = magnitude(*tensors) if captured.kind == "backward" else 0.0
     for i, (actual, expected) in enumerate(zip(planned.outputs, captured.outputs, strict=True)):

@@ -9,7 +9,7 @@ import functools
 import operator
 import re
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,9 @@ from torch import fx
 from torch.fx.graph import _BoxedCodeGen, _custom_builtins
 
 from spikingbrain.frontend.dynamo.call import RegionCall, region_function
-from spikingbrain.frontend.dynamo.lowering import CodeUnit, Compiled
-from spikingbrain.frontend.dynamo.partition import Region, Step
-from spikingbrain.frontend.dynamo.region import RegionGraph
+from spikingbrain.frontend.dynamo.lowering import CodeUnit
+from spikingbrain.frontend.dynamo.partition import Region
+from spikingbrain.frontend.dynamo.plan import Compilation
 
 
 @dataclass
@@ -63,12 +63,7 @@ def _alias(op: str) -> str:
     return "op_" + op.replace(".", "_")
 
 
-def assemble(
-    module: fx.GraphModule,
-    steps: Sequence[Step],
-    regions: Mapping[int, RegionGraph],
-    code: Mapping[str, Compiled],
-) -> GraphProgram:
+def assemble(module: fx.GraphModule, done: Compilation) -> GraphProgram:
     """Writes the steps as straight-line Python, by FX's own code generator, which also frees values early."""
     graph = fx.Graph()
     made: dict[fx.Node, fx.Node] = {}
@@ -83,12 +78,12 @@ def assemble(
     for node in module.graph.nodes:
         if node.op in ("placeholder", "get_attr"):
             made[node] = graph.node_copy(node)
-    for step in steps:
+    for step in done.steps:
         if not isinstance(step, Region):
             made[step] = graph.node_copy(step, value)
             continue
-        region = regions[id(step)]
-        compiled = code[region.key]
+        region = done.regions[id(step)]
+        compiled = done.code[region.key]
         units.setdefault(id(compiled.unit), compiled.unit)
         name = f"region_{len(calls)}"
         calls[f"spikingbrain_{name}"] = RegionCall.of(region, compiled, list(units).index(id(compiled.unit)))

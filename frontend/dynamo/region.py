@@ -115,13 +115,13 @@ def build(region: Region, verdicts: Mapping[fx.Node, Verdict], frozen: set[fx.No
     out_orders: list[tuple[int, ...] | None] = []
     for node in outputs:
         value = node.meta["val"]
-        order = memory_order(value)
+        in_memory = memory_order(value)
         result = copies[node]
-        if order:
-            result = graph.call_function(aten.permute.default, (result, list(order)))
-            result.meta = {"val": value.permute(order), "stack_trace": node.meta.get("stack_trace")}
+        if in_memory:
+            result = graph.call_function(aten.permute.default, (result, list(in_memory)))
+            result.meta = {"val": value.permute(in_memory), "stack_trace": node.meta.get("stack_trace")}
         results.append(result)
-        out_orders.append(order)
+        out_orders.append(in_memory)
     graph.output(tuple(results))
     module = fx.GraphModule(attributes, graph, class_name="Region")
     made_region = RegionGraph(module.graph, module, inputs, list(packed), outputs, orders, out_orders)

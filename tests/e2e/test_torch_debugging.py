@@ -65,7 +65,6 @@ def test_torch_logs(setting: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="AOTAutograd marks what it returns as taking a list, which it does not")
 def test_the_minifier(tmp_path: Path) -> None:
     (tmp_path / "fault.py").write_text(FAULT)
     done = run(MODEL, tmp_path, TORCHDYNAMO_REPRO_AFTER="dynamo", TORCHDYNAMO_REPRO_LEVEL="4")
