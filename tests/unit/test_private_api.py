@@ -67,3 +67,52 @@ def test_export_of_torch() -> None:
     for op in ("linear", "scaled_dot_product_attention", "_assert_tensor_metadata"):
         assert hasattr(torch.ops.aten, op)
     assert "strict" in inspect.signature(torch.export.export).parameters
+
+
+def test_autograd_cache_of_torch() -> None:
+    """frontend/dynamo/aot_cache.py stores graphs in it, under a key that holds an attribute of the graph module."""
+    import torch
+    from torch import fx
+    from torch._functorch import config
+    from torch._functorch._aot_autograd import autograd_cache, schemas
+    from torch._inductor.output_code import OutputCode
+
+    for setting in ("enable_autograd_cache", "bundled_autograd_cache", "force_non_lazy_backward_lowering"):
+        assert isinstance(getattr(config, setting), bool)
+    compiler = inspect.signature(schemas.SerializableAOTDispatchCompiler)
+    assert list(compiler.parameters) == ["output_code_ty", "compiler_fn"]
+    methods = {
+        "post_compile": ["self", "example_inputs", "constants", "graph_kwargs"],
+        "prepare_for_serialization": ["self"],
+        "set_triton_bundle": ["self", "triton_bundle"],
+    }
+    for name, parameters in methods.items():
+        assert list(inspect.signature(getattr(OutputCode, name)).parameters) == parameters
+    assert "pre_save" in inspect.getsource(autograd_cache.AOTAutogradCache.save)
+    assert issubclass(autograd_cache.BypassAOTAutogradCache, Exception)
+
+    def key(word: str) -> str:
+        module = fx.GraphModule(torch.nn.Module(), fx.symbolic_trace(lambda x: x + 1).graph)
+        module._spikingbrain_key = word  # type: ignore[assignment]
+        return str(autograd_cache.AOTAutogradCachePickler(module).get_hash(module))
+
+    assert key("a") == key("a") != key("b")
+
+
+def test_dynamo_of_torch() -> None:
+    """frontend/dynamo takes AOTAutograd, its partitioner, its list of parameters and FX's code generator."""
+    import torch
+    from torch._C import _from_dlpack, _to_dlpack
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch._aot_autograd.schemas import ViewAndMutationMeta
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._guards import TracingContext
+    from torch.fx.graph import _BoxedCodeGen, _custom_builtins
+
+    assert callable(aot_autograd) and callable(min_cut_rematerialization_partition)
+    assert "static_input_indices" in ViewAndMutationMeta.__dataclass_fields__
+    assert TracingContext.try_get() is None
+    assert issubclass(_BoxedCodeGen, torch.fx.graph.CodeGen)
+    assert all(hasattr(builtin, "obj") for builtin in _custom_builtins.values())
+    tensor = torch.arange(3)
+    assert torch.equal(_from_dlpack(_to_dlpack(tensor)), tensor)
