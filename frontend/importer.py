@@ -170,15 +170,17 @@ class GraphImporter:
         self.context = new_context()
         self._hooks = _RegionWeights()
         self._modules: list[torch.fx.GraphModule] = []  # upstream names things by id(): keep them alive
-        self._fx = FxImporter(context=self.context, hooks=self._hooks, graph_node_importer_cls=NodeImporter)
+        with _root_logger_kept():
+            self._fx = FxImporter(
+                context=self.context, hooks=self._hooks, graph_node_importer_cls=NodeImporter
+            )
 
     def add_graph(self, module: torch.fx.GraphModule, name: str) -> None:
         """Imports a graph as the public function ``name``; tensors among the module's attributes are its weights."""
         self._modules.append(module)
         for node in module.graph.find_nodes(op="get_attr"):
             self._hooks.names[id(getattr(module, node.target))] = node.target
-        with _root_logger_kept():
-            function = self._fx.import_stateless_graph(module.graph, func_name=name)
+        function = self._fx.import_stateless_graph(module.graph, func_name=name)
         with self.context:
             function.attributes["spikingbrain.donated"] = ir.ArrayAttr.get([])
             function.attributes["spikingbrain.weight_arguments"] = ir.UnitAttr.get()
@@ -218,16 +220,16 @@ class Importer:
         self._programs: list[
             torch.export.ExportedProgram
         ] = []  # upstream names subgraphs by id(): keep them alive
-        self._fx = FxImporter(
-            context=self.context, hooks=_Parameters(name_of), graph_node_importer_cls=NodeImporter
-        )
+        with _root_logger_kept():
+            self._fx = FxImporter(
+                context=self.context, hooks=_Parameters(name_of), graph_node_importer_cls=NodeImporter
+            )
 
     def add(self, program: torch.export.ExportedProgram, name: str) -> None:
         """Imports ``program`` as the public function ``name``."""
         self._programs.append(program)
         _name_outputs(program)
-        with _root_logger_kept():
-            self._fx.import_program(program, func_name=name)
+        self._fx.import_program(program, func_name=name)
 
     @property
     def module(self) -> ir.Module:

@@ -54,6 +54,12 @@ def gelu(x: Tensor, approximate: str = "none") -> Any:
     return decomposition_table[aten.gelu.default](x, approximate=approximate)
 
 
+@_replaces(aten.elu.default)
+def elu(x: Tensor, *args: Any) -> Any:
+    """torch-mlir computes exp(x) - 1, in the type of x: inaccurate near 0."""
+    return decomposition_table[aten.elu.default](x, *args)
+
+
 @_replaces(aten.maximum.default)
 def maximum(a: Tensor, b: Tensor) -> Any:
     """torch-mlir forgets NaN in the first operand, and the sign of uint8."""
@@ -144,6 +150,7 @@ def _sine(x: Tensor, shift: float) -> Any:
     if x.dtype is torch.float64 or _reduced[0]:
         return NotImplemented
     dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
+    x = x if x.is_floating_point() else aten._to_copy.default(x, dtype=dtype)
     wide = aten._to_copy.default(x, dtype=torch.float64)
     turns = aten.round.default(aten.add.Tensor(aten.mul.Tensor(wide, 1 / math.pi), shift))
     angle = aten.sub.Tensor(wide, aten.mul.Tensor(aten.sub.Tensor(turns, shift), math.pi))

@@ -111,7 +111,8 @@ def fuse_constant_scatters(graph: fx.Graph) -> int:
 def _pad(graph: fx.Graph, node: fx.Node, fill: float) -> fx.Node | None:
     source = node.args[1]
     defaults: tuple[Any, ...] = (0, None, None, 1)
-    dim, start, _, step = (*node.args[2:], *defaults[len(node.args) - 2 :])
+    given: tuple[Any, ...] = tuple(node.args[2:])
+    dim, start, _, step = given + defaults[len(given) :]
     whole, part = node.meta["val"], source.meta["val"]
     dim %= whole.dim()
     size, count = whole.shape[dim], part.shape[dim]
