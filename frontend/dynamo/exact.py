@@ -157,10 +157,12 @@ def _sine(x: Tensor, shift: float) -> Any:
     near = aten.lt.Scalar(aten.abs.default(wide), 2.0**40)
     angle = aten.where.self(near, angle, aten.mul.Tensor(wide, 0.0))
     odd = aten.sub.Tensor(turns, aten.mul.Tensor(aten.floor.default(aten.mul.Tensor(turns, 0.5)), 2.0))
-    sign = aten._to_copy.default(aten.add.Tensor(aten.mul.Tensor(odd, -2.0), 1.0), dtype=torch.float32)
+    sign = aten.add.Tensor(aten.mul.Tensor(odd, -2.0), 1.0)
+    sign = aten.where.self(aten.lt.Scalar(angle, 0.0), aten.mul.Tensor(sign, -1.0), sign)
+    sign = aten._to_copy.default(sign, dtype=torch.float32)
     _reduced[0] = True
-    try:
-        found = aten.sin.default(aten._to_copy.default(angle, dtype=torch.float32))
+    try:  # of a small negative number IREE takes the cosine of nearly a quarter turn
+        found = aten.sin.default(aten._to_copy.default(aten.abs.default(angle), dtype=torch.float32))
     finally:
         _reduced[0] = False
     found = aten.mul.Tensor(found, sign)
