@@ -46,6 +46,7 @@ COMPILER = tuple(  # packages whose sources shape code
     )
 )
 LIMIT_MB = 2000  # of the compile cache
+TIMEOUT = 900  # seconds of one compile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -376,6 +377,7 @@ def _count_use(mark: str) -> None:
 def _run_worker(
     module: str, target: str, options: Mapping[str, Any], progress: Progress, dump: Path | None
 ) -> _Entry:
+    limit = _number("SPIKINGBRAIN_COMPILE_TIMEOUT", TIMEOUT)
     workdir = Path(tempfile.mkdtemp(prefix="spikingbrain-"))
     (workdir / "module.mlir").write_text(module)
     if dump:
@@ -388,7 +390,12 @@ def _run_worker(
     }
     (workdir / "job.json").write_text(json.dumps(job))
     try:
-        returncode = workers.run(workdir, progress)
+        returncode = workers.run(workdir, progress, limit)
+    except workers.TooLong:
+        raise errors.PassFailed(
+            f"the compile process took longer than {limit:g} s and was stopped",
+            hint=f"SPIKINGBRAIN_COMPILE_TIMEOUT=SECONDS waits longer; python -m spikingbrain.worker {workdir} reproduces it",
+        ) from None
     except BaseException:
         shutil.rmtree(workdir, ignore_errors=True)
         raise

@@ -23,6 +23,10 @@ JOBS_EACH = 200  # then a process is replaced, whatever native code may have lea
 COMMAND = (sys.executable, "-m", "spikingbrain.worker", "--serve")
 
 
+class TooLong(Exception):
+    """Raised when a job was not done in time."""
+
+
 class Worker:
     """One process that serves."""
 
@@ -43,13 +47,29 @@ class Worker:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def run(self, workdir: Path, progress: Callable[[str], None]) -> tuple[int, bool]:
+    def run(
+        self, workdir: Path, progress: Callable[[str], None], limit: float | None = None
+    ) -> tuple[int, bool]:
         """Returns the job's return code, minus the signal if one ended the process, and whether the job was begun."""
+        late = threading.Event()
+
+        def give_up() -> None:
+            late.set()
+            self._kill()
+
+        timer = threading.Timer(limit or threading.TIMEOUT_MAX, give_up)
+        timer.daemon = True
+        timer.start()
         try:
-            return self._run(workdir, progress)
+            code, begun = self._run(workdir, progress)
         except BaseException:
             self.stop()
             raise
+        finally:
+            timer.cancel()
+        if code and late.is_set():
+            raise TooLong
+        return code, begun
 
     def _run(self, workdir: Path, progress: Callable[[str], None]) -> tuple[int, bool]:
         stdin, stdout = self._pipes()
@@ -72,10 +92,13 @@ class Worker:
 
     def stop(self) -> None:
         """Kills the process, if it lives, and what it started."""
+        self._kill()
+        self._process.wait()
+        self._close()
+
+    def _kill(self) -> None:
         if self.alive:
             os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-        self._close()
 
     def disown(self) -> None:
         """Forgets the process, in a forked child: a child that held its input would keep it alive."""
@@ -104,17 +127,17 @@ class Pool:
         self._idle: list[Worker] = []
         self._busy: set[Worker] = set()
 
-    def run(self, workdir: Path, progress: Callable[[str], None]) -> int:
+    def run(self, workdir: Path, progress: Callable[[str], None], limit: float | None = None) -> int:
         """Does the job in ``workdir`` and returns its return code, as ``subprocess`` does: 0, 1, or minus a signal.
 
         What the process says on standard error is in ``stderr.txt``. An exception in this thread (Ctrl-C, or one of
-        ``progress``) kills the process and goes on.
+        ``progress``) kills the process and goes on. So does TooLong, after ``limit`` seconds.
         """
         with self._places:
             while True:
                 worker, kept = self._take()
                 try:
-                    code, begun = worker.run(workdir, progress)
+                    code, begun = worker.run(workdir, progress, limit)
                 finally:
                     self._give_back(worker)
                 if begun or not kept:

@@ -43,15 +43,19 @@ def module(name: str = "f", file: str = "model.py", line: int = 3) -> str:
 
 
 class Player:
-    """Plays the compile process: returns code, describes ``error``, or dies with code ``death``."""
+    """Plays the compile process: returns code, describes ``error``, dies with code ``death``, or ``hangs``."""
 
     def __init__(self) -> None:
         self.jobs: list[Path] = []
         self.error: dict[str, Any] | None = None
         self.death = 0
+        self.hangs = False
 
-    def __call__(self, workdir: Path, progress: Callable[[str], None]) -> int:
+    def __call__(self, workdir: Path, progress: Callable[[str], None], limit: float) -> int:
         self.jobs.append(workdir)
+        self.limit = limit
+        if self.hangs:
+            raise workers.TooLong
         (workdir / "stderr.txt").write_text("the last words")
         if self.death:
             return self.death
@@ -319,6 +323,21 @@ def test_a_death_is_not_kept(player: Player, folder: Path, death: int) -> None:
     assert failed().why == "the last words"
     player.death = 0
     assert not compiled().cached and len(entries(folder)) == 1
+
+
+def test_a_compile_that_takes_too_long_is_not_kept(
+    player: Player, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    player.hangs = True
+    error = failed()
+    assert type(error) is errors.PassFailed and "took longer than 900 s" in error.what
+    assert f"spikingbrain.worker {player.jobs[0]} reproduces it" in error.hint
+    assert (player.jobs[0] / "module.mlir").is_file() and not folder.exists()
+    monkeypatch.setenv("SPIKINGBRAIN_COMPILE_TIMEOUT", "2.5")
+    assert "took longer than 2.5 s" in failed().what and player.limit == 2.5
+    monkeypatch.setenv("SPIKINGBRAIN_COMPILE_TIMEOUT", "soon")
+    with pytest.raises(errors.OptionError, match="SPIKINGBRAIN_COMPILE_TIMEOUT is 'soon'"):
+        compiled()
 
 
 # How much is kept

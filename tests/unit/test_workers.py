@@ -281,3 +281,19 @@ def test_a_worker_that_rests_for_long_ends() -> None:
     code = "from spikingbrain import worker; worker.REST = 0; worker.serve()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as process:
         assert process.wait(10) == 0
+
+
+@pytest.mark.parametrize("do", ["sleep", "hang", "spin"])
+def test_a_job_that_hangs_is_stopped_with_its_tools(do: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiles("")  # a process is up
+    monkeypatch.setenv("SPIKINGBRAIN_COMPILE_TIMEOUT", "1")
+    start = time.monotonic()
+    with pytest.raises(errors.PassFailed, match="took longer than 1 s") as raised:
+        compiles(do)
+    assert time.monotonic() - start < 30
+    workdir = Path(raised.value.hint.partition("spikingbrain.worker ")[2].split()[0])
+    if (child := workdir / "child").exists():
+        assert soon(lambda: gone(int(child.read_text())))
+    shutil.rmtree(workdir)
+    monkeypatch.delenv("SPIKINGBRAIN_COMPILE_TIMEOUT")
+    assert compiles("").members == {"code": b"odd"}
