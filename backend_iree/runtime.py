@@ -93,6 +93,11 @@ class IreeExecutable:
         self._lock = threading.Lock()
         _live.add(self)
 
+    @property
+    def device(self) -> Any:
+        """Returns the device that buffers belong to; executables of one driver and thread count share it."""
+        return self._device
+
     def call(self, entry: str, arguments: Sequence[Any]) -> list[Any]:
         return self.function(entry)(arguments)
 

@@ -69,6 +69,11 @@ class Executable(Protocol):
 class SharedMemory(Executable, Protocol):
     """Code that runs on the host's memory: tensors cross by DLPack, without copies."""
 
+    @property
+    def device(self) -> Any:
+        """Returns the device that buffers belong to; executables that share it may share buffers."""
+        ...
+
     def function(self, entry: str) -> Callable[[Sequence[Buffer]], list[Buffer]]:
         """Returns an entry point as a function, for callers that call it often."""
         ...

@@ -10,6 +10,7 @@ from torch._guards import TracingContext
 
 from spikingbrain.errors import CompileError
 from spikingbrain.frontend.dynamo import rewrites
+from spikingbrain.frontend.dynamo.constant_scatters import fuse_constant_scatters
 from spikingbrain.frontend.dynamo.lowering import Compiled, compile_regions, culprit
 from spikingbrain.frontend.dynamo.ops import Kind, Verdict, classify, packet_name
 from spikingbrain.frontend.dynamo.options import CompileOptions
@@ -46,7 +47,7 @@ def plan(graph: fx.Graph, kind: str, options: CompileOptions) -> Plan:
     rewrites.gather_results(graph)
     rewrites.lift_sizes(graph)
     rewrites.drop_noop_copies(graph)
-    rewrites.fuse_constant_scatters(graph)
+    fuse_constant_scatters(graph)
     raised = rewrites.raise_linears(graph, frozen)
     verdicts = {n: classify(n, options.library) for n in graph.nodes if n.op == "call_function"}
     verdicts.update(dict.fromkeys(raised, Verdict(Kind.COMPILED)))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from spikingbrain.backend import Buffer, Executable
+from spikingbrain.backend import Buffer, SharedMemory
 from spikingbrain.frontend.weights import as_numpy
 from spikingbrain.passes import recipes
 
@@ -39,7 +39,7 @@ def stamp(tensor: torch.Tensor) -> tuple[int, int]:
 class FrozenWeights:
     """The packed weights of one region, as buffers to append to its arguments."""
 
-    def __init__(self, executable: Executable, stored: Sequence[Mapping[str, Any]]):
+    def __init__(self, executable: SharedMemory, stored: Sequence[Mapping[str, Any]]):
         self._executable, self._stored = executable, stored
         self._held: tuple[torch.Tensor, ...] = ()
         self._stamps: list[tuple[int, int]] = []
@@ -62,7 +62,7 @@ class FrozenWeights:
 
     def _pack(self, entry: Mapping[str, Any], tensors: tuple[torch.Tensor, ...]) -> Buffer:
         sources = [tensors[int(name[1:])] for name in entry["sources"]]
-        key = (id(type(self._executable)), tuple(map(id, sources)), tuple(entry["recipe"]))
+        key = (id(self._executable.device), tuple(map(id, sources)), tuple(entry["recipe"]))
         stamps = [stamp(t) for t in sources]
         with _lock:
             found = _packed.get(key)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from spikingbrain.frontend.dynamo import rewrites
+from spikingbrain.frontend.dynamo.constant_scatters import fuse_constant_scatters
 
 aten = torch.ops.aten
 
@@ -32,7 +33,7 @@ def test_a_slice_of_a_constant_is_padding(dim: int, start: int | None, end: int)
 
     x = torch.randn(aten.slice.Tensor(torch.empty(5, 7), dim, start, end).shape)
     module = traced(scatter, x)
-    assert rewrites.fuse_constant_scatters(module.graph) == 1
+    assert fuse_constant_scatters(module.graph) == 1
     module.recompile()
     assert torch.equal(module(x), scatter(x))
     assert aten.slice_scatter.default not in targets(module)
@@ -42,7 +43,7 @@ def test_a_slice_with_steps_stays() -> None:
     def scatter(x: Tensor) -> Tensor:
         return aten.slice_scatter.default(aten.full.default([6], 0.0), x, 0, 0, 6, 2)
 
-    assert rewrites.fuse_constant_scatters(traced(scatter, torch.randn(3)).graph) == 0
+    assert fuse_constant_scatters(traced(scatter, torch.randn(3)).graph) == 0
 
 
 @pytest.mark.parametrize("dim", [0, 1, -1])
@@ -56,7 +57,7 @@ def test_one_element_of_each_row_is_a_comparison(dim: int, from_tensor: bool) ->
         return aten.full.default([4, 6], 0.0).scatter(dim, i, s if from_tensor else -1.0)
 
     module = traced(scatter, index, source)
-    assert rewrites.fuse_constant_scatters(module.graph) == 1
+    assert fuse_constant_scatters(module.graph) == 1
     module.recompile()
     assert torch.equal(module(index, source), scatter(index, source))
 
@@ -64,7 +65,7 @@ def test_one_element_of_each_row_is_a_comparison(dim: int, from_tensor: bool) ->
 def test_several_elements_of_a_row_stay() -> None:
     index = torch.randint(0, 6, (4, 2))
     module = traced(lambda i: aten.full.default([4, 6], 0.0).scatter(1, i, 1.0), index)
-    assert rewrites.fuse_constant_scatters(module.graph) == 0
+    assert fuse_constant_scatters(module.graph) == 0
 
 
 def test_products_with_frozen_weights_become_linear() -> None:
