@@ -2,6 +2,7 @@
 
 import torch
 
+OPTIONS = {}
 TRAINING = False
 
 

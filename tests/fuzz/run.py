@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault(
     "TORCHINDUCTOR_COMPILE_THREADS", "1"
@@ -45,15 +46,16 @@ def prepare(options: argparse.Namespace) -> compare.Compiler:
 
 def main() -> None:
     options = _options()
-    compiler = prepare(options)
+    prepare(options)
 
     def one(task: int | Path) -> tuple[Outcome, bool]:
         """Returns the worst outcome, and whether it is that of training."""
         torch.set_num_threads(1)
         try:
-            function, inputs, modes = _subject(task, options.nodes)
+            function, inputs, modes, own = _subject(task, options.nodes)
         except generate.Invalid as reason:
             return Outcome("invalid", str(reason)), False
+        compiler = compare.compiler(options.backend, options.options or own)
         outcomes = []
         for training in modes:
             torch._dynamo.reset()
@@ -91,7 +93,12 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, help="folder for failing models")
-    parser.add_argument("--files", type=Path, nargs="+", help="runs these saved models and no random ones")
+    parser.add_argument(
+        "--files",
+        type=Path,
+        nargs="+",
+        help="runs these saved models, with their options, and no random ones",
+    )
     parser.add_argument("--verbose", action="store_true", help="a line for models that pass, too")
     return parser.parse_args()
 
@@ -123,12 +130,12 @@ def _nodes(text: str) -> tuple[int, int]:
 
 def _subject(
     task: int | Path, limits: tuple[int, int]
-) -> tuple[compare.Function, list[torch.Tensor], tuple[bool, ...]]:
+) -> tuple[compare.Function, list[torch.Tensor], tuple[bool, ...], dict[str, Any]]:
     if isinstance(task, Path):
         module = script.load(task)
-        return module.model, module.inputs(), (module.TRAINING,)
+        return module.model, module.inputs(), (module.TRAINING,), module.OPTIONS
     model = generate.make(task, limits)
-    return model.graph, model.inputs, MODES
+    return model.graph, model.inputs, MODES, {}
 
 
 def _until(tasks: Iterator[int | Path], end: float) -> Iterator[int | Path]:

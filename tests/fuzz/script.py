@@ -103,7 +103,7 @@ def text(
 
 
 def load(path: Path) -> ModuleType:
-    """Returns the module; it has ``model``, ``inputs()`` and ``TRAINING``."""
+    """Returns the module; it has ``model``, ``inputs()``, ``OPTIONS`` and ``TRAINING``."""
     spec = importlib.util.spec_from_file_location(f"saved_{path.stem}", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
