@@ -292,6 +292,39 @@ def _over_all(op: Any, x: Tensor, dim: Sequence[int], keepdim: bool) -> Any:
     return NotImplemented if len(dim) else op(x, list(range(x.dim())), keepdim)
 
 
+def _flattened(op: Any) -> Callable[..., Any]:
+    """IREE stops at a reduction of several axes of a product that broadcasts: makes neighbouring axes one."""
+
+    def function(x: Tensor, dim: Sequence[int] | None = None, keepdim: bool = False, **kwargs: Any) -> Any:
+        axes = _axes(dim, x.dim()) if dim else list(range(x.dim()))
+        first, count = (axes[0], len(axes)) if axes else (0, 0)
+        neighbours = axes == list(range(first, first + count))
+        if count < 2 or not neighbours or not all(isinstance(n, int) and n for n in x.shape):
+            return NotImplemented
+        joined = aten.reshape.default(x, [*x.shape[:first], -1, *x.shape[first + count :]])
+        found = op(joined, [first], False, **kwargs)
+        for axis in axes if keepdim else []:
+            found = aten.unsqueeze.default(found, axis)
+        return found
+
+    return function
+
+
+EXACT |= {op: _flattened(op) for op in (aten.sum.dim_IntList, aten.mean.dim)}
+
+
+@_replaces(aten.sum.default)
+def total(x: Tensor, *, dtype: torch.dtype | None = None) -> Any:
+    return (
+        aten.sum.dim_IntList(x, list(range(x.dim())), False, dtype=dtype) if x.dim() > 1 else NotImplemented
+    )
+
+
+@_replaces(aten.mean.default)
+def average(x: Tensor, *, dtype: torch.dtype | None = None) -> Any:
+    return aten.mean.dim(x, list(range(x.dim())), False, dtype=dtype) if x.dim() > 1 else NotImplemented
+
+
 @_replaces(aten.max.default)
 def largest(x: Tensor) -> Any:
     return aten.amax.default(x, list(range(x.dim())))
@@ -322,6 +355,8 @@ def _alike(op: Any) -> Callable[..., Any]:
     def function(a: Any, b: Any, **kwargs: Any) -> Any:
         if isinstance(a, Tensor) and isinstance(b, int) and a.dtype in (torch.int8, torch.uint8):
             b = _constant(b, a)  # torch-mlir crashes on a number with bytes
+        elif kwargs and isinstance(b, Tensor) and b.dtype in (torch.int8, torch.uint8):
+            b = aten.mul.Tensor(b, _constant(kwargs.pop("alpha"), b))
         elif _is_alike(a, b):
             return NotImplemented
         return op(*_promoted(a, b), **kwargs)

@@ -236,6 +236,15 @@ def _may_divide_by_zero(node: fx.Node) -> bool:
     return divisor in (0, -1)
 
 
+def _shifts_far(node: fx.Node) -> bool:
+    """Only a number as distance is known to be less than the bits there are."""
+    return isinstance(node.args[1], fx.Node) or not 0 <= node.args[1] < 8
+
+
+def _bytes(node: fx.Node) -> bool:
+    return any(v.dtype is torch.int8 for v in operands(node))
+
+
 def _risky_power(node: fx.Node) -> bool:
     """A number to the power of a tensor is right for positive numbers, a tensor to that of a number always."""
     base, exponent = node.args[:2]
@@ -258,6 +267,12 @@ _DEFECTS: list[tuple[str, Callable[[fx.Node], bool], str]] = [
     ),
     ("div", _rounds, "torch-mlir rounds the quotient, torch the exact one: 1.0 // 0.1 differs"),
     ("pow", _risky_power, "IREE computes exp(y * log(x)), which is NaN for zero and negative x"),
+    (
+        "bitwise_left_shift bitwise_right_shift",
+        _shifts_far,
+        "torch-mlir leaves shifts by all bits or more undefined",
+    ),
+    ("mm bmm", _bytes, "torch-mlir crashes on products of int8"),
     ("addmm baddbmm", _integer, "torch-mlir adds no integers to a product"),
     ("pow", _integer, "torch-mlir raises no integers to a power"),
     ("argmax argmin", _floating, "torch-mlir skips NaN"),
