@@ -105,11 +105,13 @@ def _dispatch(module: str, context: StageContext) -> str:
 
     from spikingbrain.backend_iree.devices import gather_slices, name_device
     from spikingbrain.backend_iree.dispatch import wrap_kernels
+    from spikingbrain.backend_iree.double_reads import separate_double_reads
     from spikingbrain.backend_iree.parameters import emit_globals, protect_arguments
     from spikingbrain.passes import dialect
 
     with dialect.load(), ir.Location.unknown():
         parsed = ir.Module.parse(module)
+        separate_double_reads(parsed)
         protect_arguments(parsed)
         wrap_kernels(parsed)
         emit_globals(parsed)
