@@ -241,6 +241,10 @@ def _shifts_far(node: fx.Node) -> bool:
     return isinstance(node.args[1], fx.Node) or not 0 <= node.args[1] < 8
 
 
+def _reduces(node: fx.Node) -> bool:
+    return "reduce" in node.target._overloadname
+
+
 def _bytes(node: fx.Node) -> bool:
     return any(v.dtype is torch.int8 for v in operands(node))
 
@@ -272,6 +276,7 @@ _DEFECTS: list[tuple[str, Callable[[fx.Node], bool], str]] = [
         _shifts_far,
         "torch-mlir leaves shifts by all bits or more undefined",
     ),
+    ("scatter", _reduces, "torch-mlir has no scatter that adds or multiplies"),
     ("mm bmm", _bytes, "torch-mlir crashes on products of int8"),
     ("addmm baddbmm", _integer, "torch-mlir adds no integers to a product"),
     ("pow", _integer, "torch-mlir raises no integers to a power"),
