@@ -267,7 +267,7 @@ _DEFECTS: list[tuple[str, Callable[[fx.Node], bool], str]] = [
     (
         "div remainder",
         _may_divide_by_zero,
-        "torch raises where an integer is divided by 0; compiled code would crash",
+        "torch raises where an integer is divided by 0, compiled code would crash",
     ),
     ("div", _rounds, "torch-mlir rounds the quotient, torch the exact one: 1.0 // 0.1 differs"),
     ("pow", _risky_power, "IREE computes exp(y * log(x)), which is NaN for zero and negative x"),
