@@ -54,6 +54,7 @@ _KEPT = {
     "pdist",
     "isin",
     "squeeze",
+    "logspace",
 }
 
 

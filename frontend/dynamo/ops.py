@@ -241,6 +241,14 @@ def _shifts_far(node: fx.Node) -> bool:
     return isinstance(node.args[1], fx.Node) or not 0 <= node.args[1] < 8
 
 
+def _transposes_by_channel(node: fx.Node) -> bool:
+    return (
+        bool(argument(node, "transposed"))
+        and argument(node, "groups") > 1
+        and node.args[1].meta["val"].shape[1] == 1
+    )
+
+
 def _reduces(node: fx.Node) -> bool:
     return "reduce" in node.target._overloadname
 
@@ -275,6 +283,11 @@ _DEFECTS: list[tuple[str, Callable[[fx.Node], bool], str]] = [
         "bitwise_left_shift bitwise_right_shift",
         _shifts_far,
         "torch-mlir leaves shifts by all bits or more undefined",
+    ),
+    (
+        "convolution",
+        _transposes_by_channel,
+        "torch-mlir fails on transposed convolutions of each channel alone",
     ),
     ("scatter", _reduces, "torch-mlir has no scatter that adds or multiplies"),
     ("mm bmm", _bytes, "torch-mlir crashes on products of int8"),
