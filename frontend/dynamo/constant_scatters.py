@@ -24,11 +24,9 @@ def fuse_constant_scatters(graph: fx.Graph) -> int:
         if node.op != "call_function" or node.target not in _SCATTERS_OF_ONE:
             continue
         base = node.args[0]
-        if (
-            base.op != "call_function"
-            or base.target != aten.full.default
-            or not isinstance(base.args[1], (int, float))
-        ):
+        if base.op != "call_function" or base.target not in (aten.full.default, aten.full_like.default):
+            continue
+        if not isinstance(base.args[1], (int, float)):
             continue
         with graph.inserting_before(node):
             made = _SCATTERS_OF_ONE[node.target](graph, node, base.args[1])

@@ -62,6 +62,22 @@ def test_one_element_of_each_row_is_a_comparison(dim: int, from_tensor: bool) ->
     assert torch.equal(module(index, source), scatter(index, source))
 
 
+def test_a_constant_like_another_tensor_counts() -> None:
+    def scatter(x: Tensor, i: Tensor) -> Tensor:
+        return aten.full_like.default(x, 0.0).scatter(1, i, -1.0)
+
+    inputs = torch.randn(4, 6), torch.randint(0, 6, (4, 1))
+    module = traced(scatter, *inputs)
+    assert rewrites_done(module) == 1
+    assert torch.equal(module(*inputs), scatter(*inputs))
+
+
+def rewrites_done(module: torch.fx.GraphModule) -> int:
+    done = fuse_constant_scatters(module.graph)
+    module.recompile()
+    return done
+
+
 def test_several_elements_of_a_row_stay() -> None:
     index = torch.randint(0, 6, (4, 2))
     module = traced(lambda i: aten.full.default([4, 6], 0.0).scatter(1, i, 1.0), index)
