@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tolerances import assert_close as assert_tensors_close
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from spikingbrain.frontend.dynamo.report import GraphReport, collect
-from tolerances import assert_close as assert_tensors_close
 
 
 def assert_close(actual: Any, expected: Any, what: str) -> None:
@@ -40,9 +40,14 @@ def compiled(function: Any, **options: Any) -> Any:
     return torch.compile(function, backend="spikingbrain", dynamic=dynamic, options=options or None)
 
 
-def gradients(function: Callable[..., Tensor], *inputs: Any, parameters: Any = ()) -> tuple[Any, list[Tensor]]:
+def gradients(
+    function: Callable[..., Tensor], *inputs: Any, parameters: Any = ()
+) -> tuple[Any, list[Tensor]]:
     """Returns the result and the gradients with respect to float inputs and parameters."""
-    leaves = [i.detach().clone().requires_grad_(i.is_floating_point()) if isinstance(i, Tensor) else i for i in inputs]
+    leaves = [
+        i.detach().clone().requires_grad_(i.is_floating_point()) if isinstance(i, Tensor) else i
+        for i in inputs
+    ]
     result = function(*leaves)
     wanted = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad] + list(parameters)
     loss = result.float().square().mean()
@@ -158,7 +163,13 @@ def test_element_types(dtype: torch.dtype) -> None:
 
 def test_integers() -> None:
     def step(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-        return x // 3 + y, (x % 5) * -y, x.to(torch.int8) >> 1, (x > y).sum(), x.abs().clamp(max=7).to(torch.uint8)
+        return (
+            x // 3 + y,
+            (x % 5) * -y,
+            x.to(torch.int8) >> 1,
+            (x > y).sum(),
+            x.abs().clamp(max=7).to(torch.uint8),
+        )
 
     x, y = torch.randint(-99, 99, (4, 33)), torch.randint(1, 9, (4, 33))
     check(step, x, y, training=False)
@@ -228,7 +239,10 @@ def test_batch_norm_in_training() -> None:
     fast = compiled(other)
     for _ in range(3):
         x = torch.randn(6, 8)
-        (e, ge), (a, ga) = gradients(plain, x, parameters=plain.parameters()), gradients(fast, x, parameters=other.parameters())
+        (e, ge), (a, ga) = (
+            gradients(plain, x, parameters=plain.parameters()),
+            gradients(fast, x, parameters=other.parameters()),
+        )
         assert_close([a, *ga[:1], *ga[2:]], [e, *ge[:1], *ge[2:]], "step")
         assert_tensors_close(ga[1], ge[1], "gradient that is zero but for rounding", scale=1)
     assert_close(list(other.buffers()), list(plain.buffers()), "statistics")
@@ -303,7 +317,9 @@ def test_dropout_obeys_the_seed(training: bool) -> None:
     results = []
     for function in (model, fast, fast):
         torch.manual_seed(7)
-        results.append(gradients(function, x, parameters=model.parameters()) if training else (function(x).detach(), []))
+        results.append(
+            gradients(function, x, parameters=model.parameters()) if training else (function(x).detach(), [])
+        )
     for a, ga in results[1:]:
         assert_close([a, *ga], [results[0][0], *results[0][1]], "the same seed")
     assert not torch.equal(fast(x), fast(x))
