@@ -6,6 +6,7 @@ from collections import defaultdict
 
 from torch_mlir import ir
 
+from spikingbrain.passes import linalg_build as build
 from spikingbrain.passes import torch_ir
 
 _RESHAPES = ("tensor.expand_shape", "tensor.collapse_shape", "tensor.cast", "tensor.extract_slice")
@@ -27,9 +28,17 @@ def separate_double_reads(module: ir.Module) -> int:
                 found[root] = None
     for root in found:
         owner = root.owner.operation
+        users = [use.owner.operation for use in root.uses]
         with ir.InsertionPoint.after(owner), owner.location:
-            barrier = ir.Operation.create("util.optimization_barrier", [root.type], [root])
-        root.replace_all_uses_except(barrier.result, barrier)
+            sizes = build.dynamic_sizes(root)
+            kept = ir.Operation.create("util.optimization_barrier", [root.type], [root]).result
+            if sizes:  # IREE does not look through a barrier for sizes
+                kept = ir.Operation.create("flow.tensor.tie_shape", [root.type], [kept, *sizes]).result
+        for user in users:
+            if user.name != "tensor.dim":
+                for i, v in enumerate(list(user.operands)):
+                    if v == root:
+                        user.operands[i] = kept
     return len(found)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch_mlir import ir
 
 from spikingbrain.backend_iree.double_reads import separate_double_reads
+from spikingbrain.frontend.dynamo.report import collect
 from spikingbrain.passes.context import new_context
 
 PAIRS = """
@@ -59,12 +60,17 @@ def test_iree_still_needs_it() -> None:
     assert abs(np.asarray(context.modules.module.f(x)) - (sums[:, None] - sums)).max() > 0.1
 
 
-def test_differences_of_sums_are_right() -> None:
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_differences_of_sums_are_right(dynamic: bool) -> None:
     def pairs(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         s = x.mean(1) * 2 + 1
         return s[:, :, None] - s[:, None, :], (s.exp()[:, :, None] * s[:, None, :]).sum(-1)
 
     torch._dynamo.reset()
     x = torch.randn(3, 8, 34)
-    for a, e in zip(torch.compile(pairs, backend="spikingbrain")(x), pairs(x), strict=True):
+    fast = torch.compile(pairs, backend="spikingbrain", dynamic=dynamic)
+    with collect() as reports:
+        results = fast(x)
+    assert reports[0].count("eager") == 0
+    for a, e in zip(results, pairs(x), strict=True):
         torch.testing.assert_close(a, e, atol=1e-4, rtol=1e-4)
