@@ -57,6 +57,9 @@ def region_function(call: RegionCall, executable: SharedMemory, name: str) -> Ca
     permuted = [(i, order) for i, order in enumerate(call.inputs) if order]
     numbers = [i for i, order in enumerate(call.inputs) if order is None]
     finish = [(i, back, dtype) for i, (back, dtype) in enumerate(call.outputs) if back or dtype]
+    shared: list[int] | None = (
+        None  # which results are other tensors' memory; a property of the code, seen at the first call
+    )
 
     def borrow_slowly(arguments: Sequence[Any]) -> list[Any]:
         buffers: list[Any] = []
@@ -76,6 +79,7 @@ def region_function(call: RegionCall, executable: SharedMemory, name: str) -> Ca
             inputs = list(inputs)
             for i, order in permuted:
                 inputs[i] = inputs[i].permute(order)
+        nonlocal shared
         try:
             if numbers:
                 buffers = [v if v.__class__ is int else borrow(_to_dlpack(v)) for v in inputs]
@@ -85,7 +89,12 @@ def region_function(call: RegionCall, executable: SharedMemory, name: str) -> Ca
             buffers = borrow_slowly(inputs)
         if frozen is not None:
             buffers += frozen.buffers(arguments[count:])
+        borrowed = buffers[:count] if shared is None else ()
         results = [_from_dlpack(lend(b)) for b in invoke(buffers)]
+        if shared is None:
+            shared = _shared([_from_dlpack(lend(b)) for b in borrowed if b.__class__ is not int], results)
+        for i in shared:
+            results[i] = results[i].clone()
         for i, back, dtype in finish:
             if dtype is not None:
                 results[i] = results[i].view(dtype)
@@ -95,6 +104,22 @@ def region_function(call: RegionCall, executable: SharedMemory, name: str) -> Ca
 
     run.__name__ = run.__qualname__ = name
     return run
+
+
+def _shared(inputs: Sequence[torch.Tensor], results: Sequence[torch.Tensor]) -> list[int]:
+    """Returns the results that lie in an input's memory or in an earlier result's: copies that the compiler left out."""
+    taken = [_span(t) for t in inputs]
+    found = []
+    for i, result in enumerate(results):
+        start, end = _span(result)
+        if any(start < other_end and other_start < end for other_start, other_end in taken):
+            found.append(i)
+        taken.append((start, end))
+    return found
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:

@@ -13,15 +13,17 @@ from torch import fx
 aten = torch.ops.aten
 
 
-def fuse_constant_scatters(graph: fx.Graph) -> int:
+def fuse_constant_scatters(graph: fx.Graph, indices_are_checked: bool) -> int:
     """Turns writes into constant tensors, as in the gradients of slices and losses, into elementwise ops; returns how many.
 
     ``slice_scatter(c, x)`` becomes a padding of x with c, and ``scatter(c, index, x)`` of one element per row becomes
-    ``where(arange == index, x, c)``. Both fuse with their neighbours, where a write would keep them apart.
+    ``where(arange == index, x, c)``. Both fuse with their neighbours, where a write would keep them apart. The second does
+    not raise where an index is outside, so it is for graphs whose indices torch has checked: a backward's, by the forward.
     """
+    rewrites = _SCATTERS_OF_ONE if indices_are_checked else {aten.slice_scatter.default: _pad}
     changed = 0
     for node in list(graph.nodes):
-        if node.op != "call_function" or node.target not in _SCATTERS_OF_ONE:
+        if node.op != "call_function" or node.target not in rewrites:
             continue
         base = node.args[0]
         if base.op != "call_function" or base.target not in (aten.full.default, aten.full_like.default):
@@ -29,7 +31,7 @@ def fuse_constant_scatters(graph: fx.Graph) -> int:
         if not isinstance(base.args[1], (int, float)):
             continue
         with graph.inserting_before(node):
-            made = _SCATTERS_OF_ONE[node.target](graph, node, base.args[1])
+            made = rewrites[node.target](graph, node, base.args[1])
         if made is not None:
             made.meta.setdefault("stack_trace", node.meta.get("stack_trace"))
             node.replace_all_uses_with(made)

@@ -74,12 +74,9 @@ def compile_regions(
             failures[key] = error
     if not good:
         return {}, failures
-    whole = (
-        _import({names[key]: region for key, region in good.items()})
-        if len(good) > 1
-        else texts[next(iter(good))]
-    )
     try:
+        single = next(iter(good))
+        whole = texts[single] if len(good) == 1 else _import({names[k]: r for k, r in good.items()})
         return _load(whole, names, good, options, graph_name), failures
     except CompileError as error:
         if len(good) == 1:

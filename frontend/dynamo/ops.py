@@ -63,7 +63,7 @@ constant_pad_nd copy cos cosh div elu empty eq erf exp exp2 expm1 fill floor fmo
 isinf isnan le leaky_relu lerp lift_fresh_copy log log10 log1p log2 logical_and logical_not logical_or logical_xor lt
 maximum mean minimum mul ne neg pow prod reciprocal relu remainder repeat round rsqrt rsub scalar_tensor sigmoid sign
 silu sin sinh softplus sqrt square stack sub sum tan tanh tril triu trunc var var_mean where _to_copy _softmax
-_log_softmax to prims::convert_element_type masked_fill embedding index_select ones_like zeros_like zeros ones flip
+_log_softmax to prims::convert_element_type masked_fill ones_like zeros_like zeros ones flip
 """)
 
 # Left to torch, with the reason. Those in BOTH are compiled when `library=False`.
@@ -79,23 +79,27 @@ _ATTENTION = _names("""
 _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention_for_cpu_backward
 """)
 _MOVING = _names("""
-sort topk argsort cumsum cumprod cummax cummin logcumsumexp scatter scatter_add scatter_reduce index_put
-_unsafe_index_put index_add index_copy gather index _unsafe_index embedding_dense_backward slice_scatter
-select_scatter as_strided_scatter as_strided unfold searchsorted bucketize histc bincount kthvalue median mode
-_embedding_bag masked_scatter roll diagonal_scatter index_fill
+sort topk argsort cumsum cumprod cummax cummin logcumsumexp slice_scatter select_scatter as_strided_scatter as_strided
+unfold searchsorted bucketize histc bincount kthvalue median mode masked_scatter roll diagonal_scatter
+""")
+# Compiled code would read or write outside the tensor where torch raises IndexError.
+_INDEXING = _names("""
+embedding index_select gather index _unsafe_index take embedding_dense_backward _embedding_bag index_put _unsafe_index_put
+index_add index_copy index_fill scatter scatter_add scatter_reduce
 """)
 LIBRARY: dict[str, str] = {
     **dict.fromkeys(_PRODUCTS, "torch's matrix products are faster than generated ones"),
     **dict.fromkeys(_CONVOLUTIONS, "torch's kernel is faster than a generated one"),
     **dict.fromkeys(_ATTENTION, "torch has a fused kernel"),
-    **dict.fromkeys(_MOVING, "moves elements by index: fusing it gains nothing"),
+    **dict.fromkeys(_MOVING, "moves elements: fusing it gains nothing"),
+    **dict.fromkeys(_INDEXING, "torch checks the indices"),
 }
-BOTH = _names("mm bmm addmm baddbmm matmul linear convolution cumsum gather index scatter scatter_add")
+BOTH = _names("mm bmm addmm baddbmm matmul linear convolution cumsum")
 
 # The same bits come out for uint8 and int8.
 _SIGNLESS = _names("""
-add bitwise_and bitwise_not bitwise_or bitwise_xor cat clone constant_pad_nd copy embedding empty eq fill flip full full_like
-gather index_select lift_fresh_copy masked_fill mul ne ones ones_like prims::convert_element_type repeat rsub scalar_tensor
+add bitwise_and bitwise_not bitwise_or bitwise_xor cat clone constant_pad_nd copy empty eq fill flip full full_like
+lift_fresh_copy masked_fill mul ne ones ones_like prims::convert_element_type repeat rsub scalar_tensor
 stack sub tril triu where zeros zeros_like _to_copy
 """)
 

@@ -18,7 +18,7 @@ from spikingbrain.frontend.dynamo.ops import Kind, Verdict, packet_name
 
 # A region of fewer ops than this costs more to enter than fusing it saves; one that holds a projection is worth it.
 SMALLEST = 3
-_WORTH = {"linear", "embedding"}
+_WORTH = {"linear"}
 _FREE = {"empty", "full", "scalar_tensor", "arange", "zeros", "ones", "clone", "lift_fresh_copy", "getitem"}
 
 

@@ -47,7 +47,7 @@ def plan(graph: fx.Graph, kind: str, options: CompileOptions) -> Plan:
     rewrites.gather_results(graph)
     rewrites.lift_sizes(graph)
     rewrites.drop_noop_copies(graph)
-    fuse_constant_scatters(graph)
+    fuse_constant_scatters(graph, indices_are_checked=kind == "backward")
     raised = rewrites.raise_linears(graph, frozen)
     verdicts = {n: classify(n, options.library) for n in graph.nodes if n.op == "call_function"}
     verdicts.update(dict.fromkeys(raised, Verdict(Kind.COMPILED)))

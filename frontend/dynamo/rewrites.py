@@ -11,6 +11,8 @@ import torch
 from torch import fx
 from torch.utils._sympy import functions as sizes
 
+from spikingbrain.frontend.dynamo.ops import VIEWS, packet_name
+
 aten = torch.ops.aten
 
 
@@ -57,7 +59,7 @@ def drop_noop_copies(graph: fx.Graph) -> int:
     """Removes ``clone`` and ``detach`` of values that nothing else can see; returns how many.
 
     A copy of an input stays, since the caller holds the input; so does one that changes the memory's layout, and one
-    that is returned.
+    that is returned. Views of any of them count like the tensor itself.
     """
     dropped = 0
     for node in list(graph.nodes):
@@ -69,14 +71,35 @@ def drop_noop_copies(graph: fx.Graph) -> int:
             continue
         source = node.args[0]
         a, b = source.meta.get("val"), node.meta.get("val")
-        if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)) or source.op != "call_function":
+        if (
+            not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor))
+            or _base(source).op != "call_function"
+        ):
             continue
-        if a.stride() != b.stride() or any(user.op == "output" for user in node.users):
+        if a.stride() != b.stride() or _is_returned(node):
             continue
         node.replace_all_uses_with(source)
         graph.erase_node(node)
         dropped += 1
     return dropped
+
+
+def _is_view(node: fx.Node) -> bool:
+    return node.op == "call_function" and (
+        node.target is operator.getitem or packet_name(node.target) in VIEWS
+    )
+
+
+def _base(node: fx.Node) -> fx.Node:
+    """Returns the node whose memory ``node`` shows."""
+    while _is_view(node):
+        node = node.args[0]
+    return node
+
+
+def _is_returned(node: fx.Node) -> bool:
+    """Returns whether the graph returns a node or a view of it."""
+    return any(u.op == "output" or (_is_view(u) and _is_returned(u)) for u in node.users)
 
 
 def gather_results(graph: fx.Graph) -> None:

@@ -55,10 +55,12 @@ class FrozenWeights:
                     break
             else:
                 return self._buffers
-        self._seen = _epoch[0]
-        self._buffers = [self._pack(entry, tensors) for entry in self._stored]
-        self._held, self._stamps = tensors, [stamp(t) for t in tensors]
-        return self._buffers
+        epoch, stamps = _epoch[0], [stamp(t) for t in tensors]
+        buffers = [self._pack(entry, tensors) for entry in self._stored]
+        # another thread may look on: what it compares last is set last
+        self._buffers, self._held, self._stamps = buffers, tensors, stamps
+        self._seen = epoch
+        return buffers
 
     def _pack(self, entry: Mapping[str, Any], tensors: tuple[torch.Tensor, ...]) -> Buffer:
         sources = [tensors[int(name[1:])] for name in entry["sources"]]
