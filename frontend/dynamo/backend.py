@@ -70,19 +70,12 @@ def compile_graph(
 def _reports(steps: Sequence[Step], verdicts: Mapping[fx.Node, Verdict]) -> list[report.RegionReport]:
     found: list[report.RegionReport] = []
     status = {Kind.LIBRARY: "library", Kind.EAGER: "eager", Kind.COMPILED: "library"}
-    for (kind, reason, remedy), group in itertools.groupby(steps, lambda s: _group(s, verdicts)):
-        for step in group if kind is None else [list(group)]:
-            if isinstance(step, Region):
-                found.append(report.describe("compiled", step.nodes))
-            elif kind in status:
-                found.append(report.describe(status[kind], step, reason, remedy))
+    for verdict, group in itertools.groupby(steps, lambda s: None if isinstance(s, Region) else verdicts[s]):
+        if verdict is None:
+            found += [report.describe("compiled", step.nodes) for step in group if isinstance(step, Region)]
+        elif verdict.kind in status:
+            few = "too few ops in a row to gain from being compiled" if verdict.kind is Kind.COMPILED else ""
+            nodes = [step for step in group if not isinstance(step, Region)]
+            reason = verdict.reason or few
+            found.append(report.describe(status[verdict.kind], nodes, reason, verdict.remedy, verdict.failed))
     return found
-
-
-def _group(step: Step, verdicts: Mapping[fx.Node, Verdict]) -> tuple[Kind | None, str, str]:
-    if isinstance(step, Region):
-        return None, "", ""
-    verdict = verdicts[step]
-    if verdict.kind is Kind.COMPILED:
-        return Kind.COMPILED, "too few ops in a row to gain from being compiled", ""
-    return verdict.kind, verdict.reason, verdict.remedy

@@ -40,11 +40,15 @@ class Kind(enum.Enum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """The class of one op in one place, with the reason and what a user could do where it is not compiled."""
+    """The class of one op in one place, with the reason and what a user could do where it is not compiled.
+
+    ``failed`` tells that the compiler itself stopped on it.
+    """
 
     kind: Kind
     reason: str = ""
     remedy: str = ""
+    failed: bool = False
 
 
 def _names(text: str) -> frozenset[str]:

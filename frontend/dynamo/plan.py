@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 from torch._guards import TracingContext
 
-from spikingbrain.errors import CompileError
+from spikingbrain.errors import CompileError, PassFailed
 from spikingbrain.frontend.dynamo import rewrites
 from spikingbrain.frontend.dynamo.constant_scatters import fuse_constant_scatters
 from spikingbrain.frontend.dynamo.lowering import Compiled, compile_regions, culprit
@@ -85,7 +85,7 @@ def _blame(region: Region, error: CompileError, verdicts: dict[fx.Node, Verdict]
     blamed = [n for n in region.nodes if packet_name(n.target) == named] or region.nodes
     reason = f"{error.what}: {error.why}".strip(": ").splitlines()[0]
     for node in blamed:
-        verdicts[node] = Verdict(Kind.EAGER, reason, error.hint)
+        verdicts[node] = Verdict(Kind.EAGER, reason, error.hint, isinstance(error, PassFailed))
         for user in node.users:
             if user.target is operator.getitem:
                 verdicts[user] = verdicts[node]

@@ -87,9 +87,14 @@ def assemble(module: fx.GraphModule, done: Compilation) -> GraphProgram:
         units.setdefault(id(compiled.unit), compiled.unit)
         name = f"region_{len(calls)}"
         calls[f"spikingbrain_{name}"] = RegionCall.of(region, compiled, list(units).index(id(compiled.unit)))
-        called = graph.call_function(
-            _stand_in(name), tuple(value(n) for n in [*region.inputs, *region.weights])
-        )
+        arguments = [value(n) for n in region.inputs]
+        for i, node in enumerate(region.inputs):
+            held = node.meta["val"]
+            if (
+                isinstance(held, torch.Tensor) and held.is_neg()
+            ):  # memory of the other sign, as of a conjugate's part
+                arguments[i] = graph.call_function(torch.ops.aten.resolve_neg.default, (arguments[i],))
+        called = graph.call_function(_stand_in(name), (*arguments, *map(value, region.weights)))
         for i, node in enumerate(region.outputs):
             made[node] = graph.call_function(operator.getitem, (called, i))
     graph.output(fx.node.map_arg(module.graph.output_node().args[0], value))

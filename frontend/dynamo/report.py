@@ -27,6 +27,7 @@ class RegionReport:
         ops: names of its ops, in order.
         where: the user's line of the first of them.
         reason, remedy: why it is not compiled, and what could be done.
+        failed: whether the compiler itself stopped on it.
     """
 
     status: str
@@ -34,11 +35,7 @@ class RegionReport:
     where: str = ""
     reason: str = ""
     remedy: str = ""
-
-    @property
-    def failed(self) -> bool:
-        """Whether the compiler itself failed: the remedy of such an error, and of no other, names a reproducer."""
-        return self.status == "eager" and "reproduce" in self.remedy
+    failed: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -83,11 +80,14 @@ def collect() -> Iterator[list[GraphReport]]:
             _collectors[:] = [c for c in _collectors if c is not found]
 
 
-def describe(status: str, nodes: Sequence[fx.Node], reason: str = "", remedy: str = "") -> RegionReport:
+def describe(
+    status: str, nodes: Sequence[fx.Node], reason: str = "", remedy: str = "", failed: bool = False
+) -> RegionReport:
     """Returns the report of consecutive nodes."""
     line = next(filter(None, map(user_line, nodes)), None)
     names = tuple(packet_name(n.target) for n in nodes)
-    return RegionReport(status, tuple(n for n in names if n != "getitem"), str(line or ""), reason, remedy)
+    ops = tuple(n for n in names if n != "getitem")
+    return RegionReport(status, ops, str(line or ""), reason, remedy, failed)
 
 
 def publish(report: GraphReport) -> None:

@@ -369,6 +369,41 @@ def test_results_outlive_later_calls() -> None:
         assert_close(y, (x * 2).sin() + 1, "an earlier result")
 
 
+@pytest.mark.parametrize("library", [True, False])
+def test_results_share_no_memory(library: bool) -> None:
+    """What the compiler knows to be a copy is still the caller's own."""
+
+    def model(x: Tensor) -> tuple[Tensor, ...]:
+        y = (x * 2).sin() + 1
+        return y, y.clone(), y.clone().view(-1), x.clone(), x.view(-1).clone().view(5, 3), x * 1
+
+    x = torch.randn(3, 5)
+    fast = compiled(model, library=library)
+    for _ in range(2):
+        results = fast(x)
+        memory = [t.data_ptr() for t in (x, *results)]
+        assert len(set(memory)) == len(memory)
+        assert_close(results, model(x), "result")
+
+
+@pytest.mark.parametrize("index", [10, 10**9, -1])
+@pytest.mark.parametrize("training", [False, True])
+def test_an_index_outside_raises(index: int, training: bool) -> None:
+    table = nn.Embedding(10, 4).requires_grad_(training)
+    fast = compiled(lambda i: (table(i) * 2).sin() + 1, library=False)
+    with pytest.raises(IndexError, match="out of range"):
+        fast(torch.tensor([[1, index]]))
+
+
+def test_the_imaginary_part_of_a_conjugate() -> None:
+    def model(z: Tensor) -> Tensor:
+        v = z.conj().imag
+        return (v * 2 + v.sin()).exp()
+
+    z = torch.randn(4, 4, dtype=torch.complex64)
+    assert_close(compiled(model)(z), model(z), "result")
+
+
 class Frozen(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -208,6 +208,8 @@ def test_prewarming_starts_one_and_does_not_wait() -> None:
 
 def test_ctrl_c_ends_the_job_and_its_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    # a shell starts what runs in the background with SIGINT ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     worker, tools = pid(), []
 
     def interrupt() -> None:
@@ -217,8 +219,11 @@ def test_ctrl_c_ends_the_job_and_its_tools(tmp_path: Path, monkeypatch: pytest.M
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        compiles("hang")
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            compiles("hang")
+    finally:
+        signal.signal(signal.SIGINT, before)
     thread.join()
     assert gone(worker) and len(tools) == 1 and soon(lambda: gone(tools[0]))
     assert not list(tmp_path.iterdir())
