@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,15 +14,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Keeps compiled code out of the user's cache; child processes inherit the variable."""
+    """Keeps compiled code out of the user's caches, ours and torch's; child processes inherit the variables."""
     folder = tmp_path_factory.mktemp("cache")
-    before = os.environ.get("SPIKINGBRAIN_CACHE")
-    os.environ["SPIKINGBRAIN_CACHE"] = str(folder)
-    yield folder
-    if before is None:
-        del os.environ["SPIKINGBRAIN_CACHE"]
-    else:
-        os.environ["SPIKINGBRAIN_CACHE"] = before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPIKINGBRAIN_CACHE", str(folder))
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("torch")))
+        yield folder
+
+
+@pytest.fixture
+def fresh_dynamo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Lets a test compile anew: nothing in Dynamo, nor in the folder where AOTAutograd keeps its results."""
+    import torch
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "torch"))
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from spikingbrain import workers
 from spikingbrain.frontend.dynamo import aot_cache, decompositions, report
@@ -42,11 +41,7 @@ def spikingbrain(
 
     with aot_cache.enabled(module, chosen):
         made: Any = aot_autograd(
-            fw_compiler=compiler("forward"),
-            bw_compiler=compiler("backward"),
-            inference_compiler=compiler("inference"),
-            decompositions=decompositions.table(),
-            partition_fn=min_cut_rematerialization_partition,
+            **decompositions.aot_settings(compiler),
         )(module, example_inputs)
     # torch copies this mark from our compiled graph onto its wrapper, which takes plain arguments; the minifier believes it
     made._boxed_call = False

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext, tracing
 
 from spikingbrain.frontend.dynamo import decompositions, plan
@@ -73,11 +72,7 @@ def recorder(found: list[Captured]) -> Callable[..., Any]:
 
     def backend_function(module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         return aot_autograd(
-            fw_compiler=compiler("forward"),
-            bw_compiler=compiler("backward"),
-            inference_compiler=compiler("inference"),
-            decompositions=decompositions.table(),
-            partition_fn=min_cut_rematerialization_partition,
+            **decompositions.aot_settings(compiler),
         )(module, inputs)
 
     return backend_function

@@ -1,4 +1,4 @@
-"""Into which ops AOTAutograd takes a graph apart before it is partitioned."""
+"""How graphs go through AOTAutograd: into which ops it takes them apart, and how it divides forward from backward."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch._decomp import core_aten_decompositions, get_decompositions
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from spikingbrain.frontend.dynamo.exact import EXACT
 
@@ -68,3 +69,14 @@ def table() -> dict[Any, Callable[..., Any]]:
         if not (isinstance(op, torch._ops.OpOverload) and op._schema.name.removeprefix("aten::") in _KEPT)
     }
     return kept | EXACT
+
+
+def aot_settings(compiler: Callable[[str], Callable[..., Any]]) -> dict[str, Any]:
+    """Returns AOTAutograd's arguments; ``compiler`` makes the compiler of a kind of graph: forward, backward, inference."""
+    return {
+        "fw_compiler": compiler("forward"),
+        "bw_compiler": compiler("backward"),
+        "inference_compiler": compiler("inference"),
+        "decompositions": table(),
+        "partition_fn": min_cut_rematerialization_partition,
+    }

@@ -99,19 +99,9 @@ def _import(regions: Mapping[str, RegionGraph]) -> str:
     for name, region in regions.items():
         try:
             importer.add_graph(region.module, name)
-        except (
-            NotImplementedError,
-            TypeError,
-            AssertionError,
-            KeyError,
-            ValueError,
-            RuntimeError,
-            ir.MLIRError,
-        ) as error:
-            raise UnsupportedOp(
-                "a region cannot be imported",
-                why=str(error).splitlines()[0][:300] if str(error) else repr(error),
-            ) from error
+        except (AssertionError, LookupError, RuntimeError, TypeError, ValueError, ir.MLIRError) as error:
+            why = (str(error) or repr(error)).splitlines()[0][:300]
+            raise UnsupportedOp("a region cannot be imported", why=why) from error
     text: str = importer.module.operation.get_asm(enable_debug_info=True)
     return text
 

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch._functorch.aot_autograd import aot_function
-from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils import _pytree as pytree
 
 from spikingbrain.frontend.dynamo import decompositions, report
@@ -196,11 +195,7 @@ def compiled(
     with report.collect() as reports:
         function = aot_function(
             whole,
-            fw_compiler=compiler("forward"),
-            bw_compiler=compiler("backward"),
-            inference_compiler=compiler("inference"),
-            decompositions=decompositions.table(),
-            partition_fn=min_cut_rematerialization_partition,
+            **decompositions.aot_settings(compiler),
             dynamic=dynamic,
         )
         function(

@@ -20,16 +20,7 @@ import spikingbrain
 from spikingbrain import workers
 from spikingbrain.errors import OptionError, TargetError, UnsupportedOp
 
-
-@pytest.fixture(autouse=True)
-def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv(
-        "TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "torch")
-    )  # where AOTAutograd keeps its results
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def wave(x: Tensor) -> Tensor:
