@@ -374,21 +374,37 @@ def _count_use(mark: str) -> None:
 # The compile process.
 
 
+def _workdir(module: str, job: Mapping[str, Any], dump: Path | None) -> Path:
+    """Returns a new folder with a job; raises PassFailed where it cannot be written."""
+    workdir = None
+    try:
+        if dump:
+            dump.mkdir(parents=True, exist_ok=True)
+        workdir = Path(tempfile.mkdtemp(prefix="spikingbrain-"))
+        (workdir / "module.mlir").write_text(module)
+        (workdir / "job.json").write_text(json.dumps(job))
+    except OSError as error:
+        if workdir:
+            shutil.rmtree(workdir, ignore_errors=True)
+        raise errors.PassFailed(
+            "the compile has no place for its files",
+            why=str(error),
+            hint="set TMPDIR to a folder with free space",
+        ) from error
+    return workdir
+
+
 def _run_worker(
     module: str, target: str, options: Mapping[str, Any], progress: Progress, dump: Path | None
 ) -> _Entry:
     limit = _number("SPIKINGBRAIN_COMPILE_TIMEOUT", TIMEOUT)
-    workdir = Path(tempfile.mkdtemp(prefix="spikingbrain-"))
-    (workdir / "module.mlir").write_text(module)
-    if dump:
-        dump.mkdir(parents=True, exist_ok=True)
     job = {
         "target": target,
         "options": dict(options),
         "dump": str(dump.resolve()) if dump else None,  # the process may be older than the current folder
         "verify_each": bool(dump),
     }
-    (workdir / "job.json").write_text(json.dumps(job))
+    workdir = _workdir(module, job, dump)
     try:
         returncode = workers.run(workdir, progress, limit)
     except workers.TooLong:

@@ -212,3 +212,21 @@ def test_a_full_disk(
 ) -> None:
     monkeypatch.setenv("SPIKINGBRAIN_CACHE", str(full_disk))
     check_with_one_cache_warning(caplog)
+
+
+def test_no_place_for_temporary_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The model runs, in eager, and one warning says what to do."""
+    monkeypatch.setenv("SPIKINGBRAIN_CACHE", str(tmp_path / "cache"))
+    fast = torch.compile(wave, backend="spikingbrain")
+    x = torch.randn(5)
+    monkeypatch.setattr("tempfile.mkdtemp", _refuses)
+    with caplog.at_level("WARNING", "spikingbrain"):
+        torch.testing.assert_close(fast(x), wave(x))
+    (told,) = [r.getMessage() for r in caplog.records if "TMPDIR" in r.getMessage()]
+    assert "No space left" in told
+
+
+def _refuses(*_: object, **__: object) -> str:
+    raise OSError(28, "No space left on device")
