@@ -1,0 +1,79 @@
+"""The graph that the analysis of recurrences reads: op names, literals and shapes; no torch, no MLIR.
+
+An adapter per representation makes it (``frontend/recurrences/``). Values are in single assignment form, without aliasing:
+what writes in place has been rewritten before. Op names are those of ATen without the overload (``mul``, ``select``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(eq=False)
+class Value:
+    """One result of one op.
+
+    Attributes:
+        op: ``"input"`` for what the graph is given, ``"constant"`` for a tensor fixed at compile time, else the op's name.
+        inputs: the values it reads, in order.
+        literals: the op's arguments in order, ``Slot(i)`` where ``inputs[i]`` stands; tuples nest. Keyword arguments
+            that matter follow as pairs ``(name, value)``.
+        shape: sizes, None for results that are no tensor (of ``split``, ``unbind``).
+        dtype: such as ``"float32"``.
+        origin: what the adapter wants to find again; the analysis does not look at it.
+        number: position in the graph, for stable order.
+    """
+
+    op: str
+    inputs: list[Value]
+    literals: tuple[Any, ...] = ()
+    shape: tuple[int, ...] | None = None
+    dtype: str = ""
+    origin: Any = None
+    number: int = -1
+
+    def __repr__(self) -> str:
+        return f"%{self.number}:{self.op}"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Stands for ``inputs[index]`` among a value's literals."""
+
+    index: int
+
+
+@dataclass
+class Graph:
+    """Values in topological order, and those that something outside reads."""
+
+    values: list[Value] = field(default_factory=list)
+    outputs: list[Value] = field(default_factory=list)
+
+    def add(self, value: Value) -> Value:
+        value.number = len(self.values)
+        self.values.append(value)
+        return value
+
+    def users(self) -> dict[Value, list[Value]]:
+        """Returns for each value the values that read it."""
+        found: dict[Value, list[Value]] = {v: [] for v in self.values}
+        for v in self.values:
+            for source in dict.fromkeys(v.inputs):
+                found[source].append(v)
+        return found
+
+
+def ancestors(roots: Iterable[Value], stop: Iterable[Value] = ()) -> list[Value]:
+    """Returns what ``roots`` are computed from, themselves included, without what lies before ``stop``; in graph order."""
+    barred, seen, todo = set(stop), set(), list(roots)
+    while todo:
+        v = todo.pop()
+        if v in seen:
+            continue
+        seen.add(v)
+        if v not in barred:
+            todo += v.inputs
+    return sorted(seen, key=lambda v: v.number)
