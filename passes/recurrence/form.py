@@ -116,8 +116,8 @@ class Read:
     """A value of the body that is linear in one state, contracted over its key axis (``query`` has label "k").
 
     ``value = state^T query + extra``, from the state after the step, or before it (``exclusive``). The axes of ``value`` are
-    ``axes`` (labels as in Factor; ``"g0"``, ... for axes of the query alone: several queries per state). ``bonus`` terms (state-free) are
-    whatever else is added: their sum is the body value's own expression at state zero; None where nothing is added.
+    ``axes`` (labels as in Factor; ``"g0"``, ... for axes of the query alone: several queries per state). ``extra`` are the
+    state-free terms, such as the bonus of RWKV.
     """
 
     value: Value
