@@ -8,9 +8,7 @@ values are contiguous. Shapes are ranked; batch and time may be dynamic.
 """
 
 import contextlib
-import functools
 import threading
-from collections.abc import Callable
 from typing import Any
 
 from torch_mlir import ir
@@ -18,42 +16,10 @@ from torch_mlir.dialects import ext
 from torch_mlir.dialects import torch as torch_dialect  # noqa: F401  (registers the passes)
 from torch_mlir.passmanager import PassManager
 
+from spikingbrain.passes.dialect_base import SpikingBrain, after_declaration, fail, fits, shape
+from spikingbrain.passes.dialect_recurrences import LinearRecurrence, LinearScan, SelectiveScan  # noqa: F401
+
 _load_lock = threading.Lock()  # Dialect.load() from two threads at once crashes the process
-
-
-class SpikingBrain(ext.Dialect, name="spikingbrain"):
-    """Ops on tensors that keep the meaning of a language model's building blocks."""
-
-
-def _fail(op: ir.Operation, message: str) -> bool:
-    op.location.emit_error(f"'{op.name}' {message}")
-    return False
-
-
-def _shape(value: ir.Value) -> list[int]:
-    return list(ir.RankedTensorType(value.type).shape)
-
-
-def _fits(a: int, b: int) -> bool:
-    """Returns whether two sizes can be equal, a dynamic one being equal to anything."""
-    dynamic = ir.ShapedType.get_dynamic_size()
-    return a == b or dynamic in (a, b)
-
-
-def _after_declaration(verify: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """Lets an op without a declared attribute, or with an operand that is no ranked tensor, pass.
-
-    MLIR calls our verifiers before it compares an op with its declaration, which then says what is missing.
-    """
-
-    @functools.wraps(verify)
-    def checked(op: Any) -> bool:
-        try:
-            return verify(op)
-        except (KeyError, ValueError):
-            return True
-
-    return checked
 
 
 class Parameter(SpikingBrain.Operation, name="parameter", traits=[ext.Pure]):
@@ -71,12 +37,12 @@ class Parameter(SpikingBrain.Operation, name="parameter", traits=[ext.Pure]):
     value: ext.Result[ir.RankedTensorType]
 
     @staticmethod
-    @_after_declaration
+    @after_declaration
     def verify_invariants(op: Any) -> bool:
         if not len(op.sources):
-            return _fail(op.operation, "needs at least one source tensor")
+            return fail(op.operation, "needs at least one source tensor")
         if not all(isinstance(a, ir.StringAttr) for a in [*op.sources, *op.recipe]):
-            return _fail(op.operation, "lists sources and recipe steps as strings")
+            return fail(op.operation, "lists sources and recipe steps as strings")
         return True
 
 
@@ -96,18 +62,18 @@ class Linear(SpikingBrain.Operation, name="linear", traits=[ext.Pure]):
     y: ext.Result[ir.RankedTensorType]
 
     @staticmethod
-    @_after_declaration
+    @after_declaration
     def verify_invariants(op: Any) -> bool:
-        x, w, y, n = _shape(op.x), _shape(op.weight), _shape(op.y), op.columns.value
+        x, w, y, n = shape(op.x), shape(op.weight), shape(op.y), op.columns.value
         if len(w) not in (2, 3):
-            return _fail(op.operation, f"weight must be [N, K] or [N/block, K, block], got rank {len(w)}")
+            return fail(op.operation, f"weight must be [N, K] or [N/block, K, block], got rank {len(w)}")
         stored = w[0] if len(w) == 2 else w[0] * w[2]
         if (len(w) == 2 and stored != n) or n > stored:
-            return _fail(op.operation, f"weight stores {stored} columns, columns = {n}")
-        if not _fits(x[-1], w[1]):
-            return _fail(op.operation, f"input has {x[-1]} channels, weight has {w[1]}")
-        if len(x) != len(y) or y[-1] != n or not all(map(_fits, x[:-1], y[:-1])):
-            return _fail(op.operation, f"result shape {y} does not follow from {x} and {n} columns")
+            return fail(op.operation, f"weight stores {stored} columns, columns = {n}")
+        if not fits(x[-1], w[1]):
+            return fail(op.operation, f"input has {x[-1]} channels, weight has {w[1]}")
+        if len(x) != len(y) or y[-1] != n or not all(map(fits, x[:-1], y[:-1])):
+            return fail(op.operation, f"result shape {y} does not follow from {x} and {n} columns")
         return True
 
 
@@ -127,18 +93,18 @@ class Embedding(SpikingBrain.Operation, name="embedding", traits=[ext.Pure]):
     y: ext.Result[ir.RankedTensorType]
 
     @staticmethod
-    @_after_declaration
+    @after_declaration
     def verify_invariants(op: Any) -> bool:
-        ids, table, y, rows = _shape(op.ids), _shape(op.table), _shape(op.y), op.rows.value
+        ids, table, y, rows = shape(op.ids), shape(op.table), shape(op.y), op.rows.value
         if len(table) not in (2, 3):
-            return _fail(
+            return fail(
                 op.operation, f"table must be [rows, K] or [rows/block, K, block], got rank {len(table)}"
             )
         stored = table[0] if len(table) == 2 else table[0] * table[2]
         if (len(table) == 2 and stored != rows) or not rows <= stored:
-            return _fail(op.operation, f"table stores {stored} rows, rows = {rows}")
-        if len(y) != len(ids) + 1 or y[-1] != table[1] or not all(map(_fits, ids, y[:-1])):
-            return _fail(
+            return fail(op.operation, f"table stores {stored} rows, rows = {rows}")
+        if len(y) != len(ids) + 1 or y[-1] != table[1] or not all(map(fits, ids, y[:-1])):
+            return fail(
                 op.operation, f"result shape {y} does not follow from ids {ids} and rows of {table[1]}"
             )
         return True
@@ -173,31 +139,31 @@ class Attention(SpikingBrain.Operation, name="attention", traits=[ext.Pure]):
     cache_positions: ext.Operand[ir.RankedTensorType] | None = None
 
     @staticmethod
-    @_after_declaration
+    @after_declaration
     def verify_invariants(op: Any) -> bool:
-        q, cache = _shape(op.query), [op.cache_keys, op.cache_values, op.cache_positions]
-        if len(q) != 4 or _shape(op.out) != q:
-            return _fail(op.operation, "query and result must both be [B, T, H, D]")
+        q, cache = shape(op.query), [op.cache_keys, op.cache_values, op.cache_positions]
+        if len(q) != 4 or shape(op.out) != q:
+            return fail(op.operation, "query and result must both be [B, T, H, D]")
         positions = [op.query_positions, op.key_positions, op.cache_positions]
         if any(str(p.type.element_type) != "i64" for p in positions if p is not None):
-            return _fail(op.operation, "positions must be i64")
-        of_query = _shape(op.query_positions)
-        if len(of_query) != 2 or not (_fits(of_query[0], q[0]) and _fits(of_query[1], q[1])):
-            return _fail(op.operation, f"query positions {of_query} do not match queries {q}")
+            return fail(op.operation, "positions must be i64")
+        of_query = shape(op.query_positions)
+        if len(of_query) != 2 or not (fits(of_query[0], q[0]) and fits(of_query[1], q[1])):
+            return fail(op.operation, f"query positions {of_query} do not match queries {q}")
         if op.window.value < 0 or op.sinks.value < 0:
-            return _fail(op.operation, "window and sinks must not be negative")
+            return fail(op.operation, "window and sinks must not be negative")
         if any(cache) and not all(cache):
-            return _fail(op.operation, "needs cache keys, values and positions together")
+            return fail(op.operation, "needs cache keys, values and positions together")
         for k, v, p in [[op.keys, op.values, op.key_positions], *([cache] if all(cache) else [])]:
-            ks, ps = _shape(k), _shape(p)
-            if len(ks) != 4 or ks != _shape(v):
-                return _fail(op.operation, "keys and values must both be [B, S, Hk, D]")
-            if ks[3] != q[3] or q[2] % ks[2] or not _fits(ks[0], q[0]):
-                return _fail(
+            ks, ps = shape(k), shape(p)
+            if len(ks) != 4 or ks != shape(v):
+                return fail(op.operation, "keys and values must both be [B, S, Hk, D]")
+            if ks[3] != q[3] or q[2] % ks[2] or not fits(ks[0], q[0]):
+                return fail(
                     op.operation, f"keys {ks} do not fit queries {q}: batch, grouped heads, head size"
                 )
-            if len(ps) != 2 or not (_fits(ps[0], ks[0]) and _fits(ps[1], ks[1])):
-                return _fail(op.operation, f"key positions {ps} do not match keys {ks}")
+            if len(ps) != 2 or not (fits(ps[0], ks[0]) and fits(ps[1], ks[1])):
+                return fail(op.operation, f"key positions {ps} do not match keys {ks}")
         return True
 
 
@@ -217,20 +183,20 @@ class CacheWrite(SpikingBrain.Operation, name="cache_write", traits=[ext.Pure]):
     result_: ext.Result[ir.RankedTensorType]
 
     @staticmethod
-    @_after_declaration
+    @after_declaration
     def verify_invariants(op: Any) -> bool:
-        c, r, s = _shape(op.cache), _shape(op.rows), _shape(op.slots)
+        c, r, s = shape(op.cache), shape(op.rows), shape(op.slots)
         if op.cache.type != op.result_.type:
-            return _fail(op.operation, "result must have the type of the cache")
-        if len(c) < 2 or len(c) != len(r) or c[2:] != r[2:] or not _fits(c[0], r[0]):
-            return _fail(op.operation, f"rows {r} do not fit a cache of {c}")
-        if len(s) != 2 or not (_fits(s[0], r[0]) and _fits(s[1], r[1])):
-            return _fail(op.operation, f"slots {s} do not match rows {r}")
+            return fail(op.operation, "result must have the type of the cache")
+        if len(c) < 2 or len(c) != len(r) or c[2:] != r[2:] or not fits(c[0], r[0]):
+            return fail(op.operation, f"rows {r} do not fit a cache of {c}")
+        if len(s) != 2 or not (fits(s[0], r[0]) and fits(s[1], r[1])):
+            return fail(op.operation, f"slots {s} do not match rows {r}")
         if (
             str(op.slots.type.element_type) != "i64"
             or op.rows.type.element_type != op.cache.type.element_type
         ):
-            return _fail(op.operation, "slots must be i64, rows of the cache's element type")
+            return fail(op.operation, "slots must be i64, rows of the cache's element type")
         return True
 
 
@@ -265,14 +231,14 @@ def _verify_time_loop(op: ir.Operation) -> str:
         return "needs a scanned tensor: its first axis is the time axis"
     if [v.type for v in initial] != [v.type for v in final]:
         return "final values must have the types of the carried ones"
-    steps = _shape(scanned[0])[0]
+    steps = shape(scanned[0])[0]
     for v in [*scanned, *stacked]:
-        if not _fits(_shape(v)[0], steps):
-            return f"time axes differ: {_shape(v)[0]} and {steps}"
+        if not fits(shape(v)[0], steps):
+            return f"time axes differ: {shape(v)[0]} and {steps}"
     if terminator.name != "spikingbrain_control.yield":
         return "body must end in spikingbrain_control.yield"
-    slices = lambda values: [(_shape(v)[1:], v.type.element_type) for v in values]  # noqa: E731
-    whole = lambda values: [(_shape(v), v.type.element_type) for v in values]  # noqa: E731
+    slices = lambda values: [(shape(v)[1:], v.type.element_type) for v in values]  # noqa: E731
+    whole = lambda values: [(shape(v), v.type.element_type) for v in values]  # noqa: E731
     if whole(body.arguments) != whole(initial) + slices(scanned):
         return "body must take every carried value and one slice of every scanned tensor"
     if whole(terminator.operands) != whole(final) + slices(stacked):
@@ -304,7 +270,7 @@ def _verify_launch(op: ir.Operation) -> str:
     for i, result in zip(tied, op.results, strict=True):
         if i >= len(inputs) or (i >= 0 and inputs[i].type != result.type):
             return f"a result cannot be tied to input {i}"
-    wanted = sum(size == ir.ShapedType.get_dynamic_size() for r in fresh for size in _shape(r))
+    wanted = sum(size == ir.ShapedType.get_dynamic_size() for r in fresh for size in shape(r))
     got = len(op.operands) - 3 - len(inputs)
     return "" if wanted == got else f"needs {wanted} result sizes, got {got}"
 

@@ -340,3 +340,75 @@ func.func @launch_sizes(%g: index, %x: tensor<4xf32>) {
   %y = "spikingbrain_control.launch"(%g, %g, %g, %x) {callee = @k, tied = [-1]} : (index, index, index, tensor<4xf32>) -> tensor<?xf32>
   return
 }
+
+// -----
+
+func.func @recurrence_axis(%q: tensor<1x?x2x4xf32>, %k: tensor<1x?x1x4xf32>) {
+  // expected-error@+1 {{'spikingbrain.linear_recurrence' decay_axis is one of none, head, key, value, not 'time'}}
+  %o, %s = "spikingbrain.linear_recurrence"(%q, %k, %k) {decay_axis = "time", log_decay = true, exclusive = false, reverse = false, operandSegmentSizes = array<i32: 1, 1, 1, 0, 0, 0, 0, 0>} : (tensor<1x?x2x4xf32>, tensor<1x?x1x4xf32>, tensor<1x?x1x4xf32>) -> (tensor<1x?x2x4xf32>, tensor<1x1x4x4xf32>)
+  return
+}
+
+// -----
+
+func.func @recurrence_without_decay(%q: tensor<1x?x2x4xf32>, %k: tensor<1x?x1x4xf32>) {
+  // expected-error@+1 {{'spikingbrain.linear_recurrence' decay_axis 'key' without a decay}}
+  %o, %s = "spikingbrain.linear_recurrence"(%q, %k, %k) {decay_axis = "key", log_decay = true, exclusive = false, reverse = false, operandSegmentSizes = array<i32: 1, 1, 1, 0, 0, 0, 0, 0>} : (tensor<1x?x2x4xf32>, tensor<1x?x1x4xf32>, tensor<1x?x1x4xf32>) -> (tensor<1x?x2x4xf32>, tensor<1x1x4x4xf32>)
+  return
+}
+
+// -----
+
+func.func @recurrence_half_a_rank_one_part(%q: tensor<1x?x2x4xf32>, %k: tensor<1x?x1x4xf32>) {
+  // expected-error@+1 {{'spikingbrain.linear_recurrence' needs erase and predict together}}
+  %o, %s = "spikingbrain.linear_recurrence"(%q, %k, %k, %k) {decay_axis = "none", log_decay = true, exclusive = false, reverse = false, operandSegmentSizes = array<i32: 1, 1, 1, 0, 1, 0, 0, 0>} : (tensor<1x?x2x4xf32>, tensor<1x?x1x4xf32>, tensor<1x?x1x4xf32>, tensor<1x?x1x4xf32>) -> (tensor<1x?x2x4xf32>, tensor<1x1x4x4xf32>)
+  return
+}
+
+// -----
+
+func.func @recurrence_bonus_inclusive(%q: tensor<1x?x2x4xf32>, %k: tensor<1x?x1x4xf32>, %u: tensor<1x4xf32>) {
+  // expected-error@+1 {{'spikingbrain.linear_recurrence' has a bonus, which only exclusive reads add}}
+  %o, %s = "spikingbrain.linear_recurrence"(%q, %k, %k, %u) {decay_axis = "none", log_decay = true, exclusive = false, reverse = false, operandSegmentSizes = array<i32: 1, 1, 1, 0, 0, 0, 1, 0>} : (tensor<1x?x2x4xf32>, tensor<1x?x1x4xf32>, tensor<1x?x1x4xf32>, tensor<1x4xf32>) -> (tensor<1x?x2x4xf32>, tensor<1x1x4x4xf32>)
+  return
+}
+
+// -----
+
+func.func @recurrence_rank(%q: tensor<1x?x2x4xf32>, %k: tensor<1x?x1x4xf32>, %g: tensor<1x?x1xf32>) {
+  // expected-error@+1 {{'spikingbrain.linear_recurrence' decay must be [B, T, S, V]}}
+  %o, %s = "spikingbrain.linear_recurrence"(%q, %k, %k, %g) {decay_axis = "value", log_decay = true, exclusive = false, reverse = false, operandSegmentSizes = array<i32: 1, 1, 1, 1, 0, 0, 0, 0>} : (tensor<1x?x2x4xf32>, tensor<1x?x1x4xf32>, tensor<1x?x1x4xf32>, tensor<1x?x1xf32>) -> (tensor<1x?x2x4xf32>, tensor<1x1x4x4xf32>)
+  return
+}
+
+// -----
+
+func.func @recurrence_sizes(%q: tensor<1x?x2x4xf32>, %k: tensor<1x?x1x4xf32>, %v: tensor<1x?x1x6xf32>) {
+  // expected-error@+1 {{'spikingbrain.linear_recurrence' o has V = 4, v has 6}}
+  %o, %s = "spikingbrain.linear_recurrence"(%q, %k, %v) {decay_axis = "none", log_decay = true, exclusive = false, reverse = false, operandSegmentSizes = array<i32: 1, 1, 1, 0, 0, 0, 0, 0>} : (tensor<1x?x2x4xf32>, tensor<1x?x1x4xf32>, tensor<1x?x1x6xf32>) -> (tensor<1x?x2x4xf32>, tensor<1x1x4x6xf32>)
+  return
+}
+
+// -----
+
+func.func @recurrence_groups(%q: tensor<1x?x3x4xf32>, %k: tensor<1x?x2x4xf32>) {
+  // expected-error@+1 {{'spikingbrain.linear_recurrence' 3 heads cannot read 2 states in equal groups}}
+  %o, %s = "spikingbrain.linear_recurrence"(%q, %k, %k) {decay_axis = "none", log_decay = true, exclusive = false, reverse = false, operandSegmentSizes = array<i32: 1, 1, 1, 0, 0, 0, 0, 0>} : (tensor<1x?x3x4xf32>, tensor<1x?x2x4xf32>, tensor<1x?x2x4xf32>) -> (tensor<1x?x3x4xf32>, tensor<1x2x4x4xf32>)
+  return
+}
+
+// -----
+
+func.func @scan_type(%a: tensor<2x?x8xf16>) {
+  // expected-error@+1 {{'spikingbrain.linear_scan' decay is f16; the dialect computes in f32 or f64}}
+  %h, %s = "spikingbrain.linear_scan"(%a, %a) {log_decay = false, reverse = false} : (tensor<2x?x8xf16>, tensor<2x?x8xf16>) -> (tensor<2x?x8xf16>, tensor<2x8xf16>)
+  return
+}
+
+// -----
+
+func.func @selective_scan_types(%x: tensor<2x?x8xf32>, %a: tensor<8x4xf64>, %b: tensor<2x?x4xf32>) {
+  // expected-error@+1 {{'spikingbrain.selective_scan' a is f64, x f32}}
+  %h, %s = "spikingbrain.selective_scan"(%x, %x, %a, %b, %b) {reverse = false} : (tensor<2x?x8xf32>, tensor<2x?x8xf32>, tensor<8x4xf64>, tensor<2x?x4xf32>, tensor<2x?x4xf32>) -> (tensor<2x?x8xf32>, tensor<2x8x4xf32>)
+  return
+}
