@@ -82,7 +82,8 @@ class LinearScan(SpikingBrain.Operation, name="linear_scan", traits=[ext.Pure]):
     ``decay``, ``update`` and h are [B, T, C], ``state`` (zeros when absent) and the final state, the second result,
     [B, C]. When reversed, time runs from T-1 to 0. All are f32, or all f64.
 
-        %h, %last = "spikingbrain.linear_scan"(%a, %b, %h0) {log_decay = false, reverse = false}
+        %h, %last = "spikingbrain.linear_scan"(%a, %b, %h0)
+               {log_decay = false, reverse = false, operandSegmentSizes = array<i32: 1, 1, 1>}
                : (tensor<2x?x64xf32>, tensor<2x?x64xf32>, tensor<2x64xf32>) -> (tensor<2x?x64xf32>, tensor<2x64xf32>)
     """
 
@@ -108,7 +109,8 @@ class SelectiveScan(SpikingBrain.Operation, name="selective_scan", traits=[ext.P
     ``x``, ``dt`` and y are [B, T, C], ``a`` is [C, N], ``b`` and ``c`` are [B, T, N], ``state`` (zeros when absent) and the
     final state, the second result, [B, C, N]. When reversed, time runs from T-1 to 0. All are f32, or all f64.
 
-        %y, %last = "spikingbrain.selective_scan"(%x, %dt, %a, %b, %c) {reverse = false}
+        %y, %last = "spikingbrain.selective_scan"(%x, %dt, %a, %b, %c)
+               {reverse = false, operandSegmentSizes = array<i32: 1, 1, 1, 1, 1, 0>}
                : (tensor<1x?x64xf32>, tensor<1x?x64xf32>, tensor<64x16xf32>, tensor<1x?x16xf32>,
                   tensor<1x?x16xf32>) -> (tensor<1x?x64xf32>, tensor<1x64x16xf32>)
     """
@@ -133,6 +135,8 @@ class SelectiveScan(SpikingBrain.Operation, name="selective_scan", traits=[ext.P
 
 def _sizes_fit(op: Any, fields: Mapping[str, str]) -> bool:
     """Checks that sizes called by one letter agree; absent operands fit."""
+    if "operandSegmentSizes" not in op.attributes:  # IRDL needs it only for two optional operands or more
+        return fail(op.operation, "needs operandSegmentSizes, as its state is optional")
     known: dict[str, tuple[int, str]] = {}
     for name, letters in fields.items():
         value = getattr(op, name)

@@ -401,7 +401,7 @@ func.func @recurrence_groups(%q: tensor<1x?x3x4xf32>, %k: tensor<1x?x2x4xf32>) {
 
 func.func @scan_type(%a: tensor<2x?x8xf16>) {
   // expected-error@+1 {{'spikingbrain.linear_scan' decay is f16; the dialect computes in f32 or f64}}
-  %h, %s = "spikingbrain.linear_scan"(%a, %a) {log_decay = false, reverse = false} : (tensor<2x?x8xf16>, tensor<2x?x8xf16>) -> (tensor<2x?x8xf16>, tensor<2x8xf16>)
+  %h, %s = "spikingbrain.linear_scan"(%a, %a) {log_decay = false, reverse = false, operandSegmentSizes = array<i32: 1, 1, 0>} : (tensor<2x?x8xf16>, tensor<2x?x8xf16>) -> (tensor<2x?x8xf16>, tensor<2x8xf16>)
   return
 }
 
@@ -409,6 +409,14 @@ func.func @scan_type(%a: tensor<2x?x8xf16>) {
 
 func.func @selective_scan_types(%x: tensor<2x?x8xf32>, %a: tensor<8x4xf64>, %b: tensor<2x?x4xf32>) {
   // expected-error@+1 {{'spikingbrain.selective_scan' a is f64, x f32}}
-  %h, %s = "spikingbrain.selective_scan"(%x, %x, %a, %b, %b) {reverse = false} : (tensor<2x?x8xf32>, tensor<2x?x8xf32>, tensor<8x4xf64>, tensor<2x?x4xf32>, tensor<2x?x4xf32>) -> (tensor<2x?x8xf32>, tensor<2x8x4xf32>)
+  %h, %s = "spikingbrain.selective_scan"(%x, %x, %a, %b, %b) {reverse = false, operandSegmentSizes = array<i32: 1, 1, 1, 1, 1, 0>} : (tensor<2x?x8xf32>, tensor<2x?x8xf32>, tensor<8x4xf64>, tensor<2x?x4xf32>, tensor<2x?x4xf32>) -> (tensor<2x?x8xf32>, tensor<2x8x4xf32>)
+  return
+}
+
+// -----
+
+func.func @scan_segments(%a: tensor<2x?x8xf32>) {
+  // expected-error@+1 {{'spikingbrain.linear_scan' needs operandSegmentSizes, as its state is optional}}
+  %h, %s = "spikingbrain.linear_scan"(%a, %a) {log_decay = false, reverse = false} : (tensor<2x?x8xf32>, tensor<2x?x8xf32>) -> (tensor<2x?x8xf32>, tensor<2x8xf32>)
   return
 }
