@@ -1,0 +1,93 @@
+"""From an FX graph of ATen ops to the neutral graph that ``passes/recurrence`` analyses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from spikingbrain.frontend.checks import draws_random_numbers
+from spikingbrain.passes.recurrence.graph import Graph, Slot, Value
+
+_SMALL = 1 << 20  # elements of a constant whose numbers the analysis may look at
+
+
+def adapt(module: fx.GraphModule, keep_detach: bool) -> tuple[Graph, dict[fx.Node, Value]]:
+    """Returns the neutral graph of an FX graph whose tensors have known sizes, and the value of each node.
+
+    Every node becomes one value whose ``origin`` is the node. Ops that must stay where they are (marked ``opaque``, random,
+    writing, or on tensors of symbolic sizes) are values called ``"opaque"``, equal to nothing. Without ``keep_detach``, where no
+    gradient is wanted, ``detach`` is left out.
+    """
+    graph = Graph()
+    values: dict[fx.Node, Value] = {}
+    for node in module.graph.nodes:
+        if node.op == "output":
+            graph.outputs = [values[n] for n in node.all_input_nodes]
+        elif not keep_detach and node.target is torch.ops.aten.detach.default:
+            values[node] = values[node.args[0]]
+        else:
+            values[node] = graph.add(_value(module, node, values))
+    return graph, values
+
+
+def _value(module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Value]) -> Value:
+    meta = node.meta.get("val", node.meta.get("example_value"))
+    shape = tuple(meta.shape) if isinstance(meta, torch.Tensor) else None
+    dtype = str(meta.dtype).removeprefix("torch.") if isinstance(meta, torch.Tensor) else ""
+    if node.op == "placeholder":
+        return Value("input" if _static(shape) else "opaque", [], (node.name,), shape, dtype, node)
+    if node.op == "get_attr":
+        held = _attribute(module, node)
+        if (
+            isinstance(held, torch.Tensor)
+            and not isinstance(held, torch.nn.Parameter)
+            and held.numel() <= _SMALL
+        ):
+            if type(held) is torch.Tensor and held.device.type == "cpu" and not held.requires_grad:
+                return Value("constant", [], (node.target,), shape, dtype, node)
+        return Value("input", [], (node.target,), shape, dtype, node)
+    inputs: list[Value] = []
+    literals: list[Any] = []
+
+    def literal(argument: Any) -> Any:
+        if isinstance(argument, fx.Node):
+            inputs.append(values[argument])
+            return Slot(len(inputs) - 1)
+        if isinstance(argument, (list, tuple)):
+            return tuple(literal(a) for a in argument)
+        if isinstance(argument, slice):
+            return ("slice", literal(argument.start), literal(argument.stop), literal(argument.step))
+        return argument
+
+    for argument in node.args:
+        literals.append(literal(argument))
+    for name, argument in node.kwargs.items():
+        if name not in ("device", "layout", "pin_memory", "memory_format"):
+            literals.append((name, literal(argument)))
+    return Value(_name(node, shape), inputs, tuple(literals), shape, dtype, node)
+
+
+def _name(node: fx.Node, shape: tuple[Any, ...] | None) -> str:
+    target = node.target
+    if node.meta.get("opaque") or not _static(shape):
+        return "opaque"
+    if not isinstance(target, torch._ops.OpOverload):
+        name = getattr(target, "__name__", str(target))
+        return name if name == "getitem" else "opaque"
+    if target._schema.is_mutable or draws_random_numbers(node):
+        return "opaque"
+    name = target._schema.name
+    return name.removeprefix("aten::")
+
+
+def _static(shape: tuple[Any, ...] | None) -> bool:
+    return shape is None or all(type(s) is int for s in shape)
+
+
+def _attribute(module: fx.GraphModule, node: fx.Node) -> Any:
+    held: Any = module
+    for part in str(node.target).split("."):
+        held = getattr(held, part, None)
+    return held
