@@ -1,0 +1,93 @@
+"""Loops that torch knows as such: scan, while_loop and associative_scan."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._higher_order_ops import associative_scan, scan, while_loop
+from written import LINEAR, form
+
+RAISED = "linear_recurrence"
+
+
+@form("linear attention", "torch scan", LINEAR, RAISED, quick=True)
+def scan_linear(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def step(state: Tensor, token: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        q_t, k_t, v_t = token
+        state = state + torch.einsum("bhk,bhv->bhkv", k_t, v_t)
+        return state.clone(), torch.einsum("bhk,bhkv->bhv", q_t, state)
+
+    state = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
+    state, out = scan(step, state, tuple(x.transpose(0, 1) for x in (q, k, v)))
+    return out.transpose(0, 1), state
+
+
+@form("GLA", "torch scan, initial state", "q:TBHK k:TBHK v:TBHV g:TBHK:log state:BHKV", RAISED)
+def scan_gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def step(state: Tensor, token: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        q_t, k_t, v_t, g_t = token
+        state = state * g_t.exp().unsqueeze(-1) + k_t.unsqueeze(-1) * v_t.unsqueeze(-2)
+        return state.clone(), (q_t.unsqueeze(-2) @ state).squeeze(-2)
+
+    state, out = scan(step, state, (q, k, v, g))
+    return out, state
+
+
+@form("HGRN", "torch scan, backwards", "x:TBD a:TBD:factor", "linear_scan")
+def scan_hgrn_reverse(x: Tensor, a: Tensor) -> Tensor:
+    def step(h: Tensor, token: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        x_t, a_t = token
+        h = a_t * h + x_t
+        return h.clone(), h.clone()
+
+    return scan(step, torch.zeros_like(x[0]), (x, a), reverse=True)[1]
+
+
+@form("Gated DeltaNet", "torch scan", "q:TBHK k:TBHK:unit v:TBHV beta:TBH:factor g:TBH:log", RAISED)
+def scan_gated_delta(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor) -> Tensor:
+    def step(state: Tensor, token: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        q_t, k_t, v_t, b_t, g_t = token
+        state = state * g_t.exp()[..., None, None]
+        error = (v_t - torch.einsum("bhk,bhkv->bhv", k_t, state)) * b_t[..., None]
+        state = state + torch.einsum("bhk,bhv->bhkv", k_t, error)
+        return state.clone(), torch.einsum("bhk,bhkv->bhv", q_t, state)
+
+    return scan(step, q.new_zeros(*q.shape[1:], v.shape[-1]), (q, k, v, beta, g))[1]
+
+
+@form("LIF", "torch scan, soft reset", "x:TBD:drive", "pointwise")
+def scan_lif(x: Tensor) -> tuple[Tensor, Tensor]:
+    def step(v: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor]:
+        v = 0.9 * v + x_t
+        s = (v >= 1).to(v.dtype)
+        return v - s, s
+
+    v, spikes = scan(step, torch.zeros_like(x[0]), x)
+    return spikes, v
+
+
+@form("linear attention", "torch while_loop", "q:TBHK k:TBHK v:TBHV", RAISED, gradients=False)
+def while_linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    length = q.shape[0]
+
+    def goes_on(t: Tensor, *_: Tensor) -> Tensor:
+        return t < length
+
+    def step(t: Tensor, state: Tensor, out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        q_t, k_t, v_t = (x.index_select(0, t.view(1))[0] for x in (q, k, v))
+        state = state + k_t.unsqueeze(-1) * v_t.unsqueeze(-2)
+        read = (q_t.unsqueeze(-1) * state).sum(-2)
+        out = out.index_copy(0, t.view(1), read[None])
+        return t + 1, state, out, q.clone(), k.clone(), v.clone()
+
+    start = (torch.tensor(0), q.new_zeros(*q.shape[1:], v.shape[-1]), torch.zeros_like(v), q, k, v)
+    return while_loop(goes_on, step, start)[2]
+
+
+@form("HGRN", "torch associative_scan", "x:TBD a:TBD:factor", "unrolled")
+def associative_hgrn(x: Tensor, a: Tensor) -> Tensor:
+    def combine(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        (a1, b1), (a2, b2) = left, right
+        return a1 * a2, a2 * b1 + b2
+
+    return associative_scan(combine, (a, x), dim=0, combine_mode="generic")[1]

@@ -1,0 +1,136 @@
+"""What a form is: a recurrence as somebody writes it in PyTorch, its inputs, and what is to become of it.
+
+A form is a function or a module with a line above it that says all this::
+
+    @form("GLA", "list and stack", "q:BTHK k:BTHK v:BTHV g:BTHK:log", expected="linear_recurrence")
+    def gla(q, k, v, g): ...
+
+Letters of the inputs' axes: B batch, T time, P twice the time, H heads, Q query heads (several to a head), K key, V value,
+D channels, N state of a channel, M slots. No two sizes are equal, so that a mistaken axis shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SIZES = {"B": 2, "H": 3, "Q": 6, "K": 5, "V": 4, "D": 10, "N": 7, "M": 8}
+LENGTH = 11
+
+OUTCOMES = ("linear_recurrence", "linear_scan", "selective_scan", "pointwise", "loop", "unrolled")
+
+# What the values of an input look like; the third part of its description.
+KINDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "": lambda x: x,
+    "log": F.logsigmoid,  # a gate in log form
+    "factor": torch.sigmoid,  # a gate
+    "positive": F.softplus,
+    "unit": lambda x: F.normalize(x, dim=-1),
+    "drive": lambda x: x.abs(),  # an input current that makes neurons fire
+    "index": lambda x: (x.abs() * 100).long() % 4,
+    "starts": lambda x: (x > 0.7).to(x.dtype),  # 1 where a document begins
+}
+
+LINEAR = "q:BTHK k:BTHK v:BTHV"
+LINEAR_HEADS_FIRST = "q:BHTK k:BHTK v:BHTV"
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way of writing one recurrence.
+
+    Attributes:
+        family: which recurrence (or, with ``negative``, what it resembles).
+        writing: how it is written.
+        make: returns the module.
+        inputs: ``"name:AXES"`` or ``"name:AXES:kind"``, separated by spaces, in the order of ``forward``'s arguments.
+        expected: what becomes of it in ``torch.compile``: one of `OUTCOMES`, or several joined by " + ".
+        negative: it resembles a recurrence that can be raised, and is none.
+        dtype: of the inputs and parameters.
+        multiple: lengths are multiples of this (loops over chunks).
+        dynamic: whether ``export`` makes a program of any length of it.
+        gradients: whether torch itself can train it.
+        quick: whether it is in the subset that every change runs.
+    """
+
+    name: str
+    family: str
+    writing: str
+    make: Callable[[], nn.Module]
+    inputs: str
+    expected: str
+    negative: bool = False
+    dtype: torch.dtype = torch.float32
+    multiple: int = 1
+    dynamic: bool = True
+    gradients: bool = True
+    quick: bool = False
+
+    def module(self) -> nn.Module:
+        """Returns the module, always with the same parameters."""
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            return self.make().to(self.dtype)
+
+    def length(self, about: int = LENGTH) -> int:
+        """Returns a length that the form can be run with, not less than ``about``."""
+        return -(-about // self.multiple) * self.multiple
+
+    def example(self, length: int | None = None, seed: int = 0) -> tuple[Tensor, ...]:
+        """Returns inputs; the same for the same length and seed."""
+        sizes = SIZES | {"T": self.length() if length is None else length}
+        sizes["P"] = 2 * sizes["T"]
+        generator = torch.Generator().manual_seed(seed)
+        found = []
+        for text in self.inputs.split():
+            _, axes, kind = (text + ":").split(":")[:3]
+            values = torch.randn([sizes[a] for a in axes], generator=generator, dtype=torch.float64)
+            values = KINDS[kind](values)
+            found.append(values.to(self.dtype) if values.is_floating_point() else values)
+        return tuple(found)
+
+    def time_axes(self) -> dict[str, int | None]:
+        """Returns for each input, by name, which of its axes is time."""
+        parts = (text.split(":") for text in self.inputs.split())
+        return {name: next((axes.index(a) for a in "TP" if a in axes), None) for name, axes, *_ in parts}
+
+
+FORMS: dict[str, Form] = {}
+
+
+class Written(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.function(*inputs)
+
+
+def form(
+    family: str, writing: str, inputs: str, expected: str, **more: Any
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Puts the function or module class below it into `FORMS`, under its name."""
+    assert set(expected.split(" + ")) <= set(OUTCOMES), expected
+
+    def keep(written: Callable[..., Any]) -> Callable[..., Any]:
+        name = written.__name__
+        assert name not in FORMS, f"two forms are called {name}"
+        is_class = isinstance(written, type)
+        make = written if is_class else lambda: Written(written)
+        FORMS[name] = Form(name, family, writing, make, inputs, expected, **more)
+        return written
+
+    return keep
+
+
+def negative(family: str, writing: str, inputs: str, expected: str = "unrolled", **more: Any) -> Any:
+    """Like `form`, for what resembles a recurrence and must not be taken for one."""
+    return form(family, writing, inputs, expected, negative=True, **more)
