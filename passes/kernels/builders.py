@@ -22,6 +22,7 @@ LINE_BYTES = 64  # of a cache line
 EXP2 = (0.0013264727, 0.0096715126, 0.055507337, 0.24022242, 0.69314698, 1.0)
 ROUNDER = 12582912.0  # 1.5 * 2**23: adding it leaves the nearest integer in the low bits of a float
 SMALLEST_EXPONENT = -127.0  # with an exponent field of 0, so that the result is exactly 0
+LARGEST_EXPONENT = 128.0  # with the exponent field of infinity
 
 Index = Any  # int or an index value
 
@@ -186,6 +187,16 @@ def greater(a: ir.Value, b: ir.Value) -> ir.Value:
     return arith.cmpf(arith.CmpFPredicate.OGT, a, b)
 
 
+def less(a: ir.Value, b: ir.Value) -> ir.Value:
+    """Compares floats; False where one is NaN."""
+    return arith.cmpf(arith.CmpFPredicate.OLT, a, b)
+
+
+def no_larger(a: ir.Value, b: ir.Value) -> ir.Value:
+    """Compares floats, a <= b; False where one is NaN."""
+    return arith.cmpf(arith.CmpFPredicate.OLE, a, b)
+
+
 def larger(a: ir.Value, b: ir.Value) -> ir.Value:
     """Returns the larger of two floats; the pattern of one max instruction, without its rules for NaN."""
     return arith.select(greater(a, b), a, b)
@@ -273,8 +284,25 @@ def multiply_add(a: ir.Value, b: ir.Value, c: ir.Value, fused: bool) -> ir.Value
 
 def exp2(x: ir.Value, fused: bool) -> ir.Value:
     """Returns 2**x for a vector of x <= 0; exactly 0 below about -126.5."""
-    lanes = ir.VectorType(x.type).shape[0]
-    x = larger(x, splat(SMALLEST_EXPONENT, lanes))
+    return _exp2_in_range(larger(x, splat(SMALLEST_EXPONENT, _lanes(x))), fused)
+
+
+def exp(x: ir.Value, fused: bool) -> ir.Value:
+    """Returns e**x of a vector; 0 for -inf, infinity from about 88.7, NaN for NaN; no denormal results."""
+    lanes = _lanes(x)
+    low, high = splat(SMALLEST_EXPONENT, lanes), splat(LARGEST_EXPONENT, lanes)
+    x = arith.mulf(x, splat(math.log2(math.e), lanes))
+    x = arith.select(less(x, low), low, x)
+    return _exp2_in_range(arith.select(greater(x, high), high, x), fused)
+
+
+def _lanes(value: ir.Value) -> int:
+    lanes: int = ir.VectorType(value.type).shape[0]
+    return lanes
+
+
+def _exp2_in_range(x: ir.Value, fused: bool) -> ir.Value:
+    lanes = _lanes(x)
     rounded = arith.addf(x, splat(ROUNDER, lanes))
     r = arith.subf(x, arith.subf(rounded, splat(ROUNDER, lanes)))
     power = splat(EXP2[0], lanes)
@@ -298,22 +326,24 @@ def root_module() -> Any:
 
 def launch(
     callee: str,
-    result: ir.Type,
+    results: ir.Type | Sequence[ir.Type],
     grid: Sequence[ir.Value],
     inputs: Sequence[ir.Value],
     sizes: Sequence[ir.Value] = (),
-    tied: int = -1,
+    tied: int | Sequence[int] = -1,
 ) -> ir.Operation:
-    """Emits the launch of a kernel with one result; ``sizes`` are the dynamic sizes of the result.
+    """Emits the launch of a kernel; ``sizes`` are the dynamic sizes of the results in new memory, in order.
 
-    ``tied`` is the number of the input in whose memory the result is written, -1 for new memory.
+    ``tied`` is, for each result, the number of the input in whose memory it is written, -1 for new memory.
     """
+    i64 = ir.IntegerType.get_signless(64)
+    numbers = [tied] if isinstance(tied, int) else tied
     return ir.Operation.create(
         "spikingbrain_control.launch",
-        results=[result],
+        results=[results] if isinstance(results, ir.Type) else list(results),
         operands=[*grid, *inputs, *sizes],
         attributes={
             "callee": ir.FlatSymbolRefAttr.get(callee),
-            "tied": ir.ArrayAttr.get([ir.IntegerAttr.get(ir.IntegerType.get_signless(64), tied)]),
+            "tied": ir.ArrayAttr.get([ir.IntegerAttr.get(i64, number) for number in numbers]),
         },
     )
