@@ -7,7 +7,7 @@ import shutil
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from spikingbrain.frontend.dynamo import report
 from spikingbrain.frontend.dynamo.once import differentiate, fresh, kept_buffers
 from spikingbrain.frontend.dynamo.options import parse
+from spikingbrain.frontend.recurrences.report import RecurrenceReport
 
 _STATUSES = ("compiled", "library", "eager")
 
@@ -41,10 +42,12 @@ class Explanation:
     Attributes:
         graphs: each graph in the order it was compiled, with its regions.
         graph_breaks: why there is more than one forward graph, where there is.
+        recurrences: each loop over time or written form of a recurrence, and what it was raised into, or why not.
     """
 
     graphs: list[report.GraphReport]
     graph_breaks: list[GraphBreak]
+    recurrences: list[RecurrenceReport] = field(default_factory=list)
 
     @property
     def regions(self) -> list[report.RegionReport]:
@@ -71,6 +74,7 @@ class Explanation:
                 for graph in self.graphs
                 for region in graph.regions
             ],
+            "recurrences": [found.to_dict() for found in self.recurrences],
             "graph_breaks": [broken.to_dict() for broken in self.graph_breaks],
             "counts": self.counts,
             "share": self.share,
@@ -95,14 +99,19 @@ def explain(
 
     compiled = fresh(model, backend)
     breaks_before, frames_before = len(graph_break_reasons), set(map(id, get_compilation_metrics()))
-    with torch.random.fork_rng(devices=[]), report.collect() as graphs, kept_buffers(model):
+    with (
+        torch.random.fork_rng(devices=[]),
+        report.collect() as graphs,
+        report.collect_recurrences() as recurrences,
+        kept_buffers(model),
+    ):
         leaves = pytree.tree_leaves(compiled(*args, **kwargs))
         differentiate([t for t in leaves if isinstance(t, torch.Tensor)], torch.ones_like)
     found = [_from_dynamo(r) for r in graph_break_reasons[breaks_before:]]
     found += [_skipped(m) for m in get_compilation_metrics() if id(m) not in frames_before and m.fail_reason]
     counted = Counter(found)
     breaks = [GraphBreak(b.where, b.reason, b.remedy, count) for b, count in counted.items()]
-    return Explanation(list(graphs), breaks)
+    return Explanation(list(graphs), breaks, list(recurrences))
 
 
 def _from_dynamo(reason: Any) -> GraphBreak:
@@ -147,6 +156,14 @@ def _table(explanation: Explanation) -> Iterator[str]:
                 yield from textwrap.wrap(
                     text, width, initial_indent=12 * " ", subsequent_indent=12 * " ", break_on_hyphens=False
                 )
+    if explanation.recurrences:
+        yield ""
+        yield "recurrences"
+        for found in explanation.recurrences:
+            length = f", {found.steps} steps" if found.steps else ""
+            yield f"  {found.status:<9} {_line(found.where)}"
+            text = f"{found.op or 'left as traced'}{length}: {found.reason}"
+            yield from textwrap.wrap(text, width, initial_indent=12 * " ", subsequent_indent=12 * " ")
     if explanation.graph_breaks:
         yield ""
         yield "graph breaks, where Python goes on by itself"

@@ -14,6 +14,7 @@ from torch import fx
 from spikingbrain.errors import UnsupportedOp
 from spikingbrain.frontend.checks import user_line
 from spikingbrain.frontend.dynamo.ops import packet_name
+from spikingbrain.frontend.recurrences.report import RecurrenceReport
 
 log = logging.getLogger("spikingbrain.compile")
 
@@ -78,6 +79,32 @@ def collect() -> Iterator[list[GraphReport]]:
     finally:
         with _lock:
             _collectors[:] = [c for c in _collectors if c is not found]
+
+
+_recurrence_collectors: list[list[RecurrenceReport]] = []
+
+
+@contextlib.contextmanager
+def collect_recurrences() -> Iterator[list[RecurrenceReport]]:
+    """Collects what is found about recurrences in all graphs compiled inside."""
+    found: list[RecurrenceReport] = []
+    with _lock:
+        _recurrence_collectors.append(found)
+    try:
+        yield found
+    finally:
+        with _lock:
+            _recurrence_collectors[:] = [c for c in _recurrence_collectors if c is not found]
+
+
+def publish_recurrences(reports: Sequence[RecurrenceReport]) -> None:
+    """Logs what was found about recurrences in one graph and hands it to whoever collects."""
+    for r in reports:
+        became = f"{r.status} to {r.op}" if r.op else r.status
+        log.info("recurrence at %s: %s, %d steps (%s)", r.where or "?", became, r.steps, r.reason)
+    with _lock:
+        for collector in _recurrence_collectors:
+            collector += reports
 
 
 def describe(

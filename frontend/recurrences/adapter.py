@@ -40,13 +40,8 @@ def _value(module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Value]) 
         return Value("input" if _static(shape) else "opaque", [], (node.name,), shape, dtype, node)
     if node.op == "get_attr":
         held = _attribute(module, node)
-        if (
-            isinstance(held, torch.Tensor)
-            and not isinstance(held, torch.nn.Parameter)
-            and held.numel() <= _SMALL
-        ):
-            if type(held) is torch.Tensor and held.device.type == "cpu" and not held.requires_grad:
-                return Value("constant", [], (node.target,), shape, dtype, node)
+        if type(held) is torch.Tensor and held.numel() <= _SMALL and not held.requires_grad and held.is_cpu:
+            return Value("constant", [], (node.target,), shape, dtype, node)
         return Value("input", [], (node.target,), shape, dtype, node)
     inputs: list[Value] = []
     literals: list[Any] = []

@@ -107,6 +107,9 @@ class _Functionaliser:
     def run(self) -> fx.GraphModule:
         for node in self.module.graph.nodes:
             self._convert(node)
+        for node in self.module.graph.nodes:  # reads before and after such a write are not the same value
+            if self.written and _storage(node) in self.written and isinstance(self.new[node], fx.Node):
+                self.new[node].meta["opaque"] = True
         self.graph.lint()
         return fx.GraphModule(self.module, self.graph)
 
@@ -223,10 +226,7 @@ class _Functionaliser:
         steps = _steps(index, source.meta["example_value"])
         if steps is None:
             return False
-        value = self.new[source]
-        if not isinstance(value, fx.Node) or value.meta.get("opaque_sizes"):
-            return False
-        made = value
+        made = self.new[source]
         try:
             for op, rest in steps:
                 made = self.expander.piece(op, made, rest, _meta(node))

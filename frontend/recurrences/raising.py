@@ -1,0 +1,185 @@
+"""Finds recurrences in a graph before autograd and writes them as ops of their own: the one road of both doors.
+
+``torch.compile`` sends Dynamo's graph, ``export`` the exported program's; both arrive as functional graphs of ATen ops. What
+``passes/recurrence`` recognises there is replaced: affine loops by ``spikingbrain::linear_recurrence`` and its kin, other
+loops by one ``scan``. Every loop that was found is recorded, with the user's line and the reason.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses import FakeTensor, FakeTensorMode
+
+import spikingbrain.frontend.ops  # noqa: F401  (registers the ops)
+from spikingbrain.frontend.checks import user_line
+from spikingbrain.frontend.recurrences.adapter import adapt
+from spikingbrain.frontend.recurrences.emit import Emitter, NotEmitted, nodes_of
+from spikingbrain.frontend.recurrences.functional import NotFunctional, functionalise
+from spikingbrain.frontend.recurrences.linear import Steps, emit_recurrence
+from spikingbrain.frontend.recurrences.loops import emit_scan
+from spikingbrain.frontend.recurrences.report import RecurrenceReport
+from spikingbrain.passes.recurrence.analysis import analyse
+from spikingbrain.passes.recurrence.form import Loop, Stacked, Verdict
+from spikingbrain.passes.recurrence.graph import Value
+
+aten = torch.ops.aten
+
+_FEWEST = 4  # positions at which an axis must be read to be taken for time
+
+
+def raise_in_dynamo_graph(module: fx.GraphModule) -> tuple[fx.GraphModule, list[RecurrenceReport]]:
+    """Returns a module with recurrences raised, or ``module`` itself where there are none to be raised."""
+    if not _promising(module.graph):
+        return module, []
+    try:
+        functional = functionalise(module)
+    except NotFunctional as stop:
+        return module, [RecurrenceReport("unrolled", "", str(user_line(stop.node) or ""), str(stop))]
+    reports = raise_recurrences(functional, keep_detach=torch.is_grad_enabled())
+    return (functional if any(r.status != "unrolled" for r in reports) else module), reports
+
+
+def raise_recurrences(module: fx.GraphModule, keep_detach: bool) -> list[RecurrenceReport]:
+    """Raises in place, in a functional graph of ATen ops; returns what was found."""
+    neutral, _ = adapt(module, keep_detach)
+    reports = [_carry_out(module, verdict, i) for i, verdict in enumerate(analyse(neutral))]
+    if any(r.status != "unrolled" for r in reports):
+        module.graph.eliminate_dead_code(
+            lambda n: bool(n.meta.get("opaque")) or n.op in ("placeholder", "output")
+        )
+        module.graph.lint()
+        module.recompile()
+    return reports
+
+
+def _promising(graph: fx.Graph) -> bool:
+    """Tells whether a graph may hold a recurrence: an axis read at several positions, a scan, or a causal form."""
+    reads: Counter[Any] = Counter()
+    for node in graph.nodes:
+        name = str(getattr(node.target, "__name__", node.target))
+        if name in _TELLING:
+            return True
+        if name in ("getitem", "select", "narrow") and node.args:
+            reads[node.args[0]] += 1
+            if reads[node.args[0]] >= _FEWEST:
+                return True
+    return False
+
+
+_TELLING = {
+    "unbind",
+    "split",
+    "chunk",
+    "scan",
+    "while_loop",
+    "tril",
+    "triu",
+    "cumsum",
+    "cumprod",
+    "logcumsumexp",
+}
+
+
+def _carry_out(module: fx.GraphModule, verdict: Verdict, number: int) -> RecurrenceReport:
+    where = _where(verdict.values)
+    if verdict.status == "unrolled" or verdict.loop is None:
+        return RecurrenceReport("unrolled", "", where, verdict.reason)
+    loop = verdict.loop
+    before = set(module.graph.nodes)
+    try:
+        steps = _emit(module, verdict, loop, f"_time_loop_{number}")
+    except NotEmitted as stop:
+        for node in reversed([n for n in module.graph.nodes if n not in before]):
+            module.graph.erase_node(node)
+        return RecurrenceReport(
+            "unrolled", "", where, f"{verdict.reason}; not written anew: {stop}", loop.steps
+        )
+    _replace(steps, loop)
+    if verdict.status == "raised":
+        op = ", ".join(dict.fromkeys(r.kind for r in verdict.recurrences))
+        return RecurrenceReport("raised", op, where, verdict.reason, loop.steps)
+    op = "pointwise_scan" if verdict.status == "pointwise" else "time_loop"
+    return RecurrenceReport("loop", op, where, verdict.reason, loop.steps)
+
+
+def _emit(module: fx.GraphModule, verdict: Verdict, loop: Loop, name: str) -> Steps:
+    """Emits what takes a loop's place, after the last node of its last step."""
+    position = {n: i for i, n in enumerate(module.graph.nodes)}
+    last = max(
+        (n for v in _last_values(loop) for n in nodes_of(v)[:1]), key=lambda n: position[n], default=None
+    )
+    if last is None:
+        raise NotEmitted("its values are not in the graph")
+    emit = Emitter(module.graph, _fake_mode(module))
+    emit.trace = last.meta.get("stack_trace")
+    steps = Steps(emit, loop)
+    with module.graph.inserting_before(last.next):
+        steps.start()
+        if verdict.status == "raised":
+            for recurrence in verdict.recurrences:
+                emit_recurrence(steps, recurrence)
+            wanted = [s.value for s in loop.stacked]
+            steps.known.update(zip(wanted, steps.values(wanted), strict=True))
+        else:
+            emit_scan(steps, module, name)
+    return steps
+
+
+def _last_values(loop: Loop) -> list[Value]:
+    """Returns what the last re-rolled step gives: final values and the last pieces that are joined."""
+    found = [c.final for c in loop.carried]
+    for s in loop.stacked:
+        pieces = s.joined.inputs
+        found += pieces[len(s.leading) : len(pieces) - len(s.trailing)]
+    return found
+
+
+def _replace(steps: Steps, loop: Loop) -> None:
+    """Lets everything outside the loop read the new values."""
+    emit = steps.emit
+    for carry in loop.carried:
+        for node in nodes_of(carry.final):
+            node.replace_all_uses_with(steps.finals[carry.final])
+    for stacked in loop.stacked:
+        nodes = nodes_of(stacked.joined)
+        if not nodes:
+            continue
+        with emit.graph.inserting_before(nodes[0]):
+            joined = _joined(steps, stacked)
+        for node in nodes:
+            node.replace_all_uses_with(joined)
+
+
+def _joined(steps: Steps, stacked: Stacked) -> fx.Node:
+    """Returns the values of all steps as the graph had joined them, with what other steps add before and after."""
+    emit, node, dim = steps.emit, steps.known[stacked.value], stacked.dim
+    if stacked.reversed:
+        node = emit.op(aten.flip.default, node, [0])
+    if dim or stacked.keeps_dim:
+        node = emit.op(aten.movedim.int, node, 0, dim)
+    if stacked.keeps_dim:
+        node = emit.op(aten.flatten.using_ints, node, dim, dim + 1)
+    pieces = [emit.value(v, steps.outside) for v in (*stacked.leading, *stacked.trailing)]
+    if not stacked.keeps_dim:
+        pieces = [emit.op(aten.unsqueeze.default, p, dim) for p in pieces]
+    before, after = pieces[: len(stacked.leading)], pieces[len(stacked.leading) :]
+    return emit.op(aten.cat.default, [*before, node, *after], dim) if pieces else node
+
+
+def _where(values: Sequence[Value]) -> str:
+    """Returns the user's line of the first value that has one."""
+    for value in values:
+        for node in nodes_of(value) if isinstance(value.origin, tuple) else []:
+            if line := user_line(node):
+                return str(line)
+    return ""
+
+
+def _fake_mode(module: fx.GraphModule) -> FakeTensorMode | None:
+    values = (n.meta.get("val") for n in module.graph.nodes)
+    return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
