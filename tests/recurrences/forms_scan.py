@@ -218,7 +218,7 @@ class MambaStatesStacked(nn.Module):
 @form(
     "Mamba",
     "discretised inside the loop, einsum, initial and final state",
-    MAMBA + " a:DN:log state:BDN",
+    MAMBA + " a:DN:rate state:BDN",
     "selective_scan",
     quick=True,
 )

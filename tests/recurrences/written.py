@@ -30,6 +30,7 @@ KINDS: dict[str, Callable[[Tensor], Tensor]] = {
     "log": F.logsigmoid,  # a gate in log form
     "factor": torch.sigmoid,  # a gate
     "positive": F.softplus,
+    "rate": lambda x: -F.softplus(x),  # what a step size is multiplied with, below an exp
     "unit": lambda x: F.normalize(x, dim=-1),
     "drive": lambda x: x.abs(),  # an input current that makes neurons fire
     "index": lambda x: (x.abs() * 100).long() % 4,
@@ -81,8 +82,8 @@ class Form:
         """Returns a length that the form can be run with, not less than ``about``."""
         return -(-about // self.multiple) * self.multiple
 
-    def example(self, length: int | None = None, seed: int = 0) -> tuple[Tensor, ...]:
-        """Returns inputs; the same for the same length and seed."""
+    def example(self, length: int | None = None, seed: int = 0, extreme: bool = False) -> tuple[Tensor, ...]:
+        """Returns inputs; the same for the same length and seed. ``extreme``: gates far from 1, quite open, or shut."""
         sizes = SIZES | {"T": self.length() if length is None else length}
         sizes["P"] = 2 * sizes["T"]
         generator = torch.Generator().manual_seed(seed)
@@ -90,6 +91,8 @@ class Form:
         for text in self.inputs.split():
             _, axes, kind = (text + ":").split(":")[:3]
             values = torch.randn([sizes[a] for a in axes], generator=generator, dtype=torch.float64)
+            if extreme and kind in ("log", "factor"):
+                values = (40 * values).where(values.abs() < 1, values.sign() * torch.inf)
             values = KINDS[kind](values)
             found.append(values.to(self.dtype) if values.is_floating_point() else values)
         return tuple(found)

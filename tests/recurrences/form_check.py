@@ -1,0 +1,90 @@
+"""Runs a form compiled and in eager: results and gradients must agree; says what became of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from written import Form
+
+import spikingbrain
+
+sys.path.append(str(Path(__file__).parents[1]))
+from tolerances import assert_close
+
+# A gradient that cancels is measured against this; inputs are of size one.
+LEAST_GRADIENT = 1.0
+
+OPTIONS = {"threads": 1}
+
+
+def check(
+    form: Form, length: int | None = None, extreme: bool = False, backend: str = "spikingbrain"
+) -> None:
+    """Raises AssertionError unless ``torch.compile`` gives eager's results, final states and gradients."""
+    torch._dynamo.reset()
+    inputs = form.example(length, extreme=extreme)
+    module = form.module()
+    options = OPTIONS if backend == "spikingbrain" else {}
+    compiled = torch.compile(form.module(), backend=backend, options=options or None, dynamic=False)
+    expected, actual = results(form, module, inputs), results(form, compiled, inputs)
+    assert expected.keys() == actual.keys(), f"{form.name}: {list(actual)} instead of {list(expected)}"
+    for what, wanted in expected.items():
+        assert_close(
+            actual[what], wanted, f"{form.name}: {what}", LEAST_GRADIENT if what.startswith("gradient") else 0
+        )
+
+
+def results(form: Form, module: Callable[..., Any], inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Returns the module's results and the gradients of inputs and parameters, by name.
+
+    Each result counts with random weights, so that no gradient is the same everywhere.
+    """
+    if not form.gradients:
+        with torch.no_grad():
+            return named("result", module(*inputs))
+    given = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
+    found = named("result", module(*given))
+    generator = torch.Generator().manual_seed(2)
+    loss = torch.zeros((), dtype=torch.float64)
+    for result in found.values():
+        weights = torch.randn(result.shape, generator=generator, dtype=torch.float64)
+        loss = loss + (result.double() * weights).sum()
+    loss.backward()
+    gradients = {f"gradient of {n}": x.grad for n, x in zip(form.time_axes(), given, strict=True)}
+    parameters = getattr(module, "_orig_mod", module)
+    assert isinstance(parameters, nn.Module)
+    gradients |= {f"gradient of {n}": p.grad for n, p in parameters.named_parameters()}
+    return {n: r.detach() for n, r in found.items()} | {n: g for n, g in gradients.items() if g is not None}
+
+
+def named(what: str, values: Any) -> dict[str, Tensor]:
+    return {f"{what} {i}": x for i, x in enumerate(pytree.tree_leaves(values))}
+
+
+def explained(form: Form) -> list[dict[str, Any]]:
+    """Returns what ``spikingbrain.explain`` says of the form's recurrences."""
+    torch._dynamo.reset()
+    inputs = [x.requires_grad_(x.is_floating_point() and form.gradients) for x in form.example()]
+    with torch.set_grad_enabled(form.gradients):
+        found = spikingbrain.explain(form.module(), *inputs, options=OPTIONS).to_dict()
+    recurrences: list[dict[str, Any]] = found["recurrences"]
+    return recurrences
+
+
+def outcome(recurrences: Sequence[Mapping[str, Any]]) -> str:
+    """Returns what became of a form, in the words of `Form.expected`."""
+    return " + ".join(sorted(set(_outcomes(recurrences)))) or "unrolled"
+
+
+def _outcomes(recurrences: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for found in recurrences:
+        if found["status"] == "raised":
+            yield found["op"]
+        elif found["status"] in ("pointwise", "loop"):
+            yield found["status"]
