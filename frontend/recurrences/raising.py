@@ -34,7 +34,7 @@ _FEWEST = 4  # positions at which an axis must be read to be taken for time
 
 def raise_in_dynamo_graph(module: fx.GraphModule) -> tuple[fx.GraphModule, list[RecurrenceReport]]:
     """Returns a module with recurrences raised, or ``module`` itself where there are none to be raised."""
-    if not _promising(module.graph):
+    if not promising(module.graph):
         return module, []
     try:
         functional = functionalise(module)
@@ -57,7 +57,7 @@ def raise_recurrences(module: fx.GraphModule, keep_detach: bool) -> list[Recurre
     return reports
 
 
-def _promising(graph: fx.Graph) -> bool:
+def promising(graph: fx.Graph) -> bool:
     """Tells whether a graph may hold a recurrence: an axis read at several positions, a scan, or a causal form."""
     reads: Counter[Any] = Counter()
     for node in graph.nodes:
