@@ -16,7 +16,8 @@ class Token:
     """A slice of a sequence that one step reads.
 
     At step t (counted in time, not in processing order) it is ``source`` at position ``t * stride + offset`` of ``dim``; with
-    ``width`` > 0 the slice of ``width`` entries that begins at ``width`` times that position (the dim stays).
+    ``width`` > 0 the slice of ``width`` entries that begins at ``width`` times that position (the dim stays). ``source`` may
+    be a ``"constant"`` that the analysis makes: numbers of a Python loop that change with t, token of shape ``()``.
     """
 
     source: Value
@@ -31,16 +32,16 @@ class Carry:
     """A value handed from one step to the next.
 
     Attributes:
-        before: stands in the body for the value of the previous step.
-        after: the body's value that becomes it.
+        before: stands in the body for the value of the previous step (op ``"carried"``, in no graph).
+        after: the body's value that becomes it (for a value of two steps ago: the ``before`` of another carry).
         initial: the value before the first re-rolled step, computed outside the loop.
-        final: the graph's value after the last re-rolled step.
+        final: the graph's value after the last re-rolled step, None where nothing reads it.
     """
 
     before: Value
     after: Value
     initial: Value
-    final: Value
+    final: Value | None
 
 
 @dataclass(eq=False)
@@ -48,8 +49,9 @@ class Stacked:
     """A value of each step that is joined over time.
 
     ``joined`` is the graph's value (stack, cat, or a chain of writes seen as one) along ``dim``; at time t it holds ``value``.
-    ``outside`` holds the pieces before and after the re-rolled steps, in time order. ``keeps_dim``: pieces have the dim
-    already (cat of slices of ``width`` entries). ``reversed`` pieces were joined in the opposite order of time.
+    ``leading`` and ``trailing`` are the pieces joined before and after those of the re-rolled steps, in the order of the
+    join. ``keeps_dim``: pieces have the dim already (cat of windows, or several entries per step; ``leading`` and
+    ``trailing`` have it only if ``joined`` is a cat). ``reversed``: the pieces were joined in the opposite order of time.
     """
 
     value: Value
@@ -66,12 +68,15 @@ class Loop:
     """One loop over time, re-rolled.
 
     Attributes:
-        values: all values of all its steps, in the graph.
-        body: values of the template step in order (tokens included, carried ``before`` values excluded). Period p > 1
-            means that the body spans p steps of the graph, read as one.
+        values: the values of its steps, in the graph, that depend on what is carried. Slices and gates, which depend on one
+            step's tokens alone, are not among them: something else may read them.
+        body: values of the template step in order (tokens included, op ``"token"``; carried ``before`` values excluded).
+            They are in no graph; their ``origin`` is that of the value in one of the steps. Period p > 1 means that the
+            body spans p steps of the graph, read as one.
         tokens: the template's slices of sequences.
         first, steps: the re-rolled steps are ``first .. first + steps - 1`` in processing order; steps before and after (the
-            prologue and epilogue) stay in the graph as they are.
+            prologue and epilogue) stay in the graph as they are. Time is the same number, or counts down when ``reverse``;
+            the tokens' offsets are such that the last step that the graph has (epilogue included) is then at time 0.
         reverse: whether time runs down.
         carried: what goes from step to step.
         stacked: what is joined over time.

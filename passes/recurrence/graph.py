@@ -16,13 +16,16 @@ class Value:
     """One result of one op.
 
     Attributes:
-        op: ``"input"`` for what the graph is given, ``"constant"`` for a tensor fixed at compile time, else the op's name.
+        op: ``"input"`` for what the graph is given, ``"constant"`` for a tensor fixed at compile time, ``"opaque"`` for what
+            must stay as it is and equals nothing, else the op's name.
         inputs: the values it reads, in order.
         literals: the op's arguments in order, ``Slot(i)`` where ``inputs[i]`` stands; tuples nest. Keyword arguments
-            that matter follow as pairs ``(name, value)``.
+            that matter follow as pairs ``(name, value)``. Of a constant: ``(numbers,)``, a numpy array (or a tuple of
+            Python numbers, where the analysis makes it); anything else means that the numbers are not known.
         shape: sizes, None for results that are no tensor (of ``split``, ``unbind``).
         dtype: such as ``"float32"``.
-        origin: what the adapter wants to find again; the analysis does not look at it.
+        origin: what the adapter wants to find again. In a normalised graph: the values of the given graph that it stands
+            for, in order (see ``normalise.py``).
         number: position in the graph, for stable order.
     """
 
@@ -43,6 +46,18 @@ class Slot:
     """Stands for ``inputs[index]`` among a value's literals."""
 
     index: int
+
+
+def argument(value: Value, position: int, name: str, default: Any) -> Any:
+    """Returns the literal given by position, or else by name."""
+    for literal in value.literals:
+        if isinstance(literal, tuple) and len(literal) == 2 and literal[0] == name:
+            return literal[1]
+    if position >= len(value.literals):
+        return default
+    found = value.literals[position]
+    keyword = isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], str)
+    return default if keyword else found
 
 
 @dataclass
