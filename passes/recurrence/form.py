@@ -77,6 +77,7 @@ class Loop:
         first, steps: the re-rolled steps are ``first .. first + steps - 1`` in processing order; steps before and after (the
             prologue and epilogue) stay in the graph as they are. Time is the same number, or counts down when ``reverse``;
             the tokens' offsets are such that the last step that the graph has (epilogue included) is then at time 0.
+        start: the earliest time of a re-rolled step; the steps cover the times ``start .. start + steps - 1``.
         reverse: whether time runs down.
         carried: what goes from step to step.
         stacked: what is joined over time.
@@ -87,6 +88,7 @@ class Loop:
     body: list[Value]
     tokens: dict[Value, Token]
     first: int
+    start: int
     steps: int
     reverse: bool
     carried: list[Carry]

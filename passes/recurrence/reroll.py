@@ -221,6 +221,7 @@ class _Run:
             body=self.body,
             tokens=self.tokens,
             first=first,
+            start=self.total - end if self.reverse else first,
             steps=steps,
             reverse=self.reverse,
             carried=carried,
