@@ -42,6 +42,8 @@ def _value(module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Value]) 
         held = _attribute(module, node)
         if type(held) is torch.Tensor and held.numel() <= _SMALL and not held.requires_grad and held.is_cpu:
             return Value("constant", [], (node.target,), shape, dtype, node)
+        if isinstance(held, fx.GraphModule):  # of an autograd.Function: equal code is equal
+            return Value("module", [], (_code(held.graph),), None, "", node)
         return Value("input", [], (node.target,), shape, dtype, node)
     inputs: list[Value] = []
     literals: list[Any] = []
@@ -70,6 +72,8 @@ def _name(node: fx.Node, shape: tuple[Any, ...] | None) -> str:
         return "opaque"
     if not isinstance(target, torch._ops.OpOverload):
         name = getattr(target, "__name__", str(target))
+        if name == "autograd_function_apply":
+            return "pointwise_function" if all(map(_pointwise, node.args[:2])) else "autograd_function"
         return name if name == "getitem" else "opaque"
     if target._schema.is_mutable or draws_random_numbers(node):
         return "opaque"
@@ -77,11 +81,40 @@ def _name(node: fx.Node, shape: tuple[Any, ...] | None) -> str:
     return name.removeprefix("aten::")
 
 
+_POINTWISE_TEXT = """
+abs add and_ ceil clamp clamp_max clamp_min cos div eq erf exp float floor ge gt iadd imul isub le log logical_and logical_not
+logical_or lt max maximum min minimum mul ne neg ones_like pow reciprocal relu round rsqrt rsub sigmoid sign sin softplus sqrt
+square sub tanh to truediv type_as where zeros_like _set_grad_enabled bool double half bfloat16 clone detach exp2 erfc atan tan
+cosh sinh log1p expm1 heaviside mul_ add_ sub_ div_
+"""
+_POINTWISE = frozenset(_POINTWISE_TEXT.split())
+
+
+def _code(graph: fx.Graph) -> str:
+    """Returns a graph as text in which the names of its values don't matter."""
+    names = {n: f"%{i}" for i, n in enumerate(graph.nodes)}
+    return "\n".join(
+        f"{n.op} {n.target if n.op != 'placeholder' else ''} {fx.node.map_arg((n.args, dict(n.kwargs)), names.get)}"
+        for n in graph.nodes
+    )
+
+
+def _pointwise(node: fx.Node) -> bool:
+    """Tells whether the body of an autograd.Function computes each element from those in the same place."""
+    body = _attribute(node.graph.owning_module, node) if node.graph.owning_module else None
+    if not isinstance(body, fx.GraphModule):
+        return False
+    calls = [
+        n for n in body.graph.nodes if n.op in ("call_function", "call_method", "call_module", "get_attr")
+    ]
+    return all(str(getattr(n.target, "__name__", n.target)) in _POINTWISE for n in calls)
+
+
 def _static(shape: tuple[Any, ...] | None) -> bool:
     return shape is None or all(type(s) is int for s in shape)
 
 
-def _attribute(module: fx.GraphModule, node: fx.Node) -> Any:
+def _attribute(module: Any, node: fx.Node) -> Any:
     held: Any = module
     for part in str(node.target).split("."):
         held = getattr(held, part, None)

@@ -138,7 +138,7 @@ class Emitter:
         values = _within(wanted, loop, known)
         mapped = [v for v in values if v in known]
         body = _body(loop)
-        fixed = [v for v in values if v not in known and v not in body]
+        fixed = [v for v in values if v not in known and v not in body and v.op != "module"]
         step = step_graph([*mapped, *fixed], [v for v in values if v not in known and v in body], wanted)
         inputs = [known[v] for v in mapped] + [self.value(v, outside) for v in fixed]
         axes = (0,) * len(mapped) + (None,) * len(fixed)
@@ -201,12 +201,28 @@ def _is_keyword(literal: Any) -> bool:
 def step_graph(inputs: Sequence[Value], body: Iterable[Value], results: Sequence[Value]) -> fx.GraphModule:
     """Returns a module that computes ``results`` of one step from ``inputs``."""
     graph = fx.Graph()
+    root: dict[str, Any] = {}
     made: dict[Value, Any] = {v: graph.placeholder(f"x{i}") for i, v in enumerate(inputs)}
     for v in body:
+        for function in v.inputs:
+            if function.op == "module" and function not in made:
+                root[name := f"function_{len(root)}"] = module_of(function)
+                made[function] = graph.get_attr(name)
         target, args, kwargs = call_of(v, [made[i] for i in v.inputs])
         made[v] = graph.call_function(target, tuple(args), kwargs)
     graph.output([made[v] for v in results])
-    return fx.GraphModule(torch.nn.Module(), graph, class_name="Step")
+    return fx.GraphModule(root, graph, class_name="Step")
+
+
+def module_of(value: Value) -> fx.GraphModule:
+    """Returns the body of an autograd.Function that a value stands for."""
+    node = nodes_of(value)[0]
+    owner = node.graph.owning_module
+    if owner is None:
+        raise NotEmitted("a function without a module")
+    found = owner.get_submodule(str(node.target))
+    assert isinstance(found, fx.GraphModule)
+    return found
 
 
 def _body(loop: Loop) -> set[Value]:

@@ -124,6 +124,9 @@ class _Functionaliser:
             if name == "_set_grad_enabled":
                 self.mode_changed += -1 if node.args[0] == torch.is_grad_enabled() else 1
             return
+        if name == "autograd_function_apply" and not self.mode_changed:
+            self._copy(node, opaque=False)
+            return
         if self.mode_changed or isinstance(node.target, torch._ops.HigherOrderOperator):
             self._refuse_write(node, name)
             self._copy(node)
@@ -218,11 +221,16 @@ class _Functionaliser:
         source, index = node.args
         if not isinstance(source, fx.Node) or not isinstance(source.meta.get("example_value"), torch.Tensor):
             picked = self.new.get(source) if isinstance(source, fx.Node) else None
-            if isinstance(picked, (list, tuple)) and isinstance(index, int):
+            if not isinstance(index, int) or picked is None:
+                return False
+            if isinstance(picked, (list, tuple)):
                 self.new[node] = picked[index]
-                self._remember(node)
-                return True
-            return False
+            elif not picked.meta.get("opaque") and isinstance(picked.meta.get("val"), (list, tuple)):
+                self._copy(node, opaque=False)
+            else:
+                return False
+            self._remember(node)
+            return True
         steps = _steps(index, source.meta["example_value"])
         if steps is None:
             return False

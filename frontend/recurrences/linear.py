@@ -12,7 +12,7 @@ from torch import fx
 from spikingbrain.frontend.recurrences import products
 from spikingbrain.frontend.recurrences.emit import Emitter, NotEmitted
 from spikingbrain.frontend.recurrences.products import Groups, Labelled
-from spikingbrain.passes.recurrence.form import Loop, Product, Read, Recurrence
+from spikingbrain.passes.recurrence.form import Carry, Loop, Product, Read, Recurrence
 from spikingbrain.passes.recurrence.graph import Value
 
 aten = torch.ops.aten
@@ -32,13 +32,24 @@ class Steps:
     loop: Loop
     known: dict[Value, fx.Node] = field(default_factory=dict)
     outside: dict[Value, fx.Node] = field(default_factory=dict)
-    finals: dict[Value, fx.Node] = field(default_factory=dict)
+    finals: dict[Carry, fx.Node] = field(default_factory=dict)
 
     def start(self) -> None:
         """Emits the sequences that the steps read."""
         for value, token in self.loop.tokens.items():
-            source = self.emit.value(token.source, self.outside)
-            self.known[value] = self.emit.sequence(token, self.loop.first, self.loop.steps, source)
+            source = self._source(token.source)
+            self.known[value] = self.emit.sequence(token, self.loop.start, self.loop.steps, source)
+
+    def _source(self, value: Value) -> fx.Node:
+        if value.op == "constant" and not value.origin:  # numbers that change with the step
+            made = self.outside.get(value)
+            if made is None:
+                dtype = getattr(torch, value.dtype)
+                numbers = [self.emit.op(aten.full.default, [1], n, dtype=dtype) for n in value.literals[0]]
+                made = self.emit.op(aten.cat.default, numbers)
+                self.outside[value] = made
+            return made
+        return self.emit.value(value, self.outside)
 
     def values(self, wanted: Sequence[Value]) -> list[fx.Node]:
         """Returns body values for all steps at once, as far as they change; see ``Emitter.vectorised``."""
@@ -98,7 +109,7 @@ class _State:
     def finish(self, final: fx.Node, groups: Groups) -> None:
         """Notes the state after the loop, in its own layout and type."""
         node = products.unmerged(self.emit, final, groups, self.sizes, self.r.axes)
-        self.steps.finals[self.r.carry.final] = products.cast(self.emit, node, self.dtype)
+        self.steps.finals[self.r.carry] = products.cast(self.emit, node, self.dtype)
 
     def product(self, groups: Groups, *items: Product | None) -> fx.Node:
         """Returns the product of products, laid out by ``groups``."""

@@ -51,7 +51,7 @@ def emit_scan(steps: Steps, module: fx.GraphModule, name: str) -> None:
 
     call = _call(steps, module, name, body, initial, sequences, outside)
     for i, carry in enumerate(loop.carried):
-        steps.finals[carry.final] = item(emit, call, i)
+        steps.finals[carry] = item(emit, call, i)
     for i, stacked in enumerate(loop.stacked, len(loop.carried)):
         node = item(emit, call, i)
         steps.known[stacked.value] = emit.op(aten.flip.default, node, [0]) if loop.reverse else node

@@ -132,7 +132,7 @@ def _emit(module: fx.GraphModule, verdict: Verdict, loop: Loop, name: str) -> St
 
 def _last_values(loop: Loop) -> list[Value]:
     """Returns what the last re-rolled step gives: final values and the last pieces that are joined."""
-    found = [c.final for c in loop.carried]
+    found = [c.final for c in loop.carried if c.final]
     for s in loop.stacked:
         pieces = s.joined.inputs
         found += pieces[len(s.leading) : len(pieces) - len(s.trailing)]
@@ -143,8 +143,8 @@ def _replace(steps: Steps, loop: Loop) -> None:
     """Lets everything outside the loop read the new values."""
     emit = steps.emit
     for carry in loop.carried:
-        for node in nodes_of(carry.final):
-            node.replace_all_uses_with(steps.finals[carry.final])
+        for node in nodes_of(carry.final) if carry.final else []:
+            node.replace_all_uses_with(steps.finals[carry])
     for stacked in loop.stacked:
         nodes = nodes_of(stacked.joined)
         if not nodes:
