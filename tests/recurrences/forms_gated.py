@@ -184,7 +184,13 @@ def tied_lerp(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.stack(outputs, dim=1)
 
 
-@form("RWKV-6", "bonus added to the state before it is read", LINEAR + " w:BTHK:log u:HK", RAISED, quick=True)
+@form(
+    "RWKV-6",
+    "bonus added to the state before it is read",
+    "r:BTHK k:BTHK v:BTHV w:BTHK:log u:HK",
+    RAISED,
+    quick=True,
+)
 def rwkv6_bonus(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
     state = r.new_zeros(r.shape[0], r.shape[2], r.shape[3], v.shape[3])
     out = torch.zeros_like(v)
@@ -212,7 +218,7 @@ class Rwkv6TimeFirst(nn.Module):
         return torch.stack(outputs), state
 
 
-@form("RWKV-5", "constant decay of each channel, matmul", LINEAR_HEADS_FIRST, RAISED)
+@form("RWKV-5", "constant decay of each channel, matmul", "r:BHTK k:BHTK v:BHTV", RAISED)
 class Rwkv5(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -11,6 +11,7 @@ D channels, N state of a channel, M slots. No two sizes are equal, so that a mis
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -106,15 +107,9 @@ class Form:
 FORMS: dict[str, Form] = {}
 
 
-class Written(nn.Module):
-    """A function as a module."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *inputs: Tensor) -> Any:
-        return self.function(*inputs)
+def as_module(function: Callable[..., Any]) -> type[nn.Module]:
+    """Returns a module class whose ``forward`` is the function, with its arguments."""
+    return type(function.__name__, (nn.Module,), {"forward": staticmethod(function)})
 
 
 def form(
@@ -126,8 +121,9 @@ def form(
     def keep(written: Callable[..., Any]) -> Callable[..., Any]:
         name = written.__name__
         assert name not in FORMS, f"two forms are called {name}"
-        is_class = isinstance(written, type)
-        make = written if is_class else lambda: Written(written)
+        make = written if isinstance(written, type) else as_module(written)
+        arguments = [n for n in inspect.signature(make.forward).parameters if n != "self"]
+        assert arguments == [text.split(":")[0] for text in inputs.split()], f"inputs of {name}"
         FORMS[name] = Form(name, family, writing, make, inputs, expected, **more)
         return written
 
