@@ -11,6 +11,7 @@ import forms_delta
 import forms_gated
 import forms_linear
 import forms_negative
+import forms_public
 import forms_quadratic
 import forms_scan
 import forms_torch_loops
@@ -27,5 +28,6 @@ FAMILIES = (
     forms_quadratic,
     forms_cells,
     forms_torch_loops,
+    forms_public,
     forms_negative,
 )

@@ -112,19 +112,31 @@ def as_module(function: Callable[..., Any]) -> type[nn.Module]:
     return type(function.__name__, (nn.Module,), {"forward": staticmethod(function)})
 
 
+def register(
+    name: str,
+    family: str,
+    writing: str,
+    make: Callable[[], nn.Module],
+    inputs: str,
+    expected: str,
+    **more: Any,
+) -> None:
+    """Puts a form into `FORMS`."""
+    assert set(expected.split(" + ")) <= set(OUTCOMES), expected
+    assert name not in FORMS, f"two forms are called {name}"
+    FORMS[name] = Form(name, family, writing, make, inputs, expected, **more)
+
+
 def form(
     family: str, writing: str, inputs: str, expected: str, **more: Any
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Puts the function or module class below it into `FORMS`, under its name."""
-    assert set(expected.split(" + ")) <= set(OUTCOMES), expected
 
     def keep(written: Callable[..., Any]) -> Callable[..., Any]:
-        name = written.__name__
-        assert name not in FORMS, f"two forms are called {name}"
         make = written if isinstance(written, type) else as_module(written)
         arguments = [n for n in inspect.signature(make.forward).parameters if n != "self"]
-        assert arguments == [text.split(":")[0] for text in inputs.split()], f"inputs of {name}"
-        FORMS[name] = Form(name, family, writing, make, inputs, expected, **more)
+        assert arguments == [text.split(":")[0] for text in inputs.split()], f"inputs of {written.__name__}"
+        register(written.__name__, family, writing, make, inputs, expected, **more)
         return written
 
     return keep
