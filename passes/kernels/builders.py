@@ -125,6 +125,11 @@ def put(value: ir.Value, target: ir.Value, at: Sequence[Index]) -> None:
     memref.store(value, target, [index(i) for i in at])
 
 
+def prefetch(source: ir.Value, at: Sequence[Index], write: bool = False) -> None:
+    """Asks for the cache line of an element that is read, or written, soon; into the second cache."""
+    memref.PrefetchOp(source, [index(i) for i in at], write, 2, True)
+
+
 def scratch(shapes: Sequence[tuple[Sequence[int], ir.Type]]) -> list[ir.Value]:
     """Returns buffers on the stack, each at the start of a cache line: vectors across two lines cost double.
 

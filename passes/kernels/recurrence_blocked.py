@@ -20,6 +20,7 @@ from spikingbrain.passes.kernels.builders import (
     minimum,
     mul,
     no_larger,
+    prefetch,
     put,
     reduced,
     reduced_float,
@@ -95,16 +96,22 @@ class BlockedKernel(RecurrenceKernel):
             self._key_block(first, count, index(whole), p.key_size - whole, safe)
         self._scatter_outputs(first, count, safe)
 
+    def _later(self, first: ir.Value, n: ir.Value) -> ir.Value:
+        """Returns the token that is fetched ahead in a step: that of the next chunk."""
+        return self.token(minimum(add(add(first, n), self.schedule.tokens), sub(self.length, 1)))
+
     # Values and outputs
 
     def _gather_values(self, first: ir.Value, count: ir.Value) -> None:
         """Copies the chunk's values to scratch, with the factors of a value decay, and clears its outputs."""
 
         def step(n: ir.Value) -> None:
-            token = self.token(add(first, n))
+            token, later = self.token(add(first, n)), self._later(first, n)
 
             def tile(piece: Piece, column: ir.Value) -> None:
                 at = [self.batch, token, self.number, add(self.first_column, column)]
+                prefetch(self.v, [self.batch, later, *at[2:]])
+                self.each_query(lambda g: prefetch(self.o, [self.batch, later, self.head(g), at[3]], True))
                 store(load(self.v, at, piece.lanes), self.buffers["values"], [n, column])
                 if self.problem.decay_axis == "value":
                     factor = self.factor(load(self.decay, at, piece.lanes))
@@ -236,10 +243,12 @@ class BlockedKernel(RecurrenceKernel):
         """Copies the chunk's keys and queries to scratch, with the factors of a decay of rows."""
 
         def step(n: ir.Value) -> None:
-            token = self.token(add(first, n))
+            token, later = self.token(add(first, n)), self._later(first, n)
 
             def tile(piece: Piece, i: ir.Value) -> None:
                 at = add(row, i)
+                prefetch(self.k, [self.batch, later, self.number, at])
+                self.each_query(lambda g: prefetch(self.q, [self.batch, later, self.head(g), at]))
                 key = load(self.k, [self.batch, token, self.number, at], piece.lanes)
                 store(key, self.buffers["keys"], [n, i])
                 if self.problem.decay_axis in ("head", "key"):
@@ -264,7 +273,11 @@ class BlockedKernel(RecurrenceKernel):
             at = add(row, i)
 
             def step(n: ir.Value, *carried: ir.Value) -> list[ir.Value]:
-                token = self.token(add(first, n))
+                token, later = self.token(add(first, n)), self._later(first, n)
+                prefetch(self.k, [self.batch, later, self.number, at])
+                if self.problem.decay_axis == "key":
+                    prefetch(self.decay, [self.batch, later, self.number, at])
+                self.each_query(lambda g: prefetch(self.q, [self.batch, later, self.head(g), at]))
                 decay = self._decay_of_rows(token, at, piece.lanes)
                 before, after, inverse, carried = self._decayed(decay, carried)
                 key = load(self.k, [self.batch, token, self.number, at], piece.lanes)
