@@ -19,6 +19,7 @@ from spikingbrain.passes.lower_attention import LowerAttention
 from spikingbrain.passes.lower_cache_write import LowerCacheWrite
 from spikingbrain.passes.lower_embedding import LowerEmbedding
 from spikingbrain.passes.lower_linear import LowerLinear
+from spikingbrain.passes.lower_recurrence import LowerRecurrence
 from spikingbrain.passes.lower_time_loop import LowerTimeLoop
 from spikingbrain.passes.lower_torch import LowerTorch
 from spikingbrain.passes.pack_weights import PackWeights
@@ -26,6 +27,7 @@ from spikingbrain.passes.raise_attention import RaiseAttention
 from spikingbrain.passes.raise_cache_write import RaiseCacheWrite
 from spikingbrain.passes.raise_embedding import RaiseEmbedding
 from spikingbrain.passes.raise_linear import RaiseLinear
+from spikingbrain.passes.raise_recurrence import RaiseRecurrence
 from spikingbrain.passes.thread_state import ThreadState
 from spikingbrain.passes.weights_to_arguments import WeightsToArguments
 
@@ -33,7 +35,14 @@ log = logging.getLogger(__name__)
 
 PHASES: dict[str, list[type[Any]]] = {
     # find the building blocks of a language model in torch's ops
-    "raise": [RaiseAttention, RaiseCacheWrite, RaiseEmbedding, RaiseLinear, DecomposeAttention],
+    "raise": [
+        RaiseAttention,
+        RaiseCacheWrite,
+        RaiseEmbedding,
+        RaiseLinear,
+        RaiseRecurrence,
+        DecomposeAttention,
+    ],
     # everything else becomes linear algebra on tensors; time loops first, as torch-mlir crashes on torch ops inside them
     "torch": [LowerTimeLoop, LowerTorch],
     # do together what reads the same values
@@ -41,7 +50,15 @@ PHASES: dict[str, list[type[Any]]] = {
     # choose layouts for the target and store weights in them
     "schedule": [PackWeights],
     # kernels where the target has them, linalg and loops where not
-    "lower": [LowerAttention, LowerCacheWrite, LowerEmbedding, LowerLinear, WeightsToArguments, ThreadState],
+    "lower": [
+        LowerAttention,
+        LowerCacheWrite,
+        LowerEmbedding,
+        LowerLinear,
+        LowerRecurrence,
+        WeightsToArguments,
+        ThreadState,
+    ],
 }
 
 PASSES: dict[str, type[Any]] = {cls.name: cls for phase in PHASES.values() for cls in phase}

@@ -1,0 +1,215 @@
+"""Products of decays inside the chunks of a recurrence, and the triangles of numbers that they weigh.
+
+A step i of a chunk reads what an earlier step j wrote, decayed by ``a_(j+1) * ... * a_i``. No quotient of two longer
+products gives that where a decay may be 0, and no matrix holds it where every channel has its own. So pairs are sorted by
+the highest bit in which i and j differ: for bit l, i lies in the upper and j in the lower half of a block of ``2^(l+1)``
+steps, and the product is the one from the middle up to i times the one from after j to the middle. Both are built by doubling.
+Nothing is divided, and no logarithm is taken: 0, negative decays and those above 1 are as good as others.
+
+Letters: b batch, n chunk, s state, g query of its group, i reading step, j writing step, k key, v value channel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch_mlir import ir
+from torch_mlir.dialects import arith
+
+from spikingbrain.passes.kernels.letters import Array, At, Letters, index, pick, renamed
+
+
+@dataclass
+class Decays:
+    """The products that chunks of ``2^levels`` steps need; none where nothing decays.
+
+    Attributes:
+        factors: the decay of every step, ``bnsi``, and k or v where each channel has its own.
+        upto: for each level, the product from the start of i's block of ``2^level`` steps to i.
+        before: the same without i's own factor; None where it is 1.
+        after: the product from after j to the end of its block; None where it is 1.
+    """
+
+    build: Letters
+    levels: int
+    factors: Array | None
+    upto: list[Array | None] = field(default_factory=list)
+    before: list[Array | None] = field(default_factory=list)
+    after: list[Array | None] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.upto, self.before, self.after = [self.factors], [None], [None]
+        for level in range(self.levels):
+            self._double(level)
+
+    @property
+    def axis(self) -> str:
+        """Returns k or v where each of these channels has its own decay, else the empty string."""
+        return self.factors[1][4:] if self.factors else ""
+
+    def read(self, level: int, exclusive: bool) -> Array | None:
+        return self.before[level] if exclusive else self.upto[level]
+
+    def whole(self) -> Array | None:
+        """Returns the product over each chunk, without the letter i."""
+        found = self.upto[-1]
+        if found is None:
+            return None
+        last = index((1 << self.levels) - 1)
+        axes = found[1].replace("i", "")
+        return self.build.map([], axes, lambda at: pick(found, at, {"i": last}))
+
+    def _double(self, level: int) -> None:
+        upto, after = self.upto[level], self.after[level]
+        if upto is None:
+            self.upto.append(None), self.before.append(None), self.after.append(None)
+            return
+        one = self.build.number(1.0)
+
+        def double_upto(at: At, value: ir.Value) -> ir.Value:
+            block = _block(at("i"), level)
+            middle = arith.subi(arith.shli(block, index(level)), index(1))
+            middle = arith.maxsi(middle, index(0))
+            lower = pick(upto, at, {"i": middle})
+            return arith.mulf(value, arith.select(_odd(block), lower, one))
+
+        def double_after(at: At, *value: ir.Value) -> ir.Value:
+            block = _block(at("i"), level)
+            end = arith.subi(arith.shli(arith.addi(block, index(2)), index(level)), index(1))
+            end = arith.minsi(end, index((1 << self.levels) - 1))
+            upper = arith.select(_odd(block), one, pick(upto, at, {"i": end}))
+            return arith.mulf(value[0], upper) if value else upper
+
+        self.upto.append(self.build.map([upto], upto[1], double_upto))
+        self.after.append(self.build.map([after] if after else [], upto[1], double_after))
+        doubled = self.upto[-1]
+        assert doubled is not None
+
+        def shift(at: At) -> ir.Value:
+            start = _equal(arith.andi(at("i"), index((2 << level) - 1)), index(0))
+            earlier = arith.maxsi(arith.subi(at("i"), index(1)), index(0))
+            return arith.select(start, one, pick(doubled, at, {"i": earlier}))
+
+        self.before.append(self.build.map([], upto[1], shift))
+
+
+def triangle(decays: Decays, x: Array, y: Array, exclusive: bool) -> Array:
+    """Returns ``[i, j]``: the sum over k of x at i, y at j and the decay between them, for j before i.
+
+    With the decay of i itself and for j = i too, unless exclusive. x is ``bnsik``, with or without g; y is ``bnsik``. Decays
+    of value channels are left to ``weighed``.
+    """
+    build, y_j = decays.build, renamed(y, "i", "j")
+    axes = x[1].replace("k", "j")
+    zero = build.number(0.0)
+    if decays.axis != "k":
+        scores = build.contract(x, y_j, axes=axes)
+        if decays.axis == "v" or decays.factors is None:
+            return build.map(
+                [scores],
+                axes,
+                lambda at, value: arith.select(_below(at, inclusive=not exclusive), value, zero),
+            )
+        pairs = _by_level(decays, exclusive)
+        return build.times(scores, pairs)
+
+    parts = []
+    for level in range(decays.levels):
+        left = build.times(x, decays.read(level, exclusive))
+        right = build.times(y, decays.after[level])
+        parts.append(build.contract(left, renamed(right, "i", "j"), axes=axes))
+    diagonal = None if exclusive else build.contract(x, y, axes=axes.replace("j", ""))
+
+    def choose(at: At, *values: ir.Value) -> ir.Value:
+        own = values[-1] if diagonal else zero
+        return _chosen(at, list(values[: len(parts)]), own, zero)
+
+    return build.map([*parts, *([diagonal] if diagonal else [])], axes, choose)
+
+
+def weighed(decays: Decays, scores: Array, w: Array, exclusive: bool) -> Array:
+    """Returns the sum over j of ``scores[i, j]``, from ``triangle``, times w at j: ``bnsiv``, with g where scores have it."""
+    build = decays.build
+    axes = scores[1].replace("j", "v")
+    if decays.axis != "v":
+        return build.contract(scores, renamed(w, "i", "j"), axes=axes)
+    zero = build.number(0.0)
+    parts: list[Array] = []
+    for level in range(decays.levels):
+
+        def kept(at: At, value: ir.Value, level: int = level) -> ir.Value:
+            highest = arith.shrui(arith.xori(at("i"), at("j")), index(level))
+            return arith.select(_equal(highest, index(1)), value, zero)
+
+        right = renamed(build.times(w, decays.after[level]), "i", "j")
+        part = build.contract(build.map([scores], scores[1], kept), right, axes=axes)
+        parts.append(build.times(part, decays.read(level, exclusive)))
+    if not exclusive:
+        own = build.map([], axes[:-1], lambda at: pick(scores, at, {"j": at("i")}))
+        parts.append(build.contract(own, w, axes=axes))
+    return build.sum(*parts) if parts else build.filled(axes, 0.0)
+
+
+def inverse(build: Letters, levels: int, strict: Array) -> Array:
+    """Returns the inverse of 1 - ``strict``, a strictly lower triangle ``bnsij``, by doubling the blocks of the diagonal."""
+    one, zero = build.number(1.0), build.number(0.0)
+    found = build.map([], "bnsij", lambda at: arith.select(_equal(at("i"), at("j")), one, zero))
+    for level in range(levels):
+
+        def corner(at: At, value: ir.Value, level: int = level) -> ir.Value:
+            highest = arith.shrui(arith.xori(at("i"), at("j")), index(level))
+            lower = arith.cmpi(arith.CmpIPredicate.ult, at("j"), at("i"))
+            return arith.select(arith.andi(_equal(highest, index(1)), lower), value, zero)
+
+        below = build.map([strict], "bnsij", corner)
+        right = build.contract((below[0], "bnslj"), (found[0], "bnsjm"), axes="bnslm")
+        right = right[0], "bnslj"
+        found = build.contract((found[0], "bnsil"), right, axes="bnsij", start=found[0])
+    return found
+
+
+def _by_level(decays: Decays, exclusive: bool) -> Array:
+    """Returns the decay of each pair, ``bnsij``: 0 above the diagonal, and on it where exclusive."""
+    build, zero, one = decays.build, decays.build.number(0.0), decays.build.number(1.0)
+    reads = [decays.read(level, exclusive) for level in range(decays.levels)]
+    writes = [decays.after[level] for level in range(decays.levels)]
+    inputs = [r for r in reads if r] + [renamed(w, "i", "j") for w in writes if w]
+
+    def body(at: At, *elements: ir.Value) -> ir.Value:
+        left = iter(elements)
+        of_reads = [next(left) if r else one for r in reads]
+        of_writes = [next(left) if w else one for w in writes]
+        products = [arith.mulf(r, w) for r, w in zip(of_reads, of_writes, strict=True)]
+        return _chosen(at, products, zero if exclusive else one, zero)
+
+    return build.map(inputs, "bnsij", body)
+
+
+def _chosen(at: At, of_level: list[ir.Value], diagonal: ir.Value, above: ir.Value) -> ir.Value:
+    """Returns the value for the highest bit in which i and j differ, or those of the diagonal and above it."""
+    i, j = at("i"), at("j")
+    found = diagonal
+    for level, value in enumerate(of_level):
+        far = arith.cmpi(arith.CmpIPredicate.uge, arith.xori(i, j), index(1 << level))
+        found = arith.select(far, value, found)
+    return arith.select(arith.cmpi(arith.CmpIPredicate.ule, j, i), found, above)
+
+
+def _below(at: At, inclusive: bool) -> ir.Value:
+    predicate = arith.CmpIPredicate.ule if inclusive else arith.CmpIPredicate.ult
+    result: ir.Value = arith.cmpi(predicate, at("j"), at("i"))
+    return result
+
+
+def _block(i: ir.Value, level: int) -> ir.Value:
+    result: ir.Value = arith.shrui(i, index(level))
+    return result
+
+
+def _odd(block: ir.Value) -> ir.Value:
+    return _equal(arith.andi(block, index(1)), index(1))
+
+
+def _equal(a: ir.Value, b: ir.Value) -> ir.Value:
+    result: ir.Value = arith.cmpi(arith.CmpIPredicate.eq, a, b)
+    return result
