@@ -74,11 +74,9 @@ class Loop:
             They are in no graph; their ``origin`` is that of the value in one of the steps. Period p > 1 means that the
             body spans p steps of the graph, read as one.
         tokens: the template's slices of sequences.
-        first, steps: the re-rolled steps are ``first .. first + steps - 1`` in processing order; steps before and after (the
-            prologue and epilogue) stay in the graph as they are. Time is the same number, or counts down when ``reverse``;
-            the tokens' offsets are such that the last step that the graph has (epilogue included) is then at time 0.
-        start: the earliest time of a re-rolled step; the steps cover the times ``start .. start + steps - 1``.
-        reverse: whether time runs down.
+        first, steps: the re-rolled steps are those at times ``first .. first + steps - 1``; steps before and after (the
+            prologue and epilogue) stay in the graph as they are.
+        reverse: whether time runs down: the last of those steps comes first.
         carried: what goes from step to step.
         stacked: what is joined over time.
         invariants: values from outside the loop that the body reads whole.

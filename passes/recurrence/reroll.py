@@ -110,7 +110,7 @@ class _Run:
         self.search = Search(template, self.users)
         first, end = self.search.run()
         for _ in range(2 * TRIMMED + 1):
-            if end - first < max(3 if self.period == 1 else 2, self.total // 2):
+            if end - first < max(3, self.total // 2):
                 raise NoTemplate("too few of its steps are alike")
             wrong = self._wrong_step(first, end)
             if wrong is None:
@@ -220,7 +220,7 @@ class _Run:
             },
             body=self.body,
             tokens=self.tokens,
-            first=first,
+            first=self.total - end if self.reverse else first,
             start=self.total - end if self.reverse else first,
             steps=steps,
             reverse=self.reverse,

@@ -209,7 +209,7 @@ class Search:
         self.roles = template.roles
         self.users = users
         self.sample = template.sample
-        self.tokens = {place: v for v, place in template.component.tokens.items()}
+        self.tokens = template.component.places
         self.steps: dict[int, list[Value | None]] = {self.sample: [r.sample for r in self.roles]}
         self.slots: dict[tuple[int, int], Value] = {}  # what a role of a step before the run is, (role, step)
         self._note_slots(self.sample)

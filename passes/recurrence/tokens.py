@@ -39,12 +39,14 @@ class Component:
         mixed: values that see several positions, in graph order.
         inside: those and what feeds them.
         tokens: those of them that are tokens: family and position.
+        places: every token of the graph by family and position.
         fixed: values that depend on a token but are the same for all steps.
     """
 
     mixed: list[Value]
     inside: list[Value]
     tokens: dict[Value, tuple[Key, int]]
+    places: dict[tuple[Key, int], Value]
     fixed: set[Value] = field(default_factory=set)
 
     def bases(self) -> list[int]:
@@ -89,6 +91,7 @@ def find_components(graph: Graph, consumed: set[Value], barred: set[Key]) -> lis
     tokens = {
         v: found for v in graph.values if v not in consumed and (found := place(v)) and found[0] in families
     }
+    places = {found: v for v, found in tokens.items()}
     span = _spans(graph, consumed, tokens)
     mixed = [v for v in graph.values if v in span and span[v][0] != span[v][1]]
     users: dict[Value, set[Value]] = defaultdict(set)
@@ -102,7 +105,7 @@ def find_components(graph: Graph, consumed: set[Value], barred: set[Key]) -> lis
         own = {v: tokens[v] for v in inside if v in tokens}
         if len({position for _, position in own.values()}) < FEWEST:
             continue
-        component = Component(members, inside, own)
+        component = Component(members, inside, own, places)
         steps = len({position for _, position in own.values()})
         own_members = set(members)
         component.fixed = {
