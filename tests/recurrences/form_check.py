@@ -26,7 +26,10 @@ LOOPS = {"pointwise_scan": "pointwise", "time_loop": "loop"}
 
 
 def check(
-    form: Form, length: int | None = None, extreme: bool = False, backend: str = "spikingbrain"
+    form: Form,
+    length: int | None = None,
+    extreme: bool = False,
+    backend: str | Callable[..., Any] = "spikingbrain",
 ) -> None:
     """Raises AssertionError unless ``torch.compile`` gives eager's results, final states and gradients."""
     torch._dynamo.reset()

@@ -79,8 +79,10 @@ class Form:
             torch.manual_seed(1)
             return self.make().to(self.dtype)
 
-    def length(self, about: int = LENGTH) -> int:
-        """Returns a length that the form can be run with, not less than ``about``."""
+    def length(self, about: int | None = None) -> int:
+        """Returns a length that the form can be run with, not less than ``about``; without, one for most tests."""
+        if about is None:
+            about = LENGTH if self.multiple == 1 else 6 * self.multiple
         return -(-about // self.multiple) * self.multiple
 
     def example(self, length: int | None = None, seed: int = 0, extreme: bool = False) -> tuple[Tensor, ...]:
