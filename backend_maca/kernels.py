@@ -165,7 +165,7 @@ def bufferize(text: str) -> str:
                     where=source_of(op.location),
                     hint="lower it to linalg before this backend",
                 )
-            if op.name.startswith(("tm_tensor.", "scf.")):
+            if op.name.startswith(("tm_tensor.", "scf.")) and not _in_body(op):
                 raise UnsupportedOp(
                     f"'{op.name}' has no kernel for MetaX GPUs",
                     where=source_of(op.location),
@@ -201,6 +201,14 @@ def build_kernels(text: str) -> str:
 def _functions(module: ir.Module) -> list[ir.Operation]:
     found = [view.operation for view in module.body.operations if view.operation.name == "func.func"]
     return [f for f in found if len(f.regions[0].blocks)]
+
+
+def _in_body(op: ir.Operation) -> bool:
+    """Returns whether an op belongs to what a linalg op computes for one element."""
+    parent = op.parent
+    while parent is not None and not parent.operation.name.startswith("linalg."):
+        parent = parent.operation.parent
+    return parent is not None
 
 
 def _label(op: ir.Operation) -> str:

@@ -106,6 +106,8 @@ class Letters:
     def row(self, array: Array, at: ir.Value) -> Array:
         """Returns the part of an array at one position of its first axis."""
         value, axes = array
+        if self.sizes[axes[0]] == 1:  # a copy joins the op that reads it, on every target
+            return self.map([], axes[1:], lambda place: pick(array, place, {axes[0]: at}))
         sizes, given = self._one(axes)
         offsets = [ir.ShapedType.get_dynamic_size()] + [0] * (len(sizes) - 1)
         steps = [1] * len(sizes)

@@ -326,7 +326,7 @@ class _Recurrence:
             stack = tensor.ExpandShapeOp(shape, only, groups, sizes, list(shape.shape)).result
             return stack, final
         inner = _about_root(count)
-        outer = arith.ceildivui(index(count), inner)
+        outer = arith.ceildivsi(index(count), inner)
         whole = Letters({**self.build.sizes, "x": outer, "y": inner}, self.build.element)
         zero, one = index(0), index(1)
 
@@ -379,7 +379,7 @@ def _sizes(op: Any) -> dict[str, Any]:
 def _ceil_div(size: Any, by: int) -> Any:
     if isinstance(size, int):
         return -(-size // by)
-    return size if by == 1 else arith.ceildivui(size, index(by))
+    return size if by == 1 else arith.ceildivsi(size, index(by))
 
 
 def _about_root(count: int | ir.Value) -> ir.Value:
