@@ -9,7 +9,7 @@ the new graph computes what the old one did, gradients included.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +60,9 @@ def _zeroed(target: torch.Tensor) -> torch.Tensor:
 
 _METHODS: dict[str, Callable[..., Any]] = {"copy_": _copied, "fill_": _filled, "zero_": _zeroed}
 
+# From a tensor to a view of it: ops, each with its arguments after the tensor.
+_Way = list[tuple[Any, tuple[Any, ...]]]
+
 _MODES = (
     "_set_grad_enabled",
     "_enter_autocast",
@@ -77,7 +80,7 @@ class _Memory:
     """
 
     whole: list[fx.Node]
-    views: dict[fx.Node, list[tuple[Any, tuple[Any, ...]]] | None] = field(default_factory=dict)
+    views: dict[fx.Node, _Way | None] = field(default_factory=dict)
 
 
 def functionalise(module: fx.GraphModule) -> fx.GraphModule:
@@ -101,15 +104,12 @@ class _Functionaliser:
         self.position = {n: i for i, n in enumerate(module.graph.nodes)}
         self.last_use = {n: max((self.position[u] for u in n.users), default=-1) for n in module.graph.nodes}
         self.memory: dict[int, _Memory] = {}
-        self.written: set[int] = set()
+        self.written = _written_arguments(module.graph)
         self.mode_changed = 0
 
     def run(self) -> fx.GraphModule:
         for node in self.module.graph.nodes:
             self._convert(node)
-        for node in self.module.graph.nodes:  # reads before and after such a write are not the same value
-            if self.written and _storage(node) in self.written and isinstance(self.new[node], fx.Node):
-                self.new[node].meta["opaque"] = True
         self.graph.lint()
         return fx.GraphModule(self.module, self.graph)
 
@@ -169,12 +169,18 @@ class _Functionaliser:
     def _expand(self, node: fx.Node, function: Callable[..., Any], name: Any) -> None:
         args, kwargs = self._renamed((tuple(node.args), dict(node.kwargs)))
         try:
-            self.new[node] = self.expander.call(function, args, kwargs, _meta(node), name)
+            self.new[node] = self.expander.call(function, args, kwargs, self._meta(node), name)
         except NotExpandable:
             self._refuse_write(node, str(name or function))
             self._copy(node)
             return
         self._remember(node)
+
+    def _meta(self, node: fx.Node) -> dict[str, Any]:
+        """Returns the metadata of what a node becomes; reads before and after a write from outside are not the same value."""
+        trace = node.meta.get("stack_trace")
+        found = {"stack_trace": trace} if trace else {}
+        return found | ({"opaque": True} if _storage(node) in self.written else {})
 
     def _renamed(self, tree: Any) -> Any:
         return fx.node.map_arg(tree, lambda n: self.new[n])
@@ -182,16 +188,13 @@ class _Functionaliser:
     def _refuse_write(self, node: fx.Node, name: str) -> None:
         """Raises NotFunctional where an op that stays as it is may write into a tensor that the graph made."""
         writes = name.endswith("_") and not name.endswith("__")
-        if writes and node.args and isinstance(node.args[0], fx.Node):
-            if _storage(node.args[0]) in self.memory:
-                raise NotFunctional(f"{name} writes in place", node)
-            self.written.add(_storage(node.args[0]))
+        target = node.args[0] if node.args else None
+        if writes and isinstance(target, fx.Node) and _storage(target) in self.memory:
+            raise NotFunctional(f"{name} writes in place", node)
 
     # Which node is a view of which
 
-    def _remember(
-        self, node: fx.Node, way: tuple[fx.Node, list[tuple[Any, tuple[Any, ...]]]] | None = None
-    ) -> None:
+    def _remember(self, node: fx.Node, way: tuple[fx.Node, _Way] | None = None) -> None:
         """Notes that a converted node holds a storage of the graph's own, or is a view into one."""
         if not isinstance(node.meta.get("example_value"), torch.Tensor):
             return
@@ -205,7 +208,7 @@ class _Functionaliser:
         if held is None:  # a view into an argument
             return
         source = sources[0]
-        steps: list[tuple[Any, tuple[Any, ...]]] | None = None
+        steps: _Way | None = None
         if way and way[0] is source:
             steps = way[1]
         if source in held.whole:
@@ -237,7 +240,7 @@ class _Functionaliser:
         made = self.new[source]
         try:
             for op, rest in steps:
-                made = self.expander.piece(op, made, rest, _meta(node))
+                made = self.expander.piece(op, made, rest, self._meta(node))
         except NotExpandable:
             return False
         self.new[node] = made
@@ -255,7 +258,6 @@ class _Functionaliser:
             self._copy(node)
             return
         if _storage(target) not in self.memory:
-            self.written.add(_storage(target))
             self._copy(node)
             return
         new_args, new_kwargs = self._renamed((tuple(args), dict(kwargs)))
@@ -267,7 +269,7 @@ class _Functionaliser:
 
         try:
             made = self.expander.call(
-                written, new_args, new_kwargs, _meta(node), ("write", name or node.target, dtype)
+                written, new_args, new_kwargs, self._meta(node), ("write", name or node.target, dtype)
             )
         except NotExpandable:
             raise NotFunctional(f"{name or node.target} writes in place", node) from None
@@ -281,7 +283,6 @@ class _Functionaliser:
         target, index, source = node.args
         value = target.meta["example_value"]
         if _storage(target) not in self.memory:
-            self.written.add(_storage(target))
             self._copy(node)
             return
         steps = _steps(index, value)
@@ -290,7 +291,7 @@ class _Functionaliser:
         view = self.new[target]
         try:
             for op, rest in steps:
-                view = self.expander.piece(op, view, rest, _meta(node))
+                view = self.expander.piece(op, view, rest, self._meta(node))
             place = view.meta["val"]
             dtype, shape = place.dtype, tuple(place.shape)
 
@@ -302,8 +303,10 @@ class _Functionaliser:
 
             new_source = self._renamed(source)
             if not (isinstance(new_source, fx.Node) and _same(new_source, dtype, shape)):
-                new_source = self.expander.call(fitted, (new_source,), {}, _meta(node), ("fit", dtype, shape))
-            made = self._scattered(self.new[target], steps, new_source, _meta(node))
+                new_source = self.expander.call(
+                    fitted, (new_source,), {}, self._meta(node), ("fit", dtype, shape)
+                )
+            made = self._scattered(self.new[target], steps, new_source, self._meta(node))
         except NotExpandable as stop:
             raise NotFunctional(
                 f"a write that cannot be expressed without side effects: {stop}", node
@@ -323,31 +326,33 @@ class _Functionaliser:
     def _store(self, node: fx.Node, target: fx.Node, made: fx.Node) -> None:
         """Lets ``made`` be the target's value from here on, in the whole of which it may be a part."""
         held = self.memory[_storage(target)]
-        now = self.position[node]
-        for view in held.views:
-            same = view is target or held.views[view] is held.views.get(target)
-            if not same and self.last_use[view] > now:
-                raise NotFunctional("a view of the tensor is read after a write into it", node)
-        if target in held.whole:
-            whole = made
-        else:
-            way = held.views.get(target)
-            if way is None:
-                raise NotFunctional("a write into a view that is no slice", node)
-            try:
-                whole = self._scattered(self.new[held.whole[0]], way, made, _meta(node))
-            except NotExpandable as stop:
-                raise NotFunctional(f"a write into a view: {stop}", node) from None
-            for view in held.views:
-                if view is target or held.views[view] is way:
-                    self.new[view] = made
+        way = [] if target in held.whole else held.views.get(target)
+        if way is None:
+            raise NotFunctional("a write into a view that is no slice", node)
+        whole = made if not way else self._placed(node, self.new[held.whole[0]], way, made)
         for alias in held.whole:
             self.new[alias] = whole
+        for view, there in held.views.items():
+            if there == way:
+                self.new[view] = made
+            elif self.last_use[view] > self.position[node]:
+                if there is None:
+                    raise NotFunctional("a view of the tensor is read after a write into it", node)
+                piece = whole
+                for op, rest in there:
+                    piece = self.expander.piece(op, piece, rest, self._meta(node))
+                self.new[view] = piece
+
+    def _placed(self, node: fx.Node, base: fx.Node, way: _Way, piece: fx.Node) -> fx.Node:
+        try:
+            return self._scattered(base, way, piece, self._meta(node))
+        except NotExpandable as stop:
+            raise NotFunctional(f"a write into a view: {stop}", node) from None
 
     def _scattered(
         self,
         base: fx.Node,
-        steps: Sequence[tuple[Any, tuple[Any, ...]]],
+        steps: _Way,
         piece: fx.Node,
         meta: dict[str, Any],
     ) -> fx.Node:
@@ -371,6 +376,21 @@ class _Functionaliser:
         return made
 
 
+def _written_arguments(graph: fx.Graph) -> set[int]:
+    """Returns the storages of arguments and attributes that some op may write in place."""
+    given = {_storage(n) for n in graph.nodes if n.op in ("placeholder", "get_attr")} - {0}
+    found = set()
+    for node in graph.nodes:
+        name = str(getattr(node.target, "__name__", node.target))
+        writes = name.endswith("_") and not name.endswith("__")
+        if writes or node.target in _OPERATORS or node.target is operator.setitem:
+            targets = list(node.args[:1])
+        else:
+            targets = [node.kwargs.get("out")]
+        found |= {_storage(n) for n in targets if isinstance(n, fx.Node)} & given
+    return found
+
+
 def _storage(node: fx.Node) -> int:
     value = node.meta.get("example_value")
     return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else 0
@@ -381,12 +401,7 @@ def _same(node: fx.Node, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
     return isinstance(value, torch.Tensor) and value.dtype == dtype and tuple(value.shape) == shape
 
 
-def _meta(node: fx.Node) -> dict[str, Any]:
-    trace = node.meta.get("stack_trace")
-    return {"stack_trace": trace} if trace else {}
-
-
-def _steps(index: Any, value: torch.Tensor) -> list[tuple[Any, tuple[Any, ...]]] | None:
+def _steps(index: Any, value: torch.Tensor) -> _Way | None:
     """Returns the ATen ops of ``x[index]``, each with its arguments after x; None for indices that are tensors or symbols."""
     parts = list(index) if isinstance(index, tuple) else [index]
     for part in parts:
@@ -396,7 +411,7 @@ def _steps(index: Any, value: torch.Tensor) -> list[tuple[Any, tuple[Any, ...]]]
     taken = sum(1 for p in parts if p is not None and p is not Ellipsis)
     if Ellipsis not in parts:
         parts.append(Ellipsis)
-    steps: list[tuple[Any, tuple[Any, ...]]] = []
+    steps: _Way = []
     dim = 0
     sizes = list(value.shape)
     axis = 0  # in the source

@@ -7,8 +7,9 @@ loops by one ``scan``. Every loop that was found is recorded, with the user's li
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,10 +21,12 @@ from spikingbrain.frontend.checks import user_line
 from spikingbrain.frontend.recurrences.adapter import adapt
 from spikingbrain.frontend.recurrences.emit import Emitter, NotEmitted, nodes_of
 from spikingbrain.frontend.recurrences.functional import NotFunctional, functionalise
+from spikingbrain.frontend.recurrences.hops import NotALoop, loop_of_scan, scans
 from spikingbrain.frontend.recurrences.linear import Steps, emit_recurrence
 from spikingbrain.frontend.recurrences.loops import emit_scan
 from spikingbrain.frontend.recurrences.report import RecurrenceReport
 from spikingbrain.passes.recurrence.analysis import analyse
+from spikingbrain.passes.recurrence.classify import classify
 from spikingbrain.passes.recurrence.form import Loop, Stacked, Verdict
 from spikingbrain.passes.recurrence.graph import Value
 
@@ -48,6 +51,7 @@ def raise_recurrences(module: fx.GraphModule, keep_detach: bool) -> list[Recurre
     """Raises in place, in a functional graph of ATen ops; returns what was found."""
     neutral, _ = adapt(module, keep_detach)
     reports = [_carry_out(module, verdict, i) for i, verdict in enumerate(analyse(neutral))]
+    reports += [_carry_out_scan(module, node, keep_detach) for node in scans(module.graph)]
     if any(r.status != "unrolled" for r in reports):
         module.graph.eliminate_dead_code(
             lambda n: bool(n.meta.get("opaque")) or n.op in ("placeholder", "output")
@@ -90,12 +94,10 @@ def _carry_out(module: fx.GraphModule, verdict: Verdict, number: int) -> Recurre
     if verdict.status == "unrolled" or verdict.loop is None:
         return RecurrenceReport("unrolled", "", where, verdict.reason)
     loop = verdict.loop
-    before = set(module.graph.nodes)
     try:
-        steps = _emit(module, verdict, loop, f"_time_loop_{number}")
+        with _undone_on_failure(module.graph):
+            steps = _emit(module, verdict, loop, f"_time_loop_{number}")
     except NotEmitted as stop:
-        for node in reversed([n for n in module.graph.nodes if n not in before]):
-            module.graph.erase_node(node)
         return RecurrenceReport(
             "unrolled", "", where, f"{verdict.reason}; not written anew: {stop}", loop.steps
         )
@@ -107,14 +109,52 @@ def _carry_out(module: fx.GraphModule, verdict: Verdict, number: int) -> Recurre
     return RecurrenceReport("loop", op, where, verdict.reason, loop.steps)
 
 
-def _emit(module: fx.GraphModule, verdict: Verdict, loop: Loop, name: str) -> Steps:
-    """Emits what takes a loop's place, after the last node of its last step."""
-    position = {n: i for i, n in enumerate(module.graph.nodes)}
-    last = max(
-        (n for v in _last_values(loop) for n in nodes_of(v)[:1]), key=lambda n: position[n], default=None
-    )
+def _carry_out_scan(module: fx.GraphModule, node: fx.Node, keep_detach: bool) -> RecurrenceReport:
+    """Raises a ``scan`` that the user wrote, or leaves it as the loop that it is."""
+    where, length = str(user_line(node) or ""), 0
+    try:
+        loop = loop_of_scan(module, node, keep_detach)
+        length = loop.steps
+        verdict = classify(loop)
+    except NotALoop as why:
+        return RecurrenceReport("loop", "time_loop", where, f"a scan; {why}")
+    op, reason = "pointwise_scan" if verdict.status == "pointwise" else "time_loop", verdict.reason
+    if verdict.status == "raised":
+        try:
+            with _undone_on_failure(module.graph):
+                _replace(_emit(module, verdict, loop, "", node), loop)
+            for user in [*node.users, node]:
+                if not user.users:
+                    module.graph.erase_node(user)
+            op = ", ".join(dict.fromkeys(r.kind for r in verdict.recurrences))
+            return RecurrenceReport("raised", op, where, reason, length)
+        except NotEmitted as stop:
+            op, reason = "time_loop", f"{reason}; not written anew: {stop}"
+    return RecurrenceReport("loop", op, where, reason, length)
+
+
+@contextlib.contextmanager
+def _undone_on_failure(graph: fx.Graph) -> Iterator[None]:
+    """Removes the nodes made inside if they come to nothing."""
+    before = set(graph.nodes)
+    try:
+        yield
+    except NotEmitted:
+        for node in reversed([n for n in graph.nodes if n not in before]):
+            graph.erase_node(node)
+        raise
+
+
+def _emit(
+    module: fx.GraphModule, verdict: Verdict, loop: Loop, name: str, last: fx.Node | None = None
+) -> Steps:
+    """Emits what takes a loop's place, after ``last``: by default the last node of its last step."""
     if last is None:
-        raise NotEmitted("its values are not in the graph")
+        position = {n: i for i, n in enumerate(module.graph.nodes)}
+        nodes = [n for v in _last_values(loop) for n in nodes_of(v)[:1]]
+        if not nodes:
+            raise NotEmitted("its values are not in the graph")
+        last = max(nodes, key=position.__getitem__)
     emit = Emitter(module.graph, _fake_mode(module))
     emit.trace = last.meta.get("stack_trace")
     steps = Steps(emit, loop)
