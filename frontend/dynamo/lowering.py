@@ -121,7 +121,7 @@ def _load(
     return {key: Compiled(unit, names[key], stored.get(names[key], [])) for key in regions}
 
 
-_OP = re.compile(r"torch\.(?:aten|prims)\.([A-Za-z0-9_]+)")
+_OP = re.compile(r"torch\.(?:aten|prims|spikingbrain)\.([A-Za-z0-9_]+)")
 
 
 def culprit(error: CompileError) -> str | None:

@@ -69,6 +69,7 @@ maximum mean minimum mul ne neg pow prod reciprocal relu remainder repeat round 
 silu sin sinh softplus sqrt square stack sub sum tan tanh tril triu trunc var var_mean where _to_copy _softmax
 _log_softmax to prims::convert_element_type masked_fill ones_like zeros_like zeros ones flip
 """)
+RECURRENCES = _names("linear_recurrence linear_scan selective_scan")  # our own
 
 # Left to torch, with the reason. Those in BOTH are compiled when `library=False`.
 _PRODUCTS = _names("mm bmm addmm baddbmm dot mv matmul linear addmv addbmm _int_mm")
@@ -122,10 +123,10 @@ _DTYPES = {
 
 
 def packet_name(target: Any) -> str:
-    """Returns ``add`` for ``aten.add.Tensor``, and the full name of anything that is no aten op."""
+    """Returns ``add`` for ``aten.add.Tensor`` and for an op of ours, and the full name of anything else."""
     if isinstance(target, torch._ops.OpOverload):
         name = target._schema.name
-        return name.removeprefix("aten::")
+        return name.removeprefix("aten::").removeprefix("spikingbrain::")
     return str(getattr(target, "__name__", target))
 
 
@@ -166,13 +167,16 @@ def classify(node: fx.Node, library: bool = True) -> Verdict:
         )
     if node.target._schema.is_mutable:
         return Verdict(Kind.EAGER, "writes in place")
-    if node.target.namespace not in ("aten", "prims"):
+    ours = node.target.namespace == "spikingbrain" and packet_name(node.target) in RECURRENCES
+    if not ours and node.target.namespace not in ("aten", "prims"):
         return Verdict(
             Kind.EAGER, f"{node.target} is a custom op", "write it in plain PyTorch if it should be fused"
         )
     if refused := _refuse_types(node):
         return refused
     name = packet_name(node.target)
+    if ours:
+        return Verdict(Kind.COMPILED)
     if name in VIEWS:
         return Verdict(Kind.VIEW)
     if name in LIBRARY and (library or name not in BOTH):
