@@ -16,7 +16,7 @@ from torch import fx
 
 from spikingbrain.frontend.dynamo.ops import RECURRENCES, Kind, Verdict, packet_name
 
-# A region of fewer ops than this costs more to enter than fusing it saves; one that holds a projection or a recurrence is worth it.
+# A region of fewer ops than this costs more to enter than fusing it saves; a projection or a recurrence is worth it.
 SMALLEST = 3
 _WORTH = {"linear", *RECURRENCES}
 _FREE = {"empty", "full", "scalar_tensor", "arange", "zeros", "ones", "clone", "lift_fresh_copy", "getitem"}
