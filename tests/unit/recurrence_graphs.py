@@ -1,0 +1,122 @@
+"""Graphs of modules for the tests of ``passes/recurrence``, and a slow evaluation of them in which loops run as loops."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from spikingbrain.frontend.recurrences.adapter import adapt
+from spikingbrain.frontend.recurrences.emit import call_of
+from spikingbrain.passes.recurrence.form import Loop
+from spikingbrain.passes.recurrence.graph import Graph, Value
+from spikingbrain.passes.recurrence.normalise import normalise
+
+sys.path.append(str(Path(__file__).parents[1] / "recurrences"))
+from forms import FORMS, Form
+
+__all__ = ["FORMS", "Evaluation", "Form", "Traced", "trace"]
+
+
+class Traced:
+    """A module as a normalised graph, with the tensors that it is given in ``example``."""
+
+    def __init__(self, module: torch.nn.Module, example: Sequence[Tensor], keep_detach: bool = True) -> None:
+        self.expected = pytree.tree_leaves(module(*example))
+        program = torch.export.export(module, tuple(example), strict=False).run_decompositions({})
+        raw, values = adapt(program.graph_module, keep_detach)
+        self.given: dict[Value, Tensor] = {}
+        leaves = iter(pytree.tree_leaves(tuple(example)))
+        held = {**program.state_dict, **program.constants}
+        for spec in program.graph_signature.input_specs:
+            node = next(n for n in program.graph.nodes if n.name == spec.arg.name)
+            value = values[node]
+            self.given[value] = held[spec.target] if spec.target in held else next(leaves)
+            if spec.target in program.constants:
+                value.op, value.literals = "constant", (self.given[value].numpy(),)
+        self.raw = raw
+        self.graph: Graph = normalise(raw)
+
+    def tensor(self, value: Value) -> Tensor:
+        """Returns what an input of the normalised graph was given."""
+        return next(self.given[raw] for raw in value.origin if raw in self.given)
+
+
+def trace(form: Form, length: int | None = None) -> Traced:
+    return Traced(form.module(), form.example(length))
+
+
+class Evaluation:
+    """Computes a graph; what ``loops`` carry, return and join is computed by their bodies, step by step."""
+
+    def __init__(self, traced: Traced, loops: Sequence[Loop] = ()) -> None:
+        self.traced = traced
+        self.known: dict[Value, Any] = {}
+        self.loops = list(loops)
+        self.within = {v: loop for loop in loops for v in loop.values}
+        self.joined = {s.joined: loop for loop in loops for s in loop.stacked}
+        self.bodies = {id(v) for loop in loops for v in loop.body}
+
+    def outputs(self) -> list[Tensor]:
+        return [self(v) for v in self.traced.graph.outputs]
+
+    def __call__(self, v: Value) -> Any:
+        if v not in self.known:
+            loop = self.joined.get(v) or self.within.get(v)
+            if loop is not None:
+                self.run(loop)
+                assert v in self.known, f"{v} of a loop is read outside"
+            else:
+                self.known[v] = self.compute(v, [self(x) for x in v.inputs])
+        return self.known[v]
+
+    def compute(self, v: Value, inputs: list[Any]) -> Any:
+        if v.op == "input":
+            return self.traced.tensor(v)
+        if v.op == "constant":
+            numbers = v.literals[0]
+            return torch.tensor(numbers, dtype=getattr(torch, v.dtype))
+        target, args, kwargs = call_of(v, inputs)
+        return target(*args, **kwargs)
+
+    def token(self, loop: Loop, token: Value, time: int) -> Tensor:
+        t = loop.tokens[token]
+        position = time * t.stride + t.offset
+        assert position >= 0
+        source = self(t.source)
+        if t.width:
+            return source.narrow(t.dim, position * t.width, t.width)
+        return source.select(t.dim, position)
+
+    def run(self, loop: Loop) -> None:
+        before = {c.before: self(c.initial) for c in loop.carried}
+        pieces: dict[int, list[Tensor]] = {i: [] for i in range(len(loop.stacked))}
+        times = range(loop.first, loop.first + loop.steps)
+        for time in reversed(times) if loop.reverse else times:
+            now: dict[Value, Any] = dict(before)
+            for v in loop.body:
+                if v in loop.tokens:
+                    now[v] = self.token(loop, v, time)
+                else:
+                    now[v] = self.compute(v, [now[x] if x in now else self(x) for x in v.inputs])
+                if v.shape is not None:
+                    assert tuple(now[v].shape) == v.shape, v
+            for i, s in enumerate(loop.stacked):
+                pieces[i].append(now[s.value])
+            before = {c.before: now[c.after] for c in loop.carried}
+        for c in loop.carried:
+            if c.final is not None:
+                self.known[c.final] = before[c.before]
+        for i, s in enumerate(loop.stacked):
+            steps = pieces[i][::-1] if s.reversed != loop.reverse else pieces[i]
+            around = [[self(v) for v in outer] for outer in (s.leading, s.trailing)]
+            if s.joined.op == "stack":
+                around = [[v.unsqueeze(s.dim) for v in outer] for outer in around]
+            if not s.keeps_dim:
+                steps = [v.unsqueeze(s.dim) for v in steps]
+            self.known[s.joined] = torch.cat([*around[0], *steps, *around[1]], s.dim)
