@@ -82,7 +82,7 @@ def plan(problem: Problem, target: Target) -> Schedule:
     """Returns the blocking for an op. Raises UnsupportedOp when the kernel cannot serve it or the target."""
     lanes, size = vector_lanes(target), problem.value_size
     for columns in (size // parts for parts in range(1, size + 1) if size % parts == 0):
-        steps = next((n for n in CHUNKS if _scratch_bytes(problem, n, columns) <= SCRATCH_BYTES), 0)
+        steps = next((n for n in CHUNKS if scratch_bytes(problem, n, columns) <= SCRATCH_BYTES), 0)
         if steps >= SHORT_CHUNK or (steps and columns <= lanes):
             return Schedule(
                 lanes=lanes,
@@ -117,7 +117,7 @@ def _scratch_shapes(problem: Problem, steps: int, columns: int) -> dict[str, lis
     return shapes
 
 
-def _scratch_bytes(problem: Problem, steps: int, columns: int) -> int:
+def scratch_bytes(problem: Problem, steps: int, columns: int) -> int:
     shapes = _scratch_shapes(problem, steps, columns).values()
     return sum(math.prod(shape) * 4 + LINE_BYTES for shape in shapes) + LINE_BYTES
 
