@@ -158,13 +158,28 @@ _CALLS: dict[str, Any] = {
     "squeeze": aten.squeeze.dims,
     "unsqueeze": aten.unsqueeze.default,
     "expand": aten.expand.default,
+}
+
+# Ops that the analysis adds by itself; where it found them they may be other overloads.
+_SYNTHETIC: dict[str, Any] = {
+    "add": aten.add.Tensor,
+    "sub": aten.sub.Tensor,
     "mul": aten.mul.Tensor,
+    "div": aten.div.Tensor,
+    "neg": aten.neg.default,
+    "exp": aten.exp.default,
+    "log": aten.log.default,
+    "rsub": aten.rsub.Scalar,
+    "reciprocal": aten.reciprocal.default,
+    "logical_not": aten.logical_not.default,
+    "pow": aten.pow.Tensor_Scalar,
+    "where": aten.where.self,
 }
 
 
 def nodes_of(value: Value) -> list[fx.Node]:
     """Returns the graph's nodes that compute a value of the normalised graph."""
-    return [raw.origin for raw in value.origin if isinstance(raw.origin, fx.Node)]
+    return [raw.origin for raw in value.origin or () if isinstance(raw.origin, fx.Node)]
 
 
 def call_of(value: Value, inputs: Sequence[Any]) -> tuple[Any, list[Any], dict[str, Any]]:
@@ -180,18 +195,24 @@ def call_of(value: Value, inputs: Sequence[Any]) -> tuple[Any, list[Any], dict[s
     if value.op == "full":
         number = value.literals[1]
         return aten.full.default, [list(value.shape or ()), number], {"dtype": getattr(torch, value.dtype)}
-    target = _CALLS.get(value.op)
+    nodes = [n for n in nodes_of(value) if n.op == "call_function" and _name(n.target) == value.op]
+    target = _CALLS.get(value.op) or (nodes[0].target if nodes else _SYNTHETIC.get(value.op))
     if target is None:
-        nodes = [n for n in nodes_of(value) if n.op == "call_function"]
-        if not nodes:
-            raise NotEmitted(value.op)
-        target = nodes[0].target
+        raise NotEmitted(value.op)
     if value.op == "slice":
         inputs_and_rest = [fill(x) for x in value.literals]
         return target, inputs_and_rest, {}
     keywords = [x for x in value.literals if _is_keyword(x)]
     args = [fill(x) for x in value.literals if not _is_keyword(x)]
     return target, args, {name: fill(x) for name, x in keywords}
+
+
+def _name(target: Any) -> str:
+    """Returns what the adapter calls an op."""
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.removeprefix("aten::")
+    name = str(getattr(target, "__name__", target))
+    return "pointwise_function" if name == "autograd_function_apply" else name
 
 
 def _is_keyword(literal: Any) -> bool:

@@ -110,6 +110,8 @@ def contraction(
     sizes: Mapping[str, int],
 ) -> fx.Node:
     """Returns the product of the factors summed over every label that ``axes`` lacks, laid out as ``axes``."""
+    if not factors:
+        return emit.op(aten.full.default, [1 if a is None else sizes[a] for a in axes], scalar)
     labels = sorted(
         {a for _, ax in factors for a in ax if a is not None} | {a for a in axes if a is not None}
     )

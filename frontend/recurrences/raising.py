@@ -27,7 +27,7 @@ from spikingbrain.frontend.recurrences.loops import emit_scan
 from spikingbrain.frontend.recurrences.report import RecurrenceReport
 from spikingbrain.passes.recurrence.analysis import analyse
 from spikingbrain.passes.recurrence.classify import classify
-from spikingbrain.passes.recurrence.form import Loop, Stacked, Verdict
+from spikingbrain.passes.recurrence.form import Loop, Recurrence, Stacked, Verdict
 from spikingbrain.passes.recurrence.graph import Value
 
 aten = torch.ops.aten
@@ -50,15 +50,44 @@ def raise_in_dynamo_graph(module: fx.GraphModule) -> tuple[fx.GraphModule, list[
 def raise_recurrences(module: fx.GraphModule, keep_detach: bool) -> list[RecurrenceReport]:
     """Raises in place, in a functional graph of ATen ops; returns what was found."""
     neutral, _ = adapt(module, keep_detach)
+    written = scans(module.graph)
     reports = [_carry_out(module, verdict, i) for i, verdict in enumerate(analyse(neutral))]
-    reports += [_carry_out_scan(module, node, keep_detach) for node in scans(module.graph)]
+    reports += [_carry_out_scan(module, node, keep_detach) for node in written]
     if any(r.status != "unrolled" for r in reports):
+        _sort(module.graph)
         module.graph.eliminate_dead_code(
             lambda n: bool(n.meta.get("opaque")) or n.op in ("placeholder", "output")
         )
         module.graph.lint()
         module.recompile()
     return reports
+
+
+def _sort(graph: fx.Graph) -> None:
+    """Puts every node after what it reads, and leaves the order as it is otherwise; nodes that must keep their place do."""
+    placed: dict[fx.Node, None] = {}
+    fixed: fx.Node | None = None
+    before: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node.meta.get("opaque") or node.op in ("placeholder", "output"):
+            if fixed is not None:
+                before[node] = fixed
+            fixed = node
+    for root in list(graph.nodes):
+        todo = [(root, False)]
+        while todo:
+            node, ready = todo.pop()
+            if ready:
+                placed[node] = None
+            elif node not in placed:
+                todo.append((node, True))
+                wanted = [*node.all_input_nodes, *([before[node]] if node in before else [])]
+                todo += [(n, False) for n in reversed(wanted) if n not in placed]
+    last: fx.Node | None = None
+    for node in placed:
+        if last is not None and last.next is not node:
+            last.append(node)
+        last = node
 
 
 def promising(graph: fx.Graph) -> bool:
@@ -161,13 +190,28 @@ def _emit(
     with module.graph.inserting_before(last.next):
         steps.start()
         if verdict.status == "raised":
-            for recurrence in verdict.recurrences:
-                emit_recurrence(steps, recurrence)
+            _emit_in_turn(steps, verdict.recurrences)
             wanted = [s.value for s in loop.stacked]
             steps.known.update(zip(wanted, steps.values(wanted), strict=True))
         else:
             emit_scan(steps, module, name)
     return steps
+
+
+def _emit_in_turn(steps: Steps, recurrences: Sequence[Recurrence]) -> None:
+    """Emits recurrences so that one whose steps read another's state comes after it."""
+    waiting = list(recurrences)
+    while waiting:
+        later, stop = [], NotEmitted("")
+        for recurrence in waiting:
+            try:
+                emit_recurrence(steps, recurrence)
+            except NotEmitted as why:
+                later.append(recurrence)
+                stop = why
+        if len(later) == len(waiting):
+            raise stop
+        waiting = later
 
 
 def _last_values(loop: Loop) -> list[Value]:
@@ -182,9 +226,10 @@ def _last_values(loop: Loop) -> list[Value]:
 def _replace(steps: Steps, loop: Loop) -> None:
     """Lets everything outside the loop read the new values."""
     emit = steps.emit
+    inside = {n for v in loop.values for n in nodes_of(v)}
     for carry in loop.carried:
         for node in nodes_of(carry.final) if carry.final else []:
-            node.replace_all_uses_with(steps.finals[carry])
+            node.replace_all_uses_with(steps.finals[carry], lambda user: user not in inside)
     for stacked in loop.stacked:
         nodes = nodes_of(stacked.joined)
         if not nodes:
@@ -205,7 +250,7 @@ def _joined(steps: Steps, stacked: Stacked) -> fx.Node:
     if stacked.keeps_dim:
         node = emit.op(aten.flatten.using_ints, node, dim, dim + 1)
     pieces = [emit.value(v, steps.outside) for v in (*stacked.leading, *stacked.trailing)]
-    if not stacked.keeps_dim:
+    if stacked.joined.op != "cat":
         pieces = [emit.op(aten.unsqueeze.default, p, dim) for p in pieces]
     before, after = pieces[: len(stacked.leading)], pieces[len(stacked.leading) :]
     return emit.op(aten.cat.default, [*before, node, *after], dim) if pieces else node
