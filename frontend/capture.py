@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import operator
 import traceback
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,9 +16,9 @@ from torch_mlir import ir
 
 from spikingbrain.errors import CompileError, ShapeError, SourceLine, UnsupportedOp
 from spikingbrain.frontend.checks import check
-from spikingbrain.frontend.decompose import decompose
 from spikingbrain.frontend.importer import Importer
 from spikingbrain.frontend.normalise import normalise
+from spikingbrain.frontend.recurrences.exporting import Exported, export_program
 
 aten = torch.ops.aten
 
@@ -181,10 +180,15 @@ def capture(
             raise CompileError(f"entry point name {name!r} is not an identifier")
         progress(f"capture {name}")
         call = _Call(model, name, entry, state)
-        program = _export(model, call)
+        exported = _export(model, call)
         names.entry = name
-        _import(importer, program, call)
-        described[name], state_fields = _describe(program, call)
+        _import(importer, exported.program, call)
+        described[name], state_fields = _describe(exported.program, call)
+        described[name] |= {
+            "recurrences": [r.to_dict() for r in exported.recurrences],
+            "verified_lengths": exported.verified,
+            "fixed_lengths": exported.fixed,
+        }
         donated[name] = list(range(call.inputs, len(call.tensors)))
         if layout and [(f["name"], f["shape"]) for f in layout] != [
             (f["name"], f["shape"]) for f in state_fields
@@ -227,16 +231,9 @@ class _WeightNames:
         return own
 
 
-def _export(model: nn.Module, call: _Call) -> torch.export.ExportedProgram:
-    flat = _Flat(model, call)
+def _export(model: nn.Module, call: _Call) -> Exported:
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            # torch warns about its own use of its own deprecated class
-            warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-            program = torch.export.export(
-                flat, tuple(call.tensors), dynamic_shapes=(tuple(call.dims),), strict=False
-            )
-            program = decompose(program)
+        exported = export_program(_Flat(model, call), call.tensors, call.dims, call.name)
     except CompileError:
         raise
     except Exception as error:
@@ -246,8 +243,8 @@ def _export(model: nn.Module, call: _Call) -> torch.export.ExportedProgram:
             why=_first_lines(str(error)),
             hint="the same error appears with torch.export.export(model, args); its documentation lists remedies",
         ) from error
-    check(program, call.name)
-    return program
+    check(exported.program, call.name)
+    return exported
 
 
 def _import(importer: Importer, program: torch.export.ExportedProgram, call: _Call) -> None:

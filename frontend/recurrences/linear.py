@@ -125,6 +125,19 @@ class _State:
             return self.product(groups, self.r.decay_log), True
         return (self.product(groups, self.r.decay), False) if self.r.decay is not None else (None, False)
 
+    def answer(self, read: Read, node: fx.Node, axes: Sequence[str | None]) -> None:
+        """Tells ``steps`` the value of a read: the state's part of it and what is added to that."""
+        for extra in read.extra:
+            factors = [x if power > 0 else self._inverse(x) for x, power in self.steps.labelled(extra)]
+            added = products.contraction(self.emit, factors, extra.scalar, axes, self.sizes)
+            node = self.emit.op(
+                aten.add.Tensor, node, products.cast(self.emit, added, node.meta["val"].dtype)
+            )
+        self.steps.known[read.value] = products.cast(self.emit, node, getattr(torch, read.value.dtype))
+
+    def _inverse(self, labelled: Labelled) -> Labelled:
+        return self.emit.op(aten.reciprocal.default, labelled[0]), labelled[1]
+
 
 class _Linear(_State):
     def emit_all(self) -> None:
@@ -162,9 +175,9 @@ class _Linear(_State):
                 exclusive,
                 self.reverse,
             )
-            out = self._item(call, 0)
+            out = item(self.emit, call, 0)
             if final is None:
-                final = self._item(call, 1)
+                final = item(self.emit, call, 1)
             self._answer(reads, queries, counts, out, row)
         if final is None:
             raise NotEmitted("a state that nothing reads")
@@ -220,20 +233,7 @@ class _Linear(_State):
             start += count
             axes = ("t", *read.axes)
             node = products.unmerged(self.emit, part, [*row, own, ["v"]], self.sizes, axes)
-            for extra in read.extra:
-                pairs = self.steps.labelled(extra)
-                factors = [x if power > 0 else self._inverse(x) for x, power in pairs]
-                added = products.contraction(self.emit, factors, extra.scalar, axes, self.sizes)
-                node = self.emit.op(
-                    aten.add.Tensor, node, products.cast(self.emit, added, node.meta["val"].dtype)
-                )
-            self.steps.known[read.value] = products.cast(self.emit, node, getattr(torch, read.value.dtype))
-
-    def _inverse(self, labelled: Labelled) -> Labelled:
-        return self.emit.op(aten.reciprocal.default, labelled[0]), labelled[1]
-
-    def _item(self, call: fx.Node, index: int) -> fx.Node:
-        return item(self.emit, call, index)
+            self.answer(read, node, axes)
 
 
 class _Scan(_State):
@@ -279,8 +279,41 @@ class _Scan(_State):
 
 
 class _Selective(_State):
+    """Mamba: ``h = exp(dt a) h + dt x b``, read by c. Channels have the label "v", their states "k"."""
+
     def emit_all(self) -> None:
-        raise NotEmitted("selective_scan")
+        r = self.r
+        row, state = [self.batch, ["t"]], [self.batch, ["v"], ["k"]]
+        assert r.decay_log is not None and r.value is not None
+        rates = [f for f in r.decay_log.factors if "k" in f.axes]
+        steps = [f for f in r.decay_log.factors if "k" not in f.axes]
+        rest = list(r.value.factors)
+        for factor in steps:
+            rest.remove(factor)
+        step = self.product([*row, ["v"]], Product(1.0, tuple(steps)))
+        rate = self.product([["v"], ["k"]], Product(r.decay_log.scalar, tuple(rates)))
+        x = self.product([*row, ["v"]], Product(r.value.scalar, tuple(rest)))
+        key = self.product([*row, ["k"]], r.key)
+        initial, final = self.initial(state), None
+        for read in r.reads:
+            query = self.product([*row, ["k"]], read.query)
+            call = self.emit.op(
+                torch.ops.spikingbrain.selective_scan.default,
+                x,
+                step,
+                rate,
+                key,
+                query,
+                initial,
+                self.reverse,
+            )
+            final = final or item(self.emit, call, 1)
+            axes = ("t", *read.axes)
+            node = products.unmerged(self.emit, item(self.emit, call, 0), [*row, ["v"]], self.sizes, axes)
+            self.answer(read, node, axes)
+        if final is None:
+            raise NotEmitted("a state that nothing reads")
+        self.finish(final, state)
 
 
 def item(emit: Emitter, call: fx.Node, index: int) -> fx.Node:
