@@ -131,7 +131,7 @@ def mamba2_step(x: Tensor, dt: Tensor, b: Tensor, c: Tensor, state: Tensor) -> t
     return torch.stack(outputs, dim=1), state
 
 
-@form("simple GLA", "a loop over chunks", LINEAR_HEADS_FIRST + " g:BHT:log", "loop", multiple=3)
+@form("simple GLA", "a loop over chunks", LINEAR_HEADS_FIRST + " g:BHT:log", "linear_scan", multiple=3)
 def simple_gla_chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     size = 3
     q, k, v, g = (x.unflatten(2, (-1, size)) for x in (q, k, v, g))

@@ -91,7 +91,7 @@ def gla_bfloat16(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Te
     return torch.stack(outputs, dim=1), state
 
 
-@form("GLA", "a loop over chunks", LINEAR_HEADS_FIRST + " g:BHTK:log", "loop", multiple=3)
+@form("GLA", "a loop over chunks", LINEAR_HEADS_FIRST + " g:BHTK:log", "linear_scan", multiple=3)
 def gla_chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
     size = 3
     state = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3])

@@ -269,7 +269,7 @@ def normalised_ones(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out[..., :-1] / out[..., -1:]
 
 
-@form("linear attention", "a loop over chunks", LINEAR_HEADS_FIRST, "loop", multiple=3)
+@form("linear attention", "a loop over chunks", LINEAR_HEADS_FIRST, "linear_scan", multiple=3)
 def linear_chunks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     size = 3
     mask = torch.triu(torch.ones(size, size, dtype=torch.bool), diagonal=1)

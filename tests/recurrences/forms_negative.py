@@ -141,12 +141,21 @@ def keys_shuffled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.stack(outputs, 1)
 
 
+@negative("RetNet", "every third step of another kind", LINEAR, "loop", dynamic=False)
+def every_third_step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    state, outputs = zero_state(q, v), []
+    for t in range(q.shape[1]):
+        state = 0.9 * state + outer(k[:, t], v[:, t])
+        outputs.append(read(q[:, t], state if t % 3 else state.relu()))
+    return torch.stack(outputs, 1)
+
+
 @negative("RetNet", "another kind of step from the middle on", LINEAR, "unrolled", dynamic=False)
 def step_changes(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     state, outputs = zero_state(q, v), []
     for t in range(q.shape[1]):
         state = 0.9 * state + outer(k[:, t], v[:, t])
-        outputs.append(read(q[:, t], state if t % 3 else state.relu()))
+        outputs.append(read(q[:, t], state if t < 6 else state.relu()))
     return torch.stack(outputs, 1)
 
 
@@ -171,9 +180,7 @@ def branch_on_data(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.stack(outputs, 1)
 
 
-@negative(
-    "linear attention", "the slot that is written is chosen by data", "v:BTV i:BT:index q:BTM", "unrolled"
-)
+@negative("linear attention", "the slot that is written is chosen by data", "v:BTV i:BT:index q:BTM", "loop")
 def index_by_data(v: Tensor, i: Tensor, q: Tensor) -> Tensor:
     state, outputs = v.new_zeros(v.shape[0], q.shape[2], v.shape[2]), []
     batch = torch.arange(v.shape[0])

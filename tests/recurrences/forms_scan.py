@@ -197,7 +197,7 @@ class MambaChannelsFirst(nn.Module):
         return (out + x * self.d[None, :, None]) * F.silu(z)
 
 
-@form("Mamba", "states stacked, read after the loop", MAMBA, "selective_scan")
+@form("Mamba", "states stacked, read after the loop", MAMBA, RAISED)
 class MambaStatesStacked(nn.Module):
     def __init__(self) -> None:
         super().__init__()
