@@ -37,6 +37,15 @@ def retnet_number(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(outputs, 1), state
 
 
+@form("RetNet", "another read from the middle on: raised up to there", LINEAR, RAISED, dynamic=False)
+def retnet_read_changes(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    state, outputs = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3]), []
+    for t in range(q.shape[1]):
+        state = 0.9 * state + torch.einsum("bhk,bhv->bhkv", k[:, t], v[:, t])
+        outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], state if t < 6 else state.relu()))
+    return torch.stack(outputs, 1)
+
+
 @form("Lightning attention", "slices of one token, slopes, cat", LINEAR_HEADS_FIRST + " state:BHKV", RAISED)
 class LightningDecode(nn.Module):
     def __init__(self) -> None:

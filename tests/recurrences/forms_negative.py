@@ -150,15 +150,6 @@ def every_third_step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.stack(outputs, 1)
 
 
-@negative("RetNet", "another kind of step from the middle on", LINEAR, "unrolled", dynamic=False)
-def step_changes(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    state, outputs = zero_state(q, v), []
-    for t in range(q.shape[1]):
-        state = 0.9 * state + outer(k[:, t], v[:, t])
-        outputs.append(read(q[:, t], state if t < 6 else state.relu()))
-    return torch.stack(outputs, 1)
-
-
 @negative("linear attention", "the state updated twice, tanh between", LINEAR, "loop")
 def state_twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     state, outputs = zero_state(q, v), []
