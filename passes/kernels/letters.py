@@ -64,6 +64,16 @@ class Letters:
 
         return self._generic(inputs, (init or self.empty(axes), axes), axes, "", inner)
 
+    def product(self, array: Array, axes: str, over: str, chosen: Callable[[At], ir.Value]) -> Array:
+        """Emits the product over one letter of the elements that ``chosen(at)`` picks; ``at`` knows that letter too."""
+
+        def inner(value: ir.Value, total: ir.Value) -> ir.Value:
+            at = functools.cache(lambda letter: linalg.IndexOp((axes + over).index(letter)).result)
+            result: ir.Value = arith.mulf(total, arith.select(chosen(at), value, self.number(1.0)))
+            return result
+
+        return self._generic([array], self.filled(axes, 1.0), axes, over, inner)
+
     def contract(self, *inputs: Array, axes: str, start: ir.Value | None = None) -> Array:
         """Emits the sum of the inputs' products over the letters that ``axes`` lacks, added to ``start`` (or 0)."""
         over = "".join(dict.fromkeys(a for _, letters in inputs for a in letters if a not in axes))

@@ -90,7 +90,7 @@ class _Recurrence:
         q, k, v = self._queries("bnsgik"), self._packed(op.k, "bnsik"), self._packed(op.v, "bnsiv")
         decays = Decays(build, self.levels, self._factors("bnsi"))
         value_axis = decays.axis == "v"
-        reads, writes, whole = decays.read(self.levels, exclusive), decays.after[-1], decays.whole()
+        reads, writes, whole = decays.read(-1, exclusive), decays.after[-1], decays.whole()
         late_k, late_v = (k, build.times(v, writes)) if value_axis else (build.times(k, writes), v)
         update = build.contract(late_k, late_v, axes="bnskv")
         parts = [weighed(decays, triangle(decays, q, k, exclusive), v, exclusive)]
@@ -102,7 +102,7 @@ class _Recurrence:
             known = weighed(decays, triangle(decays, predict, k, True), v, True)
             known = build.contract(renamed(solved, "i", "l"), renamed(known, "i", "j"), axes="bnslv")
             known = renamed(known, "l", "i")
-            first = build.times(predict, decays.read(self.levels, True))
+            first = build.times(predict, decays.read(-1, True))
             depends = build.contract(renamed(solved, "i", "l"), renamed(first, "i", "j"), axes="bnslk")
             depends = renamed(depends, "l", "i")
             late_erase = build.times(erase, writes)
@@ -263,6 +263,7 @@ class _Recurrence:
         span: Callable[[At], tuple[ir.Value, ir.Value]],
     ) -> Array:
         """Returns ``x = decay_n x + update_n`` for n in a span, from a start, for each element by itself."""
+        build = self.build
 
         def body(at: At) -> ir.Value:
             for letter in axes:  # asked for here: a loop inside the body cannot
@@ -272,14 +273,14 @@ class _Recurrence:
             with ir.InsertionPoint(loop.body):
                 value, place = loop.inner_iter_args[0], {"n": loop.induction_variable}
                 if decay is not None:
-                    value = arith.mulf(pick(decay, at, place), value)
+                    value = _decayed(build, value, pick(decay, at, place))
                 if update is not None:
                     value = arith.addf(value, pick(update, at, place))
                 scf.YieldOp([value])
             result: ir.Value = loop.results[0]
             return result
 
-        return self.build.map([], axes, body)
+        return build.map([], axes, body)
 
     def _transition(self, decay: Array | None, change: Array) -> Array:
         """Returns ``Diag(decay) + change``, ``nbskw``: what a chunk does to the state that enters it."""
@@ -374,6 +375,14 @@ def _sizes(op: Any) -> dict[str, Any]:
     for letter, axis in (("b", 0), ("t", 1)):
         found.setdefault(letter, basic.size(op.q, axis))
     return found
+
+
+def _decayed(build: Letters, state: ir.Value, factor: ir.Value) -> ir.Value:
+    """Returns an entry of a state times a product of decays; 0 stays 0 though the product be infinite."""
+    zero = build.number(0.0)
+    silent = arith.cmpf(arith.CmpFPredicate.OEQ, state, zero)
+    result: ir.Value = arith.select(silent, zero, arith.mulf(state, factor))
+    return result
 
 
 def _ceil_div(size: Any, by: int) -> Any:

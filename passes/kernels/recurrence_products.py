@@ -1,16 +1,19 @@
 """Products of decays inside the chunks of a recurrence, and the triangles of numbers that they weigh.
 
 A step i of a chunk reads what an earlier step j wrote, decayed by ``a_(j+1) * ... * a_i``. No quotient of two longer
-products gives that where a decay may be 0, and no matrix holds it where every channel has its own. So pairs are sorted by
-the highest bit in which i and j differ: for bit l, i lies in the upper and j in the lower half of a block of ``2^(l+1)``
-steps, and the product is the one from the middle up to i times the one from after j to the middle. Both are built by doubling.
-Nothing is divided, and no logarithm is taken: 0, negative decays and those above 1 are as good as others.
+products gives that where a decay may be 0. One decay for all channels makes a matrix of these products; where every channel
+has its own, pairs are sorted by the highest bit in which i and j differ: for bit l, i lies in the upper and j in the lower
+half of a block of ``2^(l+1)`` steps, and the product is the one from the middle up to i times the one from after j to the
+middle. Both are built by doubling. Nothing is divided, and no logarithm is taken: 0, negative decays and those above 1 are as
+good as others.
 
 Letters: b batch, n chunk, s state, g query of its group, i reading step, j writing step, k key, v value channel.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch_mlir import ir
@@ -21,13 +24,15 @@ from spikingbrain.passes.kernels.letters import Array, At, Letters, index, pick,
 
 @dataclass
 class Decays:
-    """The products that chunks of ``2^levels`` steps need; none where nothing decays.
+    """The products that chunks of ``2^levels`` steps need; None stands for 1.
 
     Attributes:
         factors: the decay of every step, ``bnsi``, and k or v where each channel has its own.
         upto: for each level, the product from the start of i's block of ``2^level`` steps to i.
-        before: the same without i's own factor; None where it is 1.
-        after: the product from after j to the end of its block; None where it is 1.
+        before: the same without i's own factor.
+        after: the product from after j to the end of its block.
+        pairs: with one decay for all channels, the product for each pair of steps up to the reading one, ``bnsij``.
+        pairs_before: the same without the reading step's factor.
     """
 
     build: Letters
@@ -38,9 +43,16 @@ class Decays:
     after: list[Array | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.upto, self.before, self.after = [self.factors], [None], [None]
-        for level in range(self.levels):
-            self._double(level)
+        if self.factors is None:
+            self.upto, self.before, self.after = [None], [None], [None]
+        elif self.axis:
+            self.upto, self.before, self.after = [self.factors], [None], [None]
+            for level in range(self.levels):
+                self._double(level)
+        else:
+            self.upto = [self._over_steps("bnsi", lambda at: _compare("ule", at("l"), at("i")))]
+            self.before = [self._over_steps("bnsi", lambda at: _compare("ult", at("l"), at("i")))]
+            self.after = [self._over_steps("bnsi", lambda at: _compare("ugt", at("l"), at("i")))]
 
     @property
     def axis(self) -> str:
@@ -59,18 +71,27 @@ class Decays:
         axes = found[1].replace("i", "")
         return self.build.map([], axes, lambda at: pick(found, at, {"i": last}))
 
+    @functools.cached_property
+    def pairs(self) -> Array:
+        return self._over_steps("bnsij", lambda at: _between(at, "ule"))
+
+    @functools.cached_property
+    def pairs_before(self) -> Array:
+        return self._over_steps("bnsij", lambda at: _between(at, "ult"))
+
+    def _over_steps(self, axes: str, chosen: Callable[[At], ir.Value]) -> Array:
+        assert self.factors is not None
+        return self.build.product(renamed(self.factors, "i", "l"), axes, "l", chosen)
+
     def _double(self, level: int) -> None:
         upto, after = self.upto[level], self.after[level]
-        if upto is None:
-            self.upto.append(None), self.before.append(None), self.after.append(None)
-            return
+        assert upto is not None
         one = self.build.number(1.0)
 
         def double_upto(at: At, value: ir.Value) -> ir.Value:
             block = _block(at("i"), level)
             middle = arith.subi(arith.shli(block, index(level)), index(1))
-            middle = arith.maxsi(middle, index(0))
-            lower = pick(upto, at, {"i": middle})
+            lower = pick(upto, at, {"i": arith.maxsi(middle, index(0))})
             return arith.mulf(value, arith.select(_odd(block), lower, one))
 
         def double_after(at: At, *value: ir.Value) -> ir.Value:
@@ -80,16 +101,15 @@ class Decays:
             upper = arith.select(_odd(block), one, pick(upto, at, {"i": end}))
             return arith.mulf(value[0], upper) if value else upper
 
-        self.upto.append(self.build.map([upto], upto[1], double_upto))
-        self.after.append(self.build.map([after] if after else [], upto[1], double_after))
-        doubled = self.upto[-1]
-        assert doubled is not None
+        doubled = self.build.map([upto], upto[1], double_upto)
 
         def shift(at: At) -> ir.Value:
-            start = _equal(arith.andi(at("i"), index((2 << level) - 1)), index(0))
+            start = _compare("eq", arith.andi(at("i"), index((2 << level) - 1)), index(0))
             earlier = arith.maxsi(arith.subi(at("i"), index(1)), index(0))
             return arith.select(start, one, pick(doubled, at, {"i": earlier}))
 
+        self.upto.append(doubled)
+        self.after.append(self.build.map([after] if after else [], upto[1], double_after))
         self.before.append(self.build.map([], upto[1], shift))
 
 
@@ -104,14 +124,12 @@ def triangle(decays: Decays, x: Array, y: Array, exclusive: bool) -> Array:
     zero = build.number(0.0)
     if decays.axis != "k":
         scores = build.contract(x, y_j, axes=axes)
-        if decays.axis == "v" or decays.factors is None:
-            return build.map(
-                [scores],
-                axes,
-                lambda at, value: arith.select(_below(at, inclusive=not exclusive), value, zero),
-            )
-        pairs = _by_level(decays, exclusive)
-        return build.times(scores, pairs)
+        if decays.factors is not None and not decays.axis:
+            scores = build.times(scores, decays.pairs_before if exclusive else decays.pairs)
+        earlier = "ult" if exclusive else "ule"
+        return build.map(
+            [scores], axes, lambda at, value: arith.select(_compare(earlier, at("j"), at("i")), value, zero)
+        )
 
     parts = []
     for level in range(decays.levels):
@@ -139,7 +157,7 @@ def weighed(decays: Decays, scores: Array, w: Array, exclusive: bool) -> Array:
 
         def kept(at: At, value: ir.Value, level: int = level) -> ir.Value:
             highest = arith.shrui(arith.xori(at("i"), at("j")), index(level))
-            return arith.select(_equal(highest, index(1)), value, zero)
+            return arith.select(_compare("eq", highest, index(1)), value, zero)
 
         right = renamed(build.times(w, decays.after[level]), "i", "j")
         part = build.contract(build.map([scores], scores[1], kept), right, axes=axes)
@@ -153,13 +171,13 @@ def weighed(decays: Decays, scores: Array, w: Array, exclusive: bool) -> Array:
 def inverse(build: Letters, levels: int, strict: Array) -> Array:
     """Returns the inverse of 1 - ``strict``, a strictly lower triangle ``bnsij``, by doubling the blocks of the diagonal."""
     one, zero = build.number(1.0), build.number(0.0)
-    found = build.map([], "bnsij", lambda at: arith.select(_equal(at("i"), at("j")), one, zero))
+    found = build.map([], "bnsij", lambda at: arith.select(_compare("eq", at("i"), at("j")), one, zero))
     for level in range(levels):
 
         def corner(at: At, value: ir.Value, level: int = level) -> ir.Value:
             highest = arith.shrui(arith.xori(at("i"), at("j")), index(level))
-            lower = arith.cmpi(arith.CmpIPredicate.ult, at("j"), at("i"))
-            return arith.select(arith.andi(_equal(highest, index(1)), lower), value, zero)
+            lower = _compare("ult", at("j"), at("i"))
+            return arith.select(arith.andi(_compare("eq", highest, index(1)), lower), value, zero)
 
         below = build.map([strict], "bnsij", corner)
         right = build.contract((below[0], "bnslj"), (found[0], "bnsjm"), axes="bnslm")
@@ -168,36 +186,19 @@ def inverse(build: Letters, levels: int, strict: Array) -> Array:
     return found
 
 
-def _by_level(decays: Decays, exclusive: bool) -> Array:
-    """Returns the decay of each pair, ``bnsij``: 0 above the diagonal, and on it where exclusive."""
-    build, zero, one = decays.build, decays.build.number(0.0), decays.build.number(1.0)
-    reads = [decays.read(level, exclusive) for level in range(decays.levels)]
-    writes = [decays.after[level] for level in range(decays.levels)]
-    inputs = [r for r in reads if r] + [renamed(w, "i", "j") for w in writes if w]
-
-    def body(at: At, *elements: ir.Value) -> ir.Value:
-        left = iter(elements)
-        of_reads = [next(left) if r else one for r in reads]
-        of_writes = [next(left) if w else one for w in writes]
-        products = [arith.mulf(r, w) for r, w in zip(of_reads, of_writes, strict=True)]
-        return _chosen(at, products, zero if exclusive else one, zero)
-
-    return build.map(inputs, "bnsij", body)
-
-
 def _chosen(at: At, of_level: list[ir.Value], diagonal: ir.Value, above: ir.Value) -> ir.Value:
     """Returns the value for the highest bit in which i and j differ, or those of the diagonal and above it."""
     i, j = at("i"), at("j")
     found = diagonal
     for level, value in enumerate(of_level):
-        far = arith.cmpi(arith.CmpIPredicate.uge, arith.xori(i, j), index(1 << level))
+        far = _compare("uge", arith.xori(i, j), index(1 << level))
         found = arith.select(far, value, found)
-    return arith.select(arith.cmpi(arith.CmpIPredicate.ule, j, i), found, above)
+    return arith.select(_compare("ule", j, i), found, above)
 
 
-def _below(at: At, inclusive: bool) -> ir.Value:
-    predicate = arith.CmpIPredicate.ule if inclusive else arith.CmpIPredicate.ult
-    result: ir.Value = arith.cmpi(predicate, at("j"), at("i"))
+def _between(at: At, upper: str) -> ir.Value:
+    """Returns whether a step lies after the writing one, and in this relation to the reading one."""
+    result: ir.Value = arith.andi(_compare("ugt", at("l"), at("j")), _compare(upper, at("l"), at("i")))
     return result
 
 
@@ -207,9 +208,9 @@ def _block(i: ir.Value, level: int) -> ir.Value:
 
 
 def _odd(block: ir.Value) -> ir.Value:
-    return _equal(arith.andi(block, index(1)), index(1))
+    return _compare("eq", arith.andi(block, index(1)), index(1))
 
 
-def _equal(a: ir.Value, b: ir.Value) -> ir.Value:
-    result: ir.Value = arith.cmpi(arith.CmpIPredicate.eq, a, b)
+def _compare(relation: str, a: ir.Value, b: ir.Value) -> ir.Value:
+    result: ir.Value = arith.cmpi(getattr(arith.CmpIPredicate, relation), a, b)
     return result
