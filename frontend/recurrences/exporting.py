@@ -16,6 +16,7 @@ from spikingbrain.frontend.recurrences.lengths import (
     NotUnified,
     export_any_length,
     looped_dimensions,
+    name_outputs,
     shortened,
 )
 from spikingbrain.frontend.recurrences.raising import promising, raise_recurrences
@@ -72,14 +73,15 @@ def _of_looped(
 ) -> Exported:
     """Exports a model whose code loops over a dimension: for any length if that can be shown, else for the example's."""
     try:
-        found = export_any_length(model, tensors, dims, looped, lambda step: log.info("%s: %s", name, step))
+        found = export_any_length(model, tensors, dims, lambda step: log.info("%s: %s", name, step))
     except NotUnified as reason:
         log.warning("entry %r: %s is fixed at its example's length: %s", name, ", ".join(looped), reason)
         kept = [
             {a: d for a, d in (by or {}).items() if getattr(d, "__name__", "") not in looped} for by in dims
         ]
         return Exported(_export(model, tensors, kept), fixed=dict.fromkeys(looped, str(reason)))
-    return Exported(_export(found.module, found.tensors, dims), found.recurrences, found.verified)
+    program = torch.export.export(found.module, found.tensors, dynamic_shapes=tuple(dims), strict=False)
+    return Exported(program, found.recurrences, found.verified)
 
 
 def _raise(exported: Exported) -> None:
@@ -93,10 +95,7 @@ def _raise(exported: Exported) -> None:
     exported.recurrences += found
     if any(r.status != "unrolled" for r in found):
         exported.program = program
-        returned = program.graph.output_node().args[0]
-        for spec, node in zip(program.graph_signature.output_specs, returned, strict=True):
-            if isinstance(node, torch.fx.Node):
-                spec.arg.name = node.name  # type: ignore[union-attr]
+        name_outputs(program)
 
 
 def _mutates(node: torch.fx.Node) -> bool:

@@ -7,6 +7,8 @@ expressions of it, and the program holds for any length; that is checked against
 
 from __future__ import annotations
 
+import itertools
+import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +25,7 @@ from spikingbrain.frontend.recurrences.report import RecurrenceReport
 
 aten = torch.ops.aten
 
-_MULTIPLES = (6, 7, 9)  # of a dimension's step: short, and long enough for an axis to be taken for time
+_SHORTEST = 6  # enough positions for an axis to be taken for time
 _LONG = 48  # an example longer than this is first tried at a short length
 
 Dims = Sequence[Mapping[int, Any] | None]
@@ -35,13 +37,13 @@ class NotUnified(Exception):
 
 @dataclass
 class AnyLength:
-    """A program in which looped dimensions are sizes of its inputs.
+    """A program in which dynamic dimensions are sizes of its inputs.
 
     Attributes:
         module: takes the tensors of the entry, like the model does.
         tensors: short examples of them.
         recurrences: what was raised.
-        verified: for each looped dimension the lengths at which the program was compared with the model.
+        verified: for each dynamic dimension the sizes at which it was traced, and that at which it was compared with the model.
     """
 
     module: nn.Module
@@ -60,12 +62,14 @@ def looped_dimensions(error: Exception) -> list[str]:
 
 def shortened(tensors: Sequence[torch.Tensor], dims: Dims) -> tuple[torch.Tensor, ...]:
     """Returns the examples with every long dynamic axis cut to a short one; tracing does not depend on the example's length."""
-    wanted: dict[str, int] = {}
-    for tensor, by_axis in zip(tensors, dims, strict=True):
-        for axis, dim in (by_axis or {}).items():
-            if (step := _step(dim)) and tensor.shape[axis] > _LONG:
-                wanted[_root(dim)] = _lengths(dim, step, tensors, dims)[1] // step
-    return resized(tensors, dims, wanted)
+    sizes = _Sizes.of(tensors, dims)
+    long = {
+        _root(dim)
+        for tensor, by_axis in zip(tensors, dims, strict=True)
+        for axis, dim in (by_axis or {}).items()
+        if _step(dim) and tensor.shape[axis] > _LONG
+    }
+    return resized(tensors, dims, {name: counts[1] for name, counts in sizes.counts.items() if name in long})
 
 
 def resized(
@@ -89,51 +93,53 @@ def export_any_length(
     model: nn.Module,
     tensors: Sequence[torch.Tensor],
     dims: Dims,
-    looped: Sequence[str],
     progress: Callable[[str], None] = lambda _: None,
 ) -> AnyLength:
-    """Returns one program for all lengths of the ``looped`` dimensions (one of them).
+    """Returns one program for all sizes of the dynamic dimensions.
 
-    Raises NotUnified where the programs of short lengths are not the same but for numbers that grow evenly with the length, or
-    where the program does not compute what the model does at the length of the example.
+    Raises NotUnified where the programs of short lengths are not the same but for numbers that grow evenly with each size, or
+    where the program does not compute what the model does at the sizes of the example.
     """
-    if len(looped) != 1:
-        raise NotUnified(f"the code loops over {', '.join(looped)} at once")
-    name = looped[0]
-    dim, place = _find(name, dims)
-    step = _step(dim)
-    assert step is not None
-    lengths = _lengths(dim, step, tensors, dims)
-    fixed = tuple({a: d for a, d in (by or {}).items() if _root(d) != _root(dim)} for by in dims)
+    sizes = _Sizes.of(tensors, dims)
     graphs: list[fx.GraphModule] = []
     reports: list[RecurrenceReport] = []
-    for length in lengths:
-        progress(f"trace {name} = {length}")
-        short = resized(tensors, dims, {_root(dim): length // step})
-        module, reports = _traced(model, short, fixed)
+    points = sizes.points()
+    for point in points:
+        progress("trace " + ", ".join(f"{n} = {c * sizes.steps[n]}" for n, c in point.items()))
+        module, reports = _traced(model, resized(tensors, dims, point))
         graphs.append(module)
-    unrolled = [r for r in reports if r.status == "unrolled"]
+    if not any(r.status != "unrolled" for r in reports):
+        raise NotUnified("".join(f"the loop at {r.where} is not raised: {r.reason}" for r in reports[:1]))
     try:
-        unified = _unify(graphs, lengths, place)
+        unified = _unify(graphs, sizes, points)
     except NotUnified as stop:
-        why = "".join(f"; the loop at {r.where} is not raised: {r.reason}" for r in unrolled[:1])
+        left = [r for r in reports if r.status == "unrolled"]
+        why = "".join(f"; the loop at {r.where} is not raised: {r.reason}" for r in left[:1])
         raise NotUnified(f"{stop}{why}") from None
-    own = tensors[place[0]].shape[place[1]]
-    progress(f"check {name} = {own}")
-    _verify(model, unified, tensors, own, name)
-    short = resized(tensors, dims, {_root(dim): lengths[1] // step})
-    return AnyLength(unified, short, reports, {name: sorted({*lengths, own})})
+    own = {n: tensors[i].shape[a] for n, (i, a) in sizes.places.items()}
+    progress("check " + ", ".join(f"{n} = {size}" for n, size in own.items()))
+    _verify(model, unified, tensors, ", ".join(f"{n} = {size}" for n, size in own.items()))
+    verified = {n: sorted({*(c * sizes.steps[n] for c in sizes.counts[n]), own[n]}) for n in sizes.counts}
+    return AnyLength(unified, resized(tensors, dims, points[0]), reports, verified)
 
 
 def _traced(
-    model: nn.Module, tensors: tuple[torch.Tensor, ...], dims: Any
+    model: nn.Module, tensors: tuple[torch.Tensor, ...]
 ) -> tuple[fx.GraphModule, list[RecurrenceReport]]:
     """Returns the model as a functional graph of ATen ops with its recurrences raised."""
-    program = torch.export.export(model, tensors, dynamic_shapes=(dims,), strict=False).run_decompositions({})
+    program = torch.export.export(model, tensors, strict=False).run_decompositions({})
     reports = raise_recurrences(program.graph_module, False) if promising(program.graph) else []
+    name_outputs(program)
     module = program.module(check_guards=False)
-    assert isinstance(module, fx.GraphModule)
-    return module, reports
+    return fx.GraphModule(module, module.graph), reports  # without the hooks that check sizes
+
+
+def name_outputs(program: torch.export.ExportedProgram) -> None:
+    """Lets the signature name the nodes that the graph returns, where rewrites have put others in their place."""
+    returned = program.graph.output_node().args[0]
+    for spec, node in zip(program.graph_signature.output_specs, returned, strict=True):
+        if isinstance(node, fx.Node):
+            spec.arg.name = node.name  # type: ignore[union-attr]
 
 
 # Which lengths
@@ -153,56 +159,82 @@ def _root(dim: Any) -> str:
     return str(getattr(dim, "root", dim).__name__)
 
 
-def _find(name: str, dims: Dims) -> tuple[Any, tuple[int, int]]:
-    """Returns a dimension by name, and the first (tensor, axis) that has it."""
-    for i, by_axis in enumerate(dims):
-        for axis, dim in (by_axis or {}).items():
-            if _step(dim) and name in (dim.__name__, _root(dim)):
-                return dim, (i, axis)
-    raise NotUnified(f"{name} is not the size of an argument")
+@dataclass
+class _Sizes:
+    """The dynamic dimensions of an entry, by the name of their root.
 
+    Attributes:
+        counts: three short sizes of each, in steps.
+        steps: the smallest multiple of each dimension that is the size of an argument.
+        places: the first (tensor, axis) of that size.
+    """
 
-def _lengths(dim: Any, step: int, tensors: Sequence[torch.Tensor], dims: Dims) -> list[int]:
-    """Returns short lengths that the dimension allows and that no other size equals, so that sizes tell what they are of."""
-    others = {
-        s for t, by in zip(tensors, dims, strict=True) for a, s in enumerate(t.shape) if a not in (by or {})
-    }
-    lowest = max(
-        int(getattr(dim, "min", 0) or 0), int(getattr(getattr(dim, "root", dim), "min", 0) or 0) * step
-    )
-    start = max(0, -(-lowest // step) - _MULTIPLES[0])
-    found: list[int] = []
-    count = start + _MULTIPLES[0]
-    while len(found) < len(_MULTIPLES):
-        if count * step not in others:
-            found.append(count * step)
-            count += len(found)
-        else:
-            count += 1
-    return found
+    counts: dict[str, list[int]]
+    steps: dict[str, int]
+    places: dict[str, tuple[int, int]]
+
+    @staticmethod
+    def of(tensors: Sequence[torch.Tensor], dims: Dims) -> _Sizes:
+        """Chooses sizes that the dimensions allow and that no other size equals, so that sizes tell what they are of."""
+        steps: dict[str, int] = {}
+        places: dict[str, tuple[int, int]] = {}
+        lowest: dict[str, int] = {}
+        taken: set[int] = set()
+        for i, (tensor, by_axis) in enumerate(zip(tensors, dims, strict=True)):
+            for axis, size in enumerate(tensor.shape):
+                dim = (by_axis or {}).get(axis)
+                step = _step(dim)
+                if step is None:
+                    taken.add(size)
+                    continue
+                name = _root(dim)
+                lowest[name] = max(
+                    lowest.get(name, 0), int(getattr(getattr(dim, "root", dim), "min", 0) or 0)
+                )
+                if step < steps.get(name, step + 1):
+                    steps[name], places[name] = step, (i, axis)
+        counts: dict[str, list[int]] = {}
+        for name, step in steps.items():
+            found: list[int] = []
+            count = max(_SHORTEST, lowest[name])
+            while len(found) < 3:
+                if count * step not in taken:
+                    found.append(count)
+                    taken.add(count * step)
+                    count += len(found)
+                else:
+                    count += 1
+            counts[name] = found
+        return _Sizes(counts, steps, places)
+
+    def points(self) -> list[dict[str, int]]:
+        """Returns the sizes to trace at: all corners of two sizes each, and one further size of each dimension."""
+        names = list(self.counts)
+        corners = [
+            dict(zip(names, c, strict=True)) for c in itertools.product(*[self.counts[n][:2] for n in names])
+        ]
+        return corners + [{**corners[0], n: self.counts[n][2]} for n in names]
 
 
 # One program from several
 
 
 def _unify(
-    graphs: Sequence[fx.GraphModule], lengths: Sequence[int], place: tuple[int, int]
+    graphs: Sequence[fx.GraphModule], sizes: _Sizes, points: Sequence[Mapping[str, int]]
 ) -> fx.GraphModule:
-    """Returns the first graph with every number that differs between the graphs as an expression of the length."""
+    """Returns the first graph with every number that differs between the graphs as an expression of the sizes."""
     listed = [list(g.graph.nodes) for g in graphs]
     if len({len(nodes) for nodes in listed}) != 1:
-        counts = ", ".join(f"{len(n)} ops at length {t}" for n, t in zip(listed, lengths, strict=True))
+        counts = ", ".join(f"{len(n)} ops at {_told(p, sizes)}" for n, p in zip(listed, points, strict=True))
         raise NotUnified(f"the traced programs differ in size: {counts}")
     first = graphs[0]
     order = [{n: i for i, n in enumerate(nodes)} for nodes in listed]
-    inputs = [n for n in listed[0] if n.op == "placeholder"]
-    writer = _Lengths(first.graph, inputs, place)
+    writer = _Expressions(first.graph, sizes, points)
     for nodes in zip(*listed, strict=True):
         node = nodes[0]
         if len({(n.op, str(n.target) if n.op == "call_function" else n.op) for n in nodes}) != 1:
-            raise NotUnified(
-                f"at {_line(node)} one length runs {nodes[0].target}, another {nodes[-1].target}"
-            )
+            others = next(n for n in nodes if str(n.target) != str(node.target))
+            raise NotUnified(f"at {_line(node)} one length runs {node.target}, another {others.target}")
         if node.op == "get_attr":
             _same_attribute(graphs, nodes)
         if node.op not in ("call_function", "output"):
@@ -220,7 +252,7 @@ def _unify(
             elif all(type(v) is type(values[0]) and v == values[0] for v in values):
                 new.append(values[0])
             else:
-                new.append(writer.expression(values, lengths, node))
+                new.append(writer.expression(values, node))
                 changed = True
         if changed:
             node.args, node.kwargs = pytree.tree_unflatten(new, spec)
@@ -229,50 +261,78 @@ def _unify(
     return first
 
 
-class _Lengths:
-    """Writes sizes that depend on the length at the head of a graph."""
+def _told(point: Mapping[str, int], sizes: _Sizes) -> str:
+    return ", ".join(f"{n} = {c * sizes.steps[n]}" for n, c in point.items())
 
-    def __init__(self, graph: fx.Graph, inputs: Sequence[fx.Node], place: tuple[int, int]):
-        self.graph, self.place, self.inputs = graph, place, inputs
+
+class _Expressions:
+    """Writes numbers that depend on the sizes at the head of a graph: sums of products of sizes."""
+
+    def __init__(self, graph: fx.Graph, sizes: _Sizes, points: Sequence[Mapping[str, int]]):
+        self.graph, self.sizes, self.points = graph, sizes, points
+        self.inputs = [n for n in graph.nodes if n.op == "placeholder"]
+        names = list(sizes.counts)
+        self.monomials = [c for k in range(len(names) + 1) for c in itertools.combinations(names, k)]
+        self.rows = [
+            [Fraction(math.prod(p[n] * sizes.steps[n] for n in m)) for m in self.monomials] for p in points
+        ]
         self._made: dict[Any, fx.Node] = {}
+        self._end = self.inputs[-1]
 
-    def expression(self, values: Sequence[Any], lengths: Sequence[int], node: fx.Node) -> fx.Node:
-        """Returns ``a * T + b``, the node of a number that is ``values[i]`` at ``lengths[i]``."""
+    def expression(self, values: Sequence[Any], node: fx.Node) -> fx.Node:
+        """Returns the node of a number that is ``values[i]`` at the i-th point."""
         if not all(type(v) is int for v in values):
             raise NotUnified(
                 f"at {_line(node)} {node.target} is given {values[0]} or {values[-1]}, by the length"
             )
-        slope = Fraction(values[1] - values[0], lengths[1] - lengths[0])
-        base = values[0] - slope * lengths[0]
-        if any(slope * t + base != v for v, t in zip(values, lengths, strict=True)):
-            listed = ", ".join(f"{v} at {t}" for v, t in zip(values, lengths, strict=True))
-            raise NotUnified(
-                f"at {_line(node)} a number of {node.target} does not grow evenly with the length: {listed}"
-            )
-        common = Fraction(slope).limit_denominator().denominator
-        p, q, r = int(slope * common), base * common, common
-        if q.denominator != 1:
-            raise NotUnified(f"at {_line(node)} a number of {node.target} is no whole number at every length")
-        return self._write(p, int(q), r)
+        count = len(self.monomials)
+        weights = _solved(self.rows[:count], [Fraction(v) for v in values[:count]])
+        for row, v, point in zip(self.rows, values, self.points, strict=True):
+            if sum(w * r for w, r in zip(weights, row, strict=True)) != v:
+                raise NotUnified(
+                    f"at {_line(node)} a number of {node.target} does not grow evenly with the sizes: it is "
+                    f"{v} at {_told(point, self.sizes)}"
+                )
+        common = math.lcm(*[w.denominator for w in weights])
+        key = (tuple(int(w * common) for w in weights), common)
+        if key not in self._made:
+            self._made[key] = self._sum(*key)
+        return self._made[key]
 
-    def _write(self, p: int, q: int, r: int) -> fx.Node:
-        if (p, q, r) not in self._made:
-            last = self.inputs[-1]
-            if "length" not in self._made:
-                with self.graph.inserting_before(last.next):
-                    size = self.graph.call_function(
-                        aten.sym_size.int, (self.inputs[self.place[0]], self.place[1])
-                    )
-                self._made["length"] = size
-                self._end = size
-            made = self._made["length"]
-            for op, number, idle in ((operator.mul, p, 1), (operator.add, q, 0), (operator.floordiv, r, 1)):
-                if number != idle:
-                    with self.graph.inserting_before(self._end.next):
-                        made = self.graph.call_function(op, (made, number))
-                    self._end = made
-            self._made[(p, q, r)] = made
-        return self._made[(p, q, r)]
+    def _sum(self, weights: Sequence[int], common: int) -> fx.Node:
+        total: Any = None
+        for weight, monomial in zip(weights, self.monomials, strict=True):
+            if weight:
+                term: Any = weight
+                for name in monomial:
+                    size = self._size(name)
+                    term = size if term == 1 else self._call(operator.mul, size, term)
+                total = term if total is None else self._call(operator.add, total, term)
+        return total if common == 1 else self._call(operator.floordiv, total, common)
+
+    def _size(self, name: str) -> fx.Node:
+        if name not in self._made:
+            tensor, axis = self.sizes.places[name]
+            self._made[name] = self._call(aten.sym_size.int, self.inputs[tensor], axis)
+        return self._made[name]
+
+    def _call(self, target: Any, *args: Any) -> fx.Node:
+        with self.graph.inserting_before(self._end.next):
+            self._end = self.graph.call_function(target, args)
+        return self._end
+
+
+def _solved(rows: Sequence[Sequence[Fraction]], values: Sequence[Fraction]) -> list[Fraction]:
+    """Solves a small system of linear equations exactly."""
+    table = [[*row, v] for row, v in zip(rows, values, strict=True)]
+    for i in range(len(table)):
+        pivot = next(k for k in range(i, len(table)) if table[k][i] != 0)
+        table[i], table[pivot] = table[pivot], table[i]
+        table[i] = [x / table[i][i] for x in table[i]]
+        for k in range(len(table)):
+            if k != i:
+                table[k] = [x - table[k][i] * y for x, y in zip(table[k], table[i], strict=True)]
+    return [row[-1] for row in table]
 
 
 def _same_attribute(graphs: Sequence[fx.GraphModule], nodes: Sequence[fx.Node]) -> None:
@@ -293,9 +353,7 @@ def _line(node: fx.Node) -> str:
 # The check
 
 
-def _verify(
-    model: nn.Module, unified: nn.Module, tensors: Sequence[torch.Tensor], length: int, name: str
-) -> None:
+def _verify(model: nn.Module, unified: nn.Module, tensors: Sequence[torch.Tensor], sizes: str) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def drawn(t: torch.Tensor) -> torch.Tensor:
@@ -309,9 +367,7 @@ def _verify(
     for e, f in zip(expected, found, strict=True):
         if e.shape != f.shape or e.dtype != f.dtype:
             gives, makes = (f"{t.dtype} {list(t.shape)}" for t in (e, f))
-            raise NotUnified(
-                f"at {name} = {length} the model gives {gives}, the program of short lengths {makes}"
-            )
+            raise NotUnified(f"at {sizes} the model gives {gives}, the program of short lengths {makes}")
         bound = 0.05 if e.dtype in (torch.bfloat16, torch.float16) else 1e-3
         if e.is_floating_point():
             scale = e.abs().max().clamp(min=1e-6) if e.numel() else torch.tensor(1.0)
@@ -319,6 +375,4 @@ def _verify(
         else:
             same = torch.equal(e, f)
         if not same:
-            raise NotUnified(
-                f"at {name} = {length} the model computes other numbers than the program of short lengths"
-            )
+            raise NotUnified(f"at {sizes} the model computes other numbers than the program of short lengths")

@@ -94,7 +94,7 @@ def promising(graph: fx.Graph) -> bool:
     """Tells whether a graph may hold a recurrence: an axis read at several positions, a scan, or a causal form."""
     reads: Counter[Any] = Counter()
     for node in graph.nodes:
-        name = str(getattr(node.target, "__name__", node.target))
+        name = str(getattr(node.target, "__name__", node.target)).partition(".")[0]
         if name in _TELLING:
             return True
         if name in ("getitem", "select", "narrow") and node.args:
