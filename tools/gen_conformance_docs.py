@@ -29,6 +29,7 @@ says which is which. It comes from torch's own database of ops, each tried with 
 * **●** compiled
 * **◐** in part: some of the ops that it consists of, or some arguments, are left to torch
 * **○** left to torch
+* **✗** not supported by torch itself
 * blank: torch does not have it for this type, or it was not tried
 
 *grad* is the backward in f32. The table was made with `library=False`; by default, matrix products, convolutions, attention,
@@ -39,6 +40,13 @@ random numbers (so `torch.manual_seed` holds) and shapes that depend on values. 
 The sign of a zero and the conversion to integer types of numbers that do not fit them may differ from eager.
 `torch._dynamo`'s graph breaks come before all this; `spikingbrain.explain` shows what becomes of a model.
 """
+HIGHER_ORDER = """\
+## Higher-order ops
+
+Ops that take functions: loops, branches, and regions that are called. They come from torch's database of them, and go through
+`torch.compile` with `fullgraph=True`. `invoke_subgraph` (`nested_compile_region`) and checkpointing dissolve in the graph around.
+"""
+PREFIX = "higher_order."
 
 
 def page() -> str:
@@ -46,8 +54,9 @@ def page() -> str:
     listed = tomllib.loads((SOURCE / "expected.toml").read_text())
     tried = dict(_split(line) for line in (SOURCE / "tried.txt").read_text().splitlines())
     notes: dict[str, int] = {}
-    rows, counts = [], Counter[str]()
-    for op, modes in sorted(tried.items(), key=lambda item: item[0].lower()):
+    rows: dict[bool, list[str]] = {False: [], True: []}
+    counts = Counter[str]()
+    for op, modes in sorted(tried.items(), key=lambda item: (item[0].startswith(PREFIX), item[0].lower())):
         cells, numbers = [], []
         for mode in MODES:
             if mode not in modes:
@@ -55,20 +64,28 @@ def page() -> str:
                 continue
             status, _, reason = listed.get(op, {}).get(mode, "compiled").partition(": ")
             counts[status] += 1
-            cells.append({"compiled": "●", "partly": "◐", "eager": "○"}[status])
+            cells.append({"compiled": "●", "partly": "◐", "eager": "○", "unsupported": "✗"}[status])
             for text in filter(None, map(_plain, reason.split("; "))):
                 number = notes.setdefault(text, len(notes) + 1)
                 if number not in numbers:
                     numbers.append(number)
-        rows.append(f"| `{op}` | {' | '.join(cells)} | {', '.join(map(str, sorted(numbers)))} |")
+        row = (
+            f"| `{op.removeprefix(PREFIX)}` | {' | '.join(cells)} | {', '.join(map(str, sorted(numbers)))} |"
+        )
+        rows[op.startswith(PREFIX)].append(row)
     total = sum(counts.values())
     summary = (
         f"{len(tried)} ops, {total} combinations of op and type: {counts['compiled']} compiled, {counts['partly']} in part, "
-        f"{counts['eager']} left to torch."
+        f"{counts['eager']} left to torch, {counts['unsupported']} not supported by torch."
     )
-    table = [f"| op | {' | '.join(MODES)} | why |", "|---|" + ":-:|" * len(MODES) + "---|", *rows]
-    reasons = [f"{number}. {text}" for text, number in notes.items()]
-    return "\n\n".join([INTRO.strip(), summary, "\n".join(table), "## Reasons", "\n".join(reasons)]) + "\n"
+    reasons = "\n".join(f"{number}. {text}" for text, number in notes.items())
+    parts = [INTRO.strip(), summary, _table(rows[False]), HIGHER_ORDER.strip(), _table(rows[True])]
+    return "\n\n".join([*parts, "## Reasons", reasons]) + "\n"
+
+
+def _table(rows: list[str]) -> str:
+    head = [f"| op | {' | '.join(MODES)} | why |", "|---|" + ":-:|" * len(MODES) + "---|"]
+    return "\n".join([*head, *rows])
 
 
 def _split(line: str) -> tuple[str, list[str]]:
@@ -78,7 +95,7 @@ def _split(line: str) -> tuple[str, list[str]]:
 
 def _plain(reason: str) -> str:
     """Returns a reason without the names of the ops it is about, and without what differs from case to case."""
-    about = r"^(?!torch does not)[\w:, .]+?: (?=\w)"
+    about = r"^(?!torch does not|torch's|eager: )[\w:, .]+?: (?=\w)"
     text = re.sub(about, "", reason, count=1)
     text = re.sub(r"(failed to legalize operation '[\w.]+').*", r"\1", text)
     return text.replace("|", "\\|").strip()

@@ -1,12 +1,14 @@
 """One op of torch's own test database through the backend: what was compiled, and whether it agrees with eager.
 
 All samples of an op and dtype go into one graph, since compiling is what takes the time. The graph takes the way of
-``torch.compile``: AOTAutograd, this backend's decompositions and ``compile_graph``; only Dynamo is left out.
+``torch.compile``: AOTAutograd, this backend's decompositions and ``compile_graph``; only Dynamo is left out. Higher-order ops
+(`hops`) go through Dynamo too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import random
 import re
 import signal
@@ -17,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import hops
 import numpy as np
 import torch
 from torch import Tensor
@@ -57,7 +60,10 @@ OPTIONS = CompileOptions(library=False, threads=1)
 
 @dataclass
 class Result:
-    """What became of an op and dtype: "compiled", "partly", "eager", "wrong", "error", or "skipped" with no sample."""
+    """What became of an op and dtype.
+
+    "compiled", "partly", "eager", "wrong", "error", "unsupported" (torch itself refuses), or "skipped" (no sample).
+    """
 
     status: str
     reason: str = ""
@@ -65,11 +71,12 @@ class Result:
 
 @dataclass
 class Sample:
-    """A call of an op, its tensors taken out as ``tensors``."""
+    """A call of an op, its tensors taken out as ``tensors``; traced by Dynamo, or by AOTAutograd alone."""
 
     run: Callable[[Sequence[Tensor]], list[Tensor]]
     tensors: list[Tensor]
     text: str = ""
+    through_dynamo: bool = False
 
 
 @dataclass
@@ -82,12 +89,13 @@ class Outcome:
 
 
 def database() -> dict[str, Any]:
-    """Returns OpInfo by name, ``name.variant`` where there are several."""
+    """Returns OpInfo by name, ``name.variant`` where there are several; higher-order ops are among them."""
     from torch.testing._internal import common_methods_invocations as source
 
     # Random ops seed the generator themselves, which a compiled graph does not repeat: ``seed`` does it from outside.
     source.wrapper_set_seed = lambda op, *args, **kwargs: op(*args, **kwargs)
-    return {o.name + (f".{o.variant_test_name}" if o.variant_test_name else ""): o for o in source.op_db}
+    ops = {o.name + (f".{o.variant_test_name}" if o.variant_test_name else ""): o for o in source.op_db}
+    return ops | hops.database()
 
 
 def supports(info: Any, mode: str) -> bool:
@@ -111,14 +119,14 @@ def samples(info: Any, mode: str, count: int) -> list[Sample]:
     for sample, _ in zip(
         info.sample_inputs("cpu", dtype, requires_grad=gradient), range(LOOKED_AT), strict=False
     ):
-        made = _sample(info.op, sample)
+        made = _sample(info.op, sample, isinstance(info, hops.HigherOrderOp) and info.through_dynamo)
         if sum(t.numel() for t in made.tensors) <= MOST_ELEMENTS:
             found.append(made)
     chosen = sorted({round(i * (len(found) - 1) / max(1, count - 1)) for i in range(count)}) if found else []
     return [found[i] for i in chosen]
 
 
-def _sample(op: Callable[..., Any], sample: Any) -> Sample:
+def _sample(op: Callable[..., Any], sample: Any, through_dynamo: bool) -> Sample:
     leaves, tree = pytree.tree_flatten(((sample.input, *sample.args), sample.kwargs))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
@@ -129,7 +137,7 @@ def _sample(op: Callable[..., Any], sample: Any) -> Sample:
         args, kwargs = pytree.tree_unflatten(full, tree)
         return [leaf for leaf in pytree.tree_leaves(op(*args, **kwargs)) if isinstance(leaf, Tensor)]
 
-    return Sample(run, [leaves[i] for i in places], _text(sample))
+    return Sample(run, [leaves[i] for i in places], _text(sample), through_dynamo)
 
 
 def _text(sample: Any) -> str:
@@ -173,9 +181,9 @@ def eager(batch: Sequence[Sample], gradient: bool) -> Outcome:
 
 
 def compiled(
-    batch: Sequence[Sample], gradient: bool, dynamic: bool = False, options: CompileOptions = OPTIONS
+    batch: Sequence[Sample], gradient: bool, dynamic: bool = False, options: CompileOptions | None = OPTIONS
 ) -> Outcome:
-    """Runs the samples as one graph."""
+    """Runs the samples as one graph; without options, torch alone does it."""
     counts: list[int] = []
 
     def whole(*tensors: Tensor) -> list[Tensor]:
@@ -188,16 +196,10 @@ def compiled(
             results += part
         return results
 
-    def compiler(kind: str) -> Callable[..., Any]:
-        return lambda module, _: compile_graph(module, kind, options)[0].load()
-
     inputs = [t for sample in batch for t in fresh(sample.tensors)]
     with report.collect() as reports:
-        function = aot_function(
-            whole,
-            **decompositions.aot_settings(compiler),
-            dynamic=dynamic,
-        )
+        take = _by_dynamo if batch[0].through_dynamo else _by_aot_autograd
+        function = take(whole, dynamic, options)
         function(
             *(t for sample in batch for t in fresh(sample.tensors))
         )  # compiles; tracing may draw random numbers
@@ -215,6 +217,29 @@ def compiled(
                 at += len(sample.tensors)
                 outcome.gradients.append([next(found) if t.requires_grad else None for t in mine])
     return outcome
+
+
+def _by_aot_autograd(
+    function: Callable[..., Any], dynamic: bool, options: CompileOptions | None
+) -> Callable[..., Any]:
+    chosen = options or CompileOptions(level=0)
+
+    def compiler(kind: str) -> Callable[..., Any]:
+        return lambda module, _: compile_graph(module, kind, chosen)[0].load()
+
+    settings = decompositions.aot_settings(compiler)
+    made: Callable[..., Any] = aot_function(function, **settings, dynamic=dynamic)
+    return made
+
+
+def _by_dynamo(
+    function: Callable[..., Any], dynamic: bool, options: CompileOptions | None
+) -> Callable[..., Any]:
+    torch._dynamo.reset()
+    if options is None:
+        return torch.compile(function, backend="aot_eager_decomp_partition", fullgraph=True, dynamic=dynamic)
+    chosen = dataclasses.asdict(options) | {"cache": False}
+    return torch.compile(function, backend="spikingbrain", fullgraph=True, dynamic=dynamic, options=chosen)
 
 
 def _weight(result: Tensor) -> Tensor:
@@ -255,12 +280,17 @@ def conform(info: Any, mode: str, count: int = 6, dynamic: bool = False) -> Resu
         try:
             expected = eager(batch, gradient)
         except Exception as error:
-            return Result("skipped", f"eager: {_short(error)}")
+            refused = isinstance(info, hops.HigherOrderOp)
+            return Result("unsupported" if refused else "skipped", f"eager: {_short(error)}")
         try:
             with deadline(SECONDS):
                 found = compiled(batch, gradient, dynamic)
         except Exception as error:
             if untraceable(batch, gradient, dynamic):
+                if batch[0].through_dynamo:  # nothing leaves the op to eager then
+                    return Result(
+                        "unsupported", f"torch's aot_eager_decomp_partition fails too: {_short(error)}"
+                    )
                 by_value = re.match("DataDependent|DynamicOutput", type(error).__name__)
                 why = "its course or shape depends on values" if by_value else _short(error)[:80]
                 return Result("eager", f"torch does not trace it: {why}")
@@ -302,9 +332,9 @@ def deadline(seconds: int) -> Iterator[None]:
 
 
 def untraceable(batch: Sequence[Sample], gradient: bool, dynamic: bool) -> bool:
-    """Returns whether AOTAutograd fails without this backend too."""
+    """Returns whether torch fails without this backend too."""
     try:
-        compiled(batch, gradient, dynamic, CompileOptions(level=0))
+        compiled(batch, gradient, dynamic, None)
     except Exception:
         return True
     return False
@@ -365,5 +395,6 @@ def status(reports: Sequence[report.GraphReport]) -> Result:
 
 
 def _short(error: BaseException) -> str:
+    error = getattr(error, "inner_exception", error)  # Dynamo wraps those of a backend
     text = str(error).strip() or repr(error)
     return f"{type(error).__name__}: {text.splitlines()[0][:200]}"

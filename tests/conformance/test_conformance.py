@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import harness
+import hops
 import pytest
 import sweep
 import table
@@ -28,6 +29,11 @@ FURTHER = {
     "i64": "add div.floor_rounding remainder eq sum",
     "bool": "logical_and any sum",
 }
+HIGHER_ORDER = [
+    pytest.param(op, mode, marks=[pytest.mark.gate] if mode == "f32" else [])
+    for op, mode in table.expected()
+    if op.startswith(hops.PREFIX) and mode in ("f32", "grad", "f32+dynamic")
+]
 
 
 @pytest.mark.gate
@@ -42,6 +48,22 @@ def test_common_op(op: str) -> None:
 @pytest.mark.parametrize(("mode", "op"), [(m, op) for m, ops in FURTHER.items() for op in ops.split()])
 def test_further_types(mode: str, op: str) -> None:
     check(op, mode)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("op", "mode"), HIGHER_ORDER)
+def test_higher_order_op(op: str, mode: str) -> None:
+    name, _, dynamic = mode.partition("+")
+    result = harness.conform(harness.database()[op], name, dynamic=bool(dynamic))
+    assert not table.complaints({(op, mode): (result.status, result.reason)})
+
+
+def test_every_higher_order_op_is_tried() -> None:
+    tried = table.tried()
+    for op, info in hops.database().items():
+        for mode in ("f32", "grad"):
+            if harness.supports(info, mode):
+                assert mode in tried.get(op, []), f"run.py --ops {op} --modes {mode} --update"
 
 
 def check(op: str, mode: str) -> None:
