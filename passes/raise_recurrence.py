@@ -22,13 +22,12 @@ class Signature:
     tensors: int
     optional: int
     attributes: tuple[str, ...]
-    stated: int  # the position of the state among the tensors
 
 
 _OPS = {
-    "linear_recurrence": Signature(8, 5, ("decay_axis", "log_decay", "exclusive", "reverse"), 7),
-    "linear_scan": Signature(3, 1, ("log_decay", "reverse"), 2),
-    "selective_scan": Signature(6, 1, ("reverse",), 5),
+    "linear_recurrence": Signature(8, 5, ("decay_axis", "log_decay", "exclusive", "reverse")),
+    "linear_scan": Signature(3, 1, ("log_decay", "reverse")),
+    "selective_scan": Signature(6, 1, ("reverse",)),
 }
 
 
@@ -66,6 +65,8 @@ def _refusal(op: ir.Operation, signature: Signature) -> str:
         return "a tensor without a rank"
     if any(_WIDE.get(torch_ir.element_type(v)) is None for v in present):
         return "a tensor that is not of floats"
+    if any(-1 in (torch_ir.shape(v) or [])[2:] for v in present):
+        return "a dynamic number or size of heads or channels"
     if any(_attribute(v) is None for v in list(op.operands)[signature.tensors :]):
         return "an argument that is not constant"
     return ""
