@@ -1,0 +1,203 @@
+"""The linear recurrence with matrix states, block by block: see `blockwise` for the method and the letters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spikingbrain.models.recurrences.blockwise import BLOCK, Products, combine, products, scores, weighted
+
+
+def linear_recurrence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None = None,
+    *,
+    decay_axis: str = "none",
+    erase: Tensor | None = None,
+    predict: Tensor | None = None,
+    bonus: Tensor | None = None,
+    state: Tensor | None = None,
+    exclusive: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Returns the outputs [B, T, H, V] and the last state [B, S, K, V] of
+
+        S_t = a_t * S_(t-1) + erase_t (predict_t^T S_(t-1)) + k_t v_t^T
+        o_t = S_t^T q_t,    or if exclusive    S_(t-1)^T q_t + (q_t . (bonus * k_t)) v_t
+
+    q [B, T, H, K]; k, erase, predict [B, T, S, K]; v [B, T, S, V]; bonus [S, K]; state [B, S, K, V]. The factor a_t is
+    ``decay``: [B, T, S] if ``decay_axis`` is "head", [B, T, S, K] if "key", [B, T, S, V] if "value". Head h reads state
+    h // (H / S). All tensors are of one dtype, float32 or float64.
+    """
+    steps, states = k.shape[1:3]
+    if state is None:
+        state = k.new_zeros(k.shape[0], states, k.shape[3], v.shape[3])
+    if steps == 0:
+        return v.new_zeros(v.shape[0], 0, q.shape[2], v.shape[3]), state.clone()
+    if decay is not None and decay_axis == "head":
+        decay = decay.unsqueeze(-1)
+    on_values = decay_axis == "value"
+    q = q.unflatten(2, (states, q.shape[2] // states))
+
+    query = q
+    if decay is not None and not exclusive and not on_values:
+        query = q * decay.unsqueeze(3)
+    blocks = cut(query, k, v, decay, on_values, erase, predict)
+    starts, last, predicted = run(blocks, state)
+    out = join(read(blocks, starts, predicted), steps)
+    if decay is not None and not exclusive and on_values:
+        out = out * decay.unsqueeze(3)
+
+    read_key = k if not exclusive else None if bonus is None else bonus * k
+    if read_key is not None:
+        out = out + _dot(q, read_key) * v.unsqueeze(3)
+    if erase is not None and predicted is not None and not exclusive:
+        out = out + _dot(q, erase) * join(predicted, steps)
+    return out.flatten(2, 3), last
+
+
+def _dot(q: Tensor, k: Tensor) -> Tensor:
+    return (q * k.unsqueeze(3)).sum(-1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The operands of a recurrence that reads the state before each step, cut into blocks.
+
+    query [B, S, N, G, C, K]; key, erase, predict [B, S, N, 1, C, K]; value [B, S, N, 1, C, V]; the products of decays
+    [B, S, N, C, D], on the rows of the state or on its columns.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    erase: Tensor | None
+    predict: Tensor | None
+    decay: Tensor | None
+    products: Products | None
+    on_values: bool
+
+    def before(self, x: Tensor, *, rows: bool) -> Tensor:
+        """Returns x [..., C, K if rows else V], decayed from the start of its block."""
+        return (
+            x if self.products is None or rows == self.on_values else x * self.products.before.unsqueeze(-3)
+        )
+
+    def after(self, x: Tensor, *, rows: bool) -> Tensor:
+        """Returns x [..., C, K if rows else V], decayed to the end of its block."""
+        return x if self.products is None or rows == self.on_values else x * self.products.after.unsqueeze(-3)
+
+    def through(self, state: Tensor, block: int) -> Tensor:
+        """Returns a state [B, S, K, V], decayed by one whole block."""
+        if self.products is None:
+            return state
+        return state * self.products.total[:, :, block].unsqueeze(-2 if self.on_values else -1)
+
+
+def cut(
+    query: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    on_values: bool,
+    erase: Tensor | None,
+    predict: Tensor | None,
+) -> Blocks:
+    """Returns the `Blocks` of query [B, T, S, G, K] and operands [B, T, S, D]; steps that fill the last block do nothing."""
+    steps = k.shape[1]
+    size = min(BLOCK, 1 << max(steps - 1, 0).bit_length())
+    padding = -steps % size
+
+    def block(x: Tensor, fill: float = 0.0) -> Tensor:
+        """[B, T, S, *, D] -> [B, S, N, *, C, D]"""
+        x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, padding), value=fill)
+        return x.unflatten(1, (-1, size)).movedim(2, -2).movedim(2, 1)
+
+    def slot(x: Tensor | None) -> Tensor | None:
+        return None if x is None else block(x.unsqueeze(3))
+
+    decay = None if decay is None else block(decay, 1.0)
+    factors = None if decay is None else products(decay)
+    return Blocks(
+        block(query),
+        block(k.unsqueeze(3)),
+        block(v.unsqueeze(3)),
+        slot(erase),
+        slot(predict),
+        decay,
+        factors,
+        on_values,
+    )
+
+
+def join(x: Tensor, steps: int) -> Tensor:
+    """[B, S, N, G, C, V] -> [B, T, S, G, V]"""
+    return x.movedim(1, 2).movedim(-2, 2).flatten(1, 2)[:, :steps]
+
+
+def run(blocks: Blocks, state: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns the states before each block [B, S, N, K, V], the last state, and p_t = S_(t-1)^T predict_t [B, S, N, 1, C, V]."""
+    update = (blocks.after(blocks.key, rows=True).mT @ blocks.after(blocks.value, rows=False)).squeeze(3)
+    starts, predicted = [], []
+    if blocks.erase is None or blocks.predict is None:
+        for n in range(update.shape[2]):
+            starts.append(state)
+            state = blocks.through(state, n) + update[:, :, n]
+        return torch.stack(starts, 2), state, None
+    if blocks.products is not None and blocks.on_values:
+        return _run_by_steps(blocks, state)
+    constant, linear = _predictions(blocks)
+    erase = blocks.after(blocks.erase, rows=True).squeeze(3).mT
+    for n in range(update.shape[2]):
+        starts.append(state)
+        predicted.append(constant[:, :, n] + linear[:, :, n] @ state)
+        state = blocks.through(state, n) + update[:, :, n] + erase[:, :, n] @ predicted[-1]
+    return torch.stack(starts, 2), state, torch.stack(predicted, 2).unsqueeze(3)
+
+
+def _predictions(blocks: Blocks) -> tuple[Tensor, Tensor]:
+    """Returns c [B, S, N, C, V] and W [B, S, N, C, K] with p = c + W S for a block that starts with the state S.
+
+    From p = A v + E p + predict S, where A and E hold the scores of predict against earlier k and erase:
+    p = (1 - E)^-1 (A v + predict S), and 1 - E is unit lower triangular.
+    """
+    assert blocks.predict is not None and blocks.erase is not None
+    score = scores(blocks.predict, torch.cat((blocks.key, blocks.erase), 3), blocks.products).squeeze(3)
+    from_key, from_erase = score.unbind(-2)
+    known = torch.cat(
+        (from_key @ blocks.value.squeeze(3), blocks.before(blocks.predict, rows=True).squeeze(3)), -1
+    )
+    solved = torch.linalg.solve_triangular(-from_erase, known, upper=False, unitriangular=True)
+    constant, linear = solved.split((blocks.value.shape[-1], blocks.predict.shape[-1]), -1)
+    return constant, linear
+
+
+def _run_by_steps(blocks: Blocks, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same where decays scale columns: each column then has a triangular system of its own, so step by step."""
+    assert blocks.predict is not None and blocks.erase is not None and blocks.decay is not None
+    starts, predicted = [], []
+    for n in range(blocks.key.shape[2]):
+        starts.append(state)
+        for i in range(blocks.key.shape[4]):
+            key, value, erase, predict = (
+                x[:, :, n, :, i] for x in (blocks.key, blocks.value, blocks.erase, blocks.predict)
+            )  # [B, S, 1, D]
+            predicted.append(predict @ state)
+            state = state * blocks.decay[:, :, n, i].unsqueeze(-2) + erase.mT @ predicted[-1] + key.mT @ value
+    p = torch.cat(predicted, 2).unflatten(2, (len(starts), -1)).unsqueeze(3)
+    return torch.stack(starts, 2), state, p
+
+
+def read(blocks: Blocks, starts: Tensor, predicted: Tensor | None) -> Tensor:
+    """Returns S_(t-1)^T query_t [B, S, N, G, C, V]."""
+    key, value = blocks.key, blocks.value
+    if blocks.erase is not None and predicted is not None:
+        key, value = torch.cat((key, blocks.erase), 3), torch.cat((value, predicted), 3)
+    carried = blocks.before(blocks.before(blocks.query, rows=True) @ starts.unsqueeze(3), rows=False)
+    if blocks.on_values:
+        return carried + weighted(scores(blocks.query, key, None), value, blocks.products)
+    return carried + combine(scores(blocks.query, key, blocks.products), value)

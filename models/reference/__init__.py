@@ -1,0 +1,1 @@
+"""Slow, obvious programs that say what the fast ones must compute."""
