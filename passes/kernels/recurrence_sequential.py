@@ -39,7 +39,7 @@ from spikingbrain.passes.kernels.recurrence_base import (
 )
 from spikingbrain.target import Target
 
-STEPS = (32, 16, 8, 4, 2, 1)  # of a chunk; more than 16 gained nothing
+STEPS = (16, 8, 4, 2, 1)  # of a chunk; more than 16 gained nothing
 
 
 @dataclass(frozen=True)
