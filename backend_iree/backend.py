@@ -106,6 +106,7 @@ def _dispatch(module: str, context: StageContext) -> str:
     from spikingbrain.backend_iree.devices import gather_slices, name_device
     from spikingbrain.backend_iree.dispatch import wrap_kernels
     from spikingbrain.backend_iree.double_reads import separate_double_reads
+    from spikingbrain.backend_iree.loop_sizes import bound_sizes
     from spikingbrain.backend_iree.parameters import emit_globals, protect_arguments
     from spikingbrain.passes import dialect
 
@@ -113,6 +114,7 @@ def _dispatch(module: str, context: StageContext) -> str:
         parsed = ir.Module.parse(module)
         separate_double_reads(parsed)
         protect_arguments(parsed)
+        bound_sizes(parsed)
         wrap_kernels(parsed)
         emit_globals(parsed)
         if context.target.arch == "spirv":

@@ -18,6 +18,7 @@ from torch_mlir.passmanager import PassManager
 
 from spikingbrain.passes.dialect_base import SpikingBrain, after_declaration, fail, fits, shape
 from spikingbrain.passes.dialect_recurrences import LinearRecurrence, LinearScan, SelectiveScan  # noqa: F401
+from spikingbrain.passes.dialect_scans import verify_pointwise_scan
 
 _load_lock = threading.Lock()  # Dialect.load() from two threads at once crashes the process
 
@@ -282,6 +283,7 @@ def launch_inputs(op: ir.Operation) -> list[ir.Value]:
 
 CONTROL_OPS = {
     "spikingbrain_control.time_loop": _verify_time_loop,
+    "spikingbrain_control.pointwise_scan": verify_pointwise_scan,
     "spikingbrain_control.launch": _verify_launch,
 }
 

@@ -13,6 +13,7 @@ from torch_mlir.passmanager import PassManager
 from spikingbrain.errors import ShapeError, UnsupportedOp
 from spikingbrain.passes import torch_ir
 from spikingbrain.passes.base import PassContext, source_line
+from spikingbrain.passes.outlined_loops import outlined_loops
 
 _PIPELINES = (
     "torchdynamo-export-to-torch-backend-pipeline",
@@ -26,13 +27,18 @@ _DROPPED = re.compile(r",?torch-verify-linalg-on-tensors-backend-contract")
 class LowerTorch:
     """Runs torch-mlir's two pipelines and refuses what they lower wrongly.
 
-    In: torch dialect with ops of ours between casts. Out: linalg, tensor, arith, math, scf and ours, no torch op.
+    In: torch dialect with ops of ours between casts. Out: linalg, tensor, arith, math, scf and ours, no torch op; so
+    also in the bodies of time loops.
     Raises UnsupportedOp for a torch op without a lowering, ShapeError where upstream guessed a dynamic size.
     """
 
     name: ClassVar[str] = "lower-torch"
 
     def run(self, module: ir.Module, context: PassContext) -> None:
+        with outlined_loops(module):
+            self._run(module)
+
+    def _run(self, module: ir.Module) -> None:
         for name in _PIPELINES:
             text = _DROPPED.sub("", str(PassManager.parse(f"builtin.module({name})")))
             pipeline = PassManager.parse(text)

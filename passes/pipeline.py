@@ -19,6 +19,7 @@ from spikingbrain.passes.lower_attention import LowerAttention
 from spikingbrain.passes.lower_cache_write import LowerCacheWrite
 from spikingbrain.passes.lower_embedding import LowerEmbedding
 from spikingbrain.passes.lower_linear import LowerLinear
+from spikingbrain.passes.lower_pointwise_scan import LowerPointwiseScan
 from spikingbrain.passes.lower_recurrence import LowerRecurrence
 from spikingbrain.passes.lower_time_loop import LowerTimeLoop
 from spikingbrain.passes.lower_torch import LowerTorch
@@ -27,6 +28,7 @@ from spikingbrain.passes.raise_attention import RaiseAttention
 from spikingbrain.passes.raise_cache_write import RaiseCacheWrite
 from spikingbrain.passes.raise_embedding import RaiseEmbedding
 from spikingbrain.passes.raise_linear import RaiseLinear
+from spikingbrain.passes.raise_pointwise_scan import RaisePointwiseScan
 from spikingbrain.passes.raise_recurrence import RaiseRecurrence
 from spikingbrain.passes.thread_state import ThreadState
 from spikingbrain.passes.weights_to_arguments import WeightsToArguments
@@ -43,14 +45,16 @@ PHASES: dict[str, list[type[Any]]] = {
         RaiseRecurrence,
         DecomposeAttention,
     ],
-    # everything else becomes linear algebra on tensors; time loops first, as torch-mlir crashes on torch ops inside them
-    "torch": [LowerTimeLoop, LowerTorch],
-    # do together what reads the same values
-    "fuse": [FuseSharedInput],
+    # everything else becomes linear algebra on tensors
+    "torch": [LowerTorch],
+    # do together what reads the same values, steps of a loop included
+    "fuse": [RaisePointwiseScan, FuseSharedInput],
     # choose layouts for the target and store weights in them
     "schedule": [PackWeights],
     # kernels where the target has them, linalg and loops where not
     "lower": [
+        LowerPointwiseScan,
+        LowerTimeLoop,
         LowerAttention,
         LowerCacheWrite,
         LowerEmbedding,
