@@ -4,6 +4,7 @@ Each has a shape function (dynamic sizes too), a blockwise body in plain PyTorch
 compiled, and a backward. docs/recurrence-ops.md has equations, shapes and examples.
 """
 
+from spikingbrain.frontend.ops import linear_recurrence_backward  # noqa: F401  (registers the gradients)
 from spikingbrain.frontend.ops.linear_recurrence import linear_recurrence
 
 __all__ = ["linear_recurrence"]

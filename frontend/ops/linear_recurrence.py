@@ -49,6 +49,24 @@ def linear_recurrence(
         OptionError: an unknown axis, or options that do not go together.
     """
     check(q, k, v, decay, erase, predict, bonus, state, decay_axis, exclusive)
+    return compute(q, k, v, decay, erase, predict, bonus, state, decay_axis, log_decay, exclusive, reverse)
+
+
+def compute(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    erase: Tensor | None,
+    predict: Tensor | None,
+    bonus: Tensor | None,
+    state: Tensor | None,
+    decay_axis: str,
+    log_decay: bool,
+    exclusive: bool,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Returns what the op does, block by block, in plain PyTorch that can be differentiated."""
     if decay is not None:
         decay = up(decay).exp() if log_decay else up(decay)
 

@@ -100,7 +100,7 @@ class _State:
             return None
         node = self.emit.value(value, self.steps.outside)
         order = [label for group in groups for label in group]
-        node = products.cast(self.emit, node, self.dtype)
+        node = products.cast(self.emit, node, torch.float64 if self.dtype == torch.float64 else torch.float32)
         if tuple(node.meta["val"].shape) != tuple(self.r.carry.before.shape or ()):
             node = self.emit.op(aten.expand.default, node, list(self.r.carry.before.shape or ()))
         node = products.aligned(self.emit, (node, tuple(self.r.axes)), order)
