@@ -6,5 +6,7 @@ compiled, and a backward. docs/recurrence-ops.md has equations, shapes and examp
 
 from spikingbrain.frontend.ops import linear_recurrence_backward  # noqa: F401  (registers the gradients)
 from spikingbrain.frontend.ops.linear_recurrence import linear_recurrence
+from spikingbrain.frontend.ops.linear_scan import linear_scan
+from spikingbrain.frontend.ops.selective_scan import selective_scan
 
-__all__ = ["linear_recurrence"]
+__all__ = ["linear_recurrence", "linear_scan", "selective_scan"]
