@@ -20,6 +20,7 @@ from spikingbrain.frontend.dynamo.options import CompileOptions, parse
 from spikingbrain.frontend.dynamo.partition import Region, Step
 from spikingbrain.frontend.dynamo.plan import carry_out, plan
 from spikingbrain.frontend.dynamo.program import GraphProgram, assemble
+from spikingbrain.frontend.recurrences.raising import raise_in_dynamo_graph
 
 _numbers = itertools.count()
 
@@ -35,6 +36,8 @@ def spikingbrain(
     chosen = parse(options, mode)
     if chosen.level:
         workers.prewarm()  # it imports while AOTAutograd traces
+        module, recurrences = raise_in_dynamo_graph(module)
+        report.publish_recurrences(recurrences)
 
     def compiler(kind: str) -> Callable[..., Any]:
         return aot_cache.cacheable(lambda graph: compile_graph(graph, kind, chosen))
