@@ -107,6 +107,7 @@ def _dispatch(module: str, context: StageContext) -> str:
     from spikingbrain.backend_iree.dispatch import wrap_kernels
     from spikingbrain.backend_iree.double_reads import separate_double_reads
     from spikingbrain.backend_iree.loop_sizes import bound_sizes
+    from spikingbrain.backend_iree.narrowing import narrow_by_f32
     from spikingbrain.backend_iree.parameters import emit_globals, protect_arguments
     from spikingbrain.passes import dialect
 
@@ -115,6 +116,7 @@ def _dispatch(module: str, context: StageContext) -> str:
         separate_double_reads(parsed)
         protect_arguments(parsed)
         bound_sizes(parsed)
+        narrow_by_f32(parsed)
         wrap_kernels(parsed)
         emit_globals(parsed)
         if context.target.arch == "spirv":
