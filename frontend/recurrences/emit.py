@@ -174,6 +174,8 @@ _SYNTHETIC: dict[str, Any] = {
     "logical_not": aten.logical_not.default,
     "pow": aten.pow.Tensor_Scalar,
     "where": aten.where.self,
+    "select_scatter": aten.select_scatter.default,
+    "slice_scatter": aten.slice_scatter.default,
 }
 
 

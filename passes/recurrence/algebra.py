@@ -7,6 +7,7 @@ asked for (``Algebra.open``) is it taken apart, one op at a time.
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Callable, Iterable
 
 from spikingbrain.passes.recurrence.graph import Slot, Value, argument
@@ -388,14 +389,14 @@ def _masked_fill(a: Algebra, v: Value) -> Sum:
 
 @rule("einsum")
 def _einsum(a: Algebra, v: Value) -> Sum:
-    equation = str(v.literals[0]).replace(" ", "")
-    if "->" not in equation or "." in equation:
-        raise NonAffine("einsum", f"the form {equation}")
-    left, result = equation.split("->")
-    letters = sorted(set(left.replace(",", "")))
+    found = equation_of(v)
+    if found is None:
+        raise NonAffine("einsum", f"the form {v.literals[0]}")
+    left, result = found
+    letters = sorted({c for names in left for c in names})
     sizes = dict.fromkeys(letters, 1)
     total: Sum | None = None
-    for names, x in zip(left.split(","), v.inputs, strict=True):
+    for names, x in zip(left, v.inputs, strict=True):
         if len(set(names)) < len(names):
             raise NonAffine("einsum", "takes a diagonal")
         for name, size in zip(names, _shape(x), strict=True):
@@ -407,5 +408,20 @@ def _einsum(a: Algebra, v: Value) -> Sum:
         terms = rearranged(a.terms(x), spread)
         total = terms if total is None else product(total, terms, len(letters))
     gone = [i for i, c in enumerate(letters) if c not in result]
-    found = contracted(total or [], gone, [sizes[c] for c in letters], True)
-    return rearranged(found, lambda out: [out[letters.index(c)] for c in result])
+    summed = contracted(total or [], gone, [sizes[c] for c in letters], True)
+    return rearranged(summed, lambda out: [out[letters.index(c)] for c in result])
+
+
+def equation_of(v: Value) -> tuple[list[str], str] | None:
+    """Returns the letters of an einsum's operands and result, ``...`` spelled out; None for an implicit result."""
+    equation = str(v.literals[0]).replace(" ", "")
+    if "->" not in equation:
+        return None
+    left, result = equation.split("->")
+    free = [c for c in string.ascii_letters if c not in equation]
+    names = left.split(",")
+    more = [len(x.shape or ()) - len(n.replace("...", "")) for n, x in zip(names, v.inputs, strict=True)]
+    widest = max((m for n, m in zip(names, more, strict=True) if "..." in n), default=0)
+    spelled = "".join(free[:widest])
+    names = [n.replace("...", spelled[widest - m :]) for n, m in zip(names, more, strict=True)]
+    return names, result.replace("...", spelled)

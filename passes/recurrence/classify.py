@@ -11,7 +11,8 @@ import networkx as nx
 from spikingbrain.passes.recurrence.algebra import Algebra, NonAffine
 from spikingbrain.passes.recurrence.form import Carry, Loop, Recurrence, Verdict
 from spikingbrain.passes.recurrence.graph import Value
-from spikingbrain.passes.recurrence.roles import State, describe
+from spikingbrain.passes.recurrence.roles import describe
+from spikingbrain.passes.recurrence.state import State
 from spikingbrain.passes.recurrence.terms import Dense, Step, step_of
 
 FLOATS = {"float16", "bfloat16", "float32", "float64"}

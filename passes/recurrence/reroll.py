@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import product
 
 from spikingbrain.passes.recurrence.form import Carry, Loop, Stacked, Token, Verdict
 from spikingbrain.passes.recurrence.graph import Graph, Slot, Value
@@ -55,22 +56,30 @@ def _looks_like_a_loop(component: Component) -> bool:
 
 def _roll(component: Component, users: dict[Value, list[Value]], outputs: set[Value]) -> Loop | Verdict:
     reason = "its steps differ"
-    best: Loop | None = None
-    for base in component.bases():
-        for reverse in (False, True):
-            time = component.times(base, reverse)
-            for period in PERIODS:
-                step_of = {v: t // period for v, t in time.items()}
-                try:
-                    loop = _Run(component, step_of, period, reverse, users, outputs).loop()
-                except NoTemplate as why:
-                    reason = str(why) if reason == "its steps differ" else reason
-                    continue
-                if best is None or loop.steps * loop.period > best.steps * best.period:
-                    best = loop
-                if best.steps * best.period >= base - TRIMMED:
-                    return best
-    return best or Verdict("unrolled", reason, component.mixed)
+    found: list[Loop] = []
+    for base, reverse, late in product(component.bases(), (False, True), (False, True)):
+        time = component.times(base, reverse, late)
+        for period in PERIODS:
+            step_of = {v: t // period for v, t in time.items()}
+            try:
+                found.append(_Run(component, step_of, period, reverse, users, outputs).loop())
+            except NoTemplate as why:
+                reason = str(why) if reason == "its steps differ" else reason
+                continue
+            break
+        if found and len(found[-1].carried) == 1 and _covered(found[-1]) >= base:
+            break
+    if not found:
+        return Verdict("unrolled", reason, component.mixed)
+    most = max(map(_covered, found))
+    return min(
+        (loop for loop in found if _covered(loop) >= most - TRIMMED),
+        key=lambda loop: (len(loop.carried), -_covered(loop)),
+    )
+
+
+def _covered(loop: Loop) -> int:
+    return loop.steps * loop.period
 
 
 @dataclass(eq=False)

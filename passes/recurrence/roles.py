@@ -6,58 +6,16 @@ value; the rest are batch. A state that is read in no such way, or whose update 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from spikingbrain.passes.recurrence.algebra import Algebra, NonAffine
-from spikingbrain.passes.recurrence.form import Carry, Factor, Loop, Product, Read, Recurrence
+from spikingbrain.passes.recurrence.algebra import NonAffine
+from spikingbrain.passes.recurrence.form import Factor, Product, Read, Recurrence
 from spikingbrain.passes.recurrence.graph import Value
 from spikingbrain.passes.recurrence.reads import find_reads
-from spikingbrain.passes.recurrence.sink import sunk
+from spikingbrain.passes.recurrence.selective import logarithm, selective_form
+from spikingbrain.passes.recurrence.state import State
 from spikingbrain.passes.recurrence.synthesis import summed
-from spikingbrain.passes.recurrence.terms import Axis, Contraction, Part, Piece, Step, step_of
-
-
-@dataclass(eq=False)
-class State:
-    """A carried value and what is known of it."""
-
-    loop: Loop
-    carry: Carry
-    moving: set[Value]
-    foreign: Callable[[Value], bool]
-    opened: set[Value] = field(default_factory=set)
-    same: dict[Value, Value] = field(default_factory=dict)
-    step: Step = field(default_factory=Step)
-
-    def algebra(self, states: Iterable[Value], opened: set[Value]) -> Algebra:
-        return Algebra(states, self.moving, opened, self.same)
-
-    def open(self, value: Value) -> bool:
-        """Takes a value without state apart from now on; False when it has no inside."""
-        if self.opens(value, self.opened):
-            self.opened.add(value)
-            return True
-        return False
-
-    def opens(self, value: Value, opened: set[Value]) -> bool:
-        if value in opened:
-            return False
-        if value in self.loop.tokens:
-            if value not in self.same:
-                inner = sunk(self.loop, value)
-                if inner is None:
-                    return False
-                self.same[value] = inner
-            return True
-        return self.algebra([], opened).can_open(value)
-
-    @property
-    def rank(self) -> int:
-        return len(self.carry.before.shape or ())
-
-    def sizes(self) -> dict[Axis, int]:
-        return dict(enumerate(self.carry.before.shape or ()))
+from spikingbrain.passes.recurrence.terms import Axis, Contraction, Part, step_of
 
 
 @dataclass
@@ -80,6 +38,10 @@ def describe(state: State, roots: list[Value], known: set[Value]) -> Described:
         linear = _linear(state, reads)
         if linear is not None:
             return linear
+    if not whole and reads:
+        selective = _selective(state, reads)
+        if selective is not None:
+            return selective
     if not whole and not reads:
         linear = _unread(state)
         if linear is not None:
@@ -185,6 +147,23 @@ def _is_outer(state: State) -> bool:
     return False
 
 
+def _selective(state: State, reads: list[Contraction]) -> Described | None:
+    """Describes ``h' = exp(dt a) h + dt x b``, read by c: no tensor of channels times states is needed."""
+    form = selective_form(state, reads)
+    if form is None:
+        return None
+    key = reads[0].axis
+    writer = _Writer(state, key, form.channel)
+    r = Recurrence(state.carry, writer.axes(), "selective_scan")
+    r.decay_log, r.key, r.value = (writer.product(p) for p in (form.log, form.key, form.value))
+    for read in reads:
+        extra = [writer.product(p) for p in read.extra]
+        axes = tuple(writer.name(a) for a in read.axes)
+        r.reads.append(Read(read.value, axes, writer.product(read.query[0]), False, extra))
+    needs = [f.value for p in writer.products for f in p.factors]
+    return Described(r, needs, {read.value for read in reads})
+
+
 def _written(
     state: State, key: int, value: int | None, update: list[Part], reads: list[Contraction]
 ) -> Described:
@@ -261,32 +240,11 @@ class _Writer:
         part = self.total(self.state.step.decay)
         if part.scalar == 1 and not part.pieces:
             return
-        log = self._log(part)
+        log = logarithm(self.state, part)
         if log is not None:
             r.decay_log = self.product(log)
         else:
             r.decay = self.product(part)
-
-    def _log(self, part: Part) -> Part | None:
-        """Returns the logarithm of a decay that is the exponential of one value."""
-        if len(part.pieces) != 1 or part.scalar != 1:
-            return None
-        piece = part.pieces[0]
-        value = piece.value
-        if value in self.state.loop.tokens and self.state.opens(value, set()):
-            algebra = self.state.algebra([], {value})
-            terms = algebra.terms(value)
-            inner = terms[0].factors[0] if len(terms) == 1 and len(terms[0].factors) == 1 else None
-            if inner is None or inner.value is None or terms[0].coefficient != 1 or inner.power != 1:
-                return None
-            labels = dict(zip(terms[0].out, piece.axes, strict=True))
-            piece = Piece(
-                inner.value, tuple(None if x is None else labels[x] for x in inner.labels), piece.power
-            )
-            value = inner.value
-        if value.op != "exp":
-            return None
-        return Part(float(piece.power), (Piece(value.inputs[0], piece.axes),))
 
     def rank_one(self) -> tuple[Product, Product]:
         pairs = self.state.step.rank_one
@@ -306,7 +264,7 @@ class _Writer:
             return self.product(Part(0.0)), self.product(Part(1.0))
         keys, values = [], []
         for part in update:
-            mine = tuple(p for p in part.pieces if self.key in p.held() or (self.value is None and p.held()))
+            mine = tuple(p for p in part.pieces if self.key in p.held())
             keys.append(Part(1.0, mine))
             values.append(Part(part.scalar, tuple(p for p in part.pieces if p not in mine)))
         if len(set(keys)) == 1:

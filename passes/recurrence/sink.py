@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from spikingbrain.passes.recurrence.algebra import equation_of
 from spikingbrain.passes.recurrence.form import Loop, Token
 from spikingbrain.passes.recurrence.graph import Slot, Value
 
@@ -58,17 +59,16 @@ def sunk(loop: Loop, token: Value) -> Value | None:
         inner = _part(loop, place, x, place.dim - (rank - len(x.shape or ())))
         return _made(loop, source, [inner], (Slot(0), token.shape), token)
     if source.op == "einsum":
-        equation = str(source.literals[0]).replace(" ", "")
-        if "->" not in equation or "." in equation:
+        found = equation_of(source)
+        if found is None:
             return None
-        left, result = equation.split("->")
+        names, result = found
         time = result[place.dim]
-        names = left.split(",")
         inputs = [
             _part(loop, place, x, n.index(time)) if time in n else x
             for n, x in zip(names, source.inputs, strict=True)
         ]
-        shorter = ",".join(n.replace(time, "") for n in names) + "->" + result.replace(time, "")
+        shorter = ",".join(n.replace(time, "") for n in names) + f"->{result.replace(time, '')}"
         return _made(loop, source, inputs, (shorter, *source.literals[1:]), token)
     return None
 

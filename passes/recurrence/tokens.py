@@ -54,8 +54,11 @@ class Component:
         counts = {count for _, _, count in self._families().values() if count >= FEWEST}
         return sorted(counts)[:3]
 
-    def times(self, base: int, reverse: bool) -> dict[Value, int]:
-        """Returns the step of every value inside, in order of processing (from 0), when there are about ``base`` steps."""
+    def times(self, base: int, reverse: bool, late: bool) -> dict[Value, int]:
+        """Returns the step of every value inside, in order of processing (from 0), when there are about ``base`` steps.
+
+        What is computed of carried values alone belongs to the step that made them, or ``late`` to the one that reads it.
+        """
         families = self._families()
         step: dict[Value, int] = {}
         for v, (key, position) in self.tokens.items():
@@ -69,7 +72,20 @@ class Component:
                 time[v] = last - step[v] if reverse else step[v]
             elif v not in self.fixed:
                 time[v] = max((time[x] for x in v.inputs if x in time), default=0)
+        if late:
+            self._put_off(time)
         return time
+
+    def _put_off(self, time: dict[Value, int]) -> None:
+        mixed = set(self.mixed)
+        first_use: dict[Value, int] = {}
+        for v in reversed(self.mixed):
+            fed = any(x in time and x not in mixed for x in v.inputs)
+            if not fed and first_use.get(v, time[v]) > time[v]:
+                time[v] = first_use[v]
+            for x in v.inputs:
+                if x in mixed:
+                    first_use[x] = min(first_use.get(x, time[v]), time[v])
 
     def _families(self) -> dict[Key, tuple[int, int, int]]:
         """Returns first position, stride and number of positions of each family."""

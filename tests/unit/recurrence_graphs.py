@@ -13,14 +13,14 @@ from torch.utils import _pytree as pytree
 
 from spikingbrain.frontend.recurrences.adapter import adapt
 from spikingbrain.frontend.recurrences.emit import call_of
-from spikingbrain.passes.recurrence.form import Loop
+from spikingbrain.passes.recurrence.form import Factor, Loop, Product, Recurrence, Verdict
 from spikingbrain.passes.recurrence.graph import Graph, Value
 from spikingbrain.passes.recurrence.normalise import normalise
 
 sys.path.append(str(Path(__file__).parents[1] / "recurrences"))
 from forms import FORMS, Form
 
-__all__ = ["FORMS", "Evaluation", "Form", "Traced", "trace"]
+__all__ = ["FORMS", "Evaluation", "Form", "Traced", "close", "trace"]
 
 
 class Traced:
@@ -54,8 +54,11 @@ def trace(form: Form, length: int | None = None) -> Traced:
 class Evaluation:
     """Computes a graph; what ``loops`` carry, return and join is computed by their bodies, step by step."""
 
-    def __init__(self, traced: Traced, loops: Sequence[Loop] = ()) -> None:
+    def __init__(
+        self, traced: Traced, loops: Sequence[Loop] = (), verdicts: Sequence[Verdict] = ()
+    ) -> None:
         self.traced = traced
+        self.recurrences = {id(v.loop): v.recurrences for v in verdicts}
         self.known: dict[Value, Any] = {}
         self.loops = list(loops)
         self.within = {v: loop for loop in loops for v in loop.values}
@@ -108,6 +111,8 @@ class Evaluation:
                     assert tuple(now[v].shape) == v.shape, v
             for i, s in enumerate(loop.stacked):
                 pieces[i].append(now[s.value])
+            for r in self.recurrences.get(id(loop), []):
+                self.check_step(r, now)
             before = {c.before: now[c.after] for c in loop.carried}
         for c in loop.carried:
             if c.final is not None:
@@ -120,3 +125,78 @@ class Evaluation:
             if not s.keeps_dim:
                 steps = [v.unsqueeze(s.dim) for v in steps]
             self.known[s.joined] = torch.cat([*around[0], *steps, *around[1]], s.dim)
+
+    # The normal form against the step itself
+
+    def check_step(self, r: Recurrence, now: dict[Value, Any]) -> None:
+        """Raises AssertionError unless the recurrence says what the step does to the state, and its reads what they read."""
+        state = now[r.carry.before].double()
+        axes = list(r.axes)
+        decay: Tensor | float = self.product(r.decay, axes, now, state) if r.decay is not None else 1.0
+        if r.decay_log is not None:
+            decay = self.product(r.decay_log, axes, now, state).exp()
+        after = decay * state
+        if r.kind == "linear_scan":
+            for term in r.update:
+                after = after + self.product(term, axes, now, state)
+        else:
+            after = after + self.product(r.key, axes, now, state) * self.product(r.value, axes, now, state)
+        if r.erase is not None:
+            predicted = (self.product(r.predict, axes, now, state) * state).sum(axes.index("k"), keepdim=True)
+            after = after + self.product(r.erase, axes, now, state) * predicted
+        close(after, now[r.carry.after], f"state {axes}")
+        for read in r.reads:
+            of = now[r.carry.before if read.exclusive else r.carry.after].double()
+            sizes: dict[str | None, int] = dict(zip(axes, of.shape, strict=True))
+            sizes |= {a: n for a, n in zip(read.axes, read.value.shape or (), strict=True) if a is not None}
+            value = self.contraction(read.query, (of, axes), read.axes, now, sizes)
+            for extra in read.extra:
+                value = value + self.contraction(extra, None, read.axes, now, sizes)
+            close(value, now[read.value], f"read {read.axes}")
+
+    def factor(self, f: Factor, now: dict[Value, Any]) -> Tensor:
+        x = (now[f.value] if f.value in now else self(f.value)).double()
+        assert x.dim() == len(f.axes)
+        return x if f.power == 1 else x**f.power
+
+    def product(self, p: Product | None, axes: Sequence[str], now: dict[Value, Any], like: Tensor) -> Tensor:
+        """Returns a product with the axes of the state."""
+        assert p is not None
+        total = torch.full((1,) * len(axes), p.scalar, dtype=torch.float64)
+        for f in p.factors:
+            x = self.factor(f, now)
+            held = [a for a in f.axes if a is not None]
+            x = x.reshape([n for n, a in zip(x.shape, f.axes, strict=True) if a is not None])
+            x = x.permute([held.index(a) for a in axes if a in held])
+            total = total * x.reshape([like.shape[i] if a in held else 1 for i, a in enumerate(axes)])
+        return total
+
+    def contraction(
+        self,
+        p: Product,
+        state: tuple[Tensor, Sequence[str]] | None,
+        axes: Sequence[str | None],
+        now: dict[Value, Any],
+        sizes: dict[str | None, int],
+    ) -> Tensor:
+        """Returns the product (times a state) summed over what ``axes`` lacks."""
+        letter: dict[str, str] = {}
+        operands, names = [], []
+        for x, labels in [*([state] if state else []), *((self.factor(f, now), f.axes) for f in p.factors)]:
+            held = [a for a in labels if a is not None]
+            operands.append(x.reshape([n for n, a in zip(x.shape, labels, strict=True) if a is not None]))
+            names.append("".join(letter.setdefault(a, chr(97 + len(letter))) for a in held))
+        there = [a for a in axes if a in letter]
+        value = torch.tensor(p.scalar, dtype=torch.float64)
+        if operands:
+            equation = f"{','.join(names)}->{''.join(letter[a] for a in there if a)}"
+            value = p.scalar * torch.einsum(equation, *operands)
+        return value.reshape([sizes[a] if a in there else 1 for a in axes])
+
+
+def close(found: Tensor, wanted: Tensor, what: str) -> None:
+    slack = 1e-2 if wanted.dtype in (torch.bfloat16, torch.float16) else 2e-5
+    wanted = wanted.double()
+    scale = float(wanted.abs().max()) if wanted.numel() else 0.0
+    error = float((found.double() - wanted).abs().max()) if wanted.numel() else 0.0
+    assert error <= slack * max(1.0, scale), f"{what}: off by {error} of {scale}"
