@@ -57,10 +57,10 @@ class Problem:
 
 
 class Piece(NamedTuple):
-    """A run of elements: ``count`` tiles of ``vectors`` vectors of ``lanes`` elements, from ``start`` on."""
+    """A run of elements: ``tiles`` times ``vectors`` vectors of ``lanes`` elements, from ``start`` on."""
 
     start: int
-    count: int
+    tiles: int
     lanes: int
     vectors: int
 
@@ -70,7 +70,7 @@ class Piece(NamedTuple):
 
     @property
     def end(self) -> int:
-        return self.start + self.count * self.width
+        return self.start + self.tiles * self.width
 
 
 def pieces(length: int, lanes: int, vectors: int = 1) -> list[Piece]:
@@ -90,7 +90,7 @@ def pieces(length: int, lanes: int, vectors: int = 1) -> list[Piece]:
 def each_tile(runs: Sequence[Piece], body: Callable[[Piece, ir.Value], None]) -> None:
     """Emits ``body(piece, start)`` for every tile of every piece."""
     for piece in runs:
-        if piece.count == 1:
+        if piece.tiles == 1:
             body(piece, index(piece.start))
         else:
             loop(piece.start, piece.end, piece.width, functools.partial(body, piece))

@@ -86,8 +86,8 @@ def plan(problem: Problem, target: Target) -> Schedule:
         if steps >= SHORT_CHUNK or (steps and columns <= lanes):
             return Schedule(
                 lanes=lanes,
-                rows=4,
-                vectors=4 if target.vector_registers >= 32 else 2,
+                rows=4 if target.vector_registers >= 32 else 2,
+                vectors=4,
                 steps=steps if problem.time is None else max(1, min(steps, problem.time)),
                 columns=columns,
                 fused=has_fma(target),
@@ -245,7 +245,7 @@ class Kernel(RecurrenceKernel):
             safe.append(self._is_safe(squares))
 
         for piece in self.columns:
-            for i in range(piece.count):
+            for i in range(piece.tiles):
                 tile(piece.start + i * piece.width, piece.lanes)
         return folded(arith.andi, safe)
 
@@ -345,7 +345,7 @@ class Kernel(RecurrenceKernel):
             safe.append(self._is_safe(squares))
 
         for piece in pieces(rows, self.lanes):
-            for i in range(piece.count):
+            for i in range(piece.tiles):
                 tile(piece.start + i * piece.lanes, piece.lanes)
         return folded(arith.andi, safe)
 

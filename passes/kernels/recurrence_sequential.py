@@ -76,15 +76,14 @@ def plan(problem: Problem, target: Target) -> Schedule:
             hint="the portable form",
         )
 
-    def queries(vectors: int) -> int:
-        """Returns how many outputs find registers, beside predictions, values, a row and a few scalars."""
-        return (registers - 6) // vectors - 3
-
-    vectors = next((n for n in (4, 2) if queries(n) >= problem.group and n * lanes <= problem.value_size), 1)
+    # Measured: two vectors are best, but for one query with few registers, where operands come from memory anyway.
+    wanted = 4 if problem.group == 1 and registers < 32 else 2
+    vectors = next(n for n in (wanted, 2, 1) if n == 1 or n * lanes <= problem.value_size)
     return Schedule(
         lanes=lanes,
         vectors=vectors,
-        queries=min(problem.group, queries(vectors)),
+        # Outputs find registers beside the next predictions, a row and a few scalars.
+        queries=min(problem.group, max(1, (registers - 6) // vectors - 1)),
         steps=steps,
         fused=has_fma(target),
     )

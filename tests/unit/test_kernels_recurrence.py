@@ -346,7 +346,7 @@ def test_pieces_cover_a_length_once(length: int) -> None:
         at = 0
         for piece in pieces(length, lanes, vectors):
             assert piece.start == at
-            assert piece.count > 0
+            assert piece.tiles > 0
             assert piece.lanes <= lanes
             assert piece.vectors <= vectors
             at = piece.end
