@@ -155,17 +155,23 @@ class _Run:
             for j, v in enumerate(self.search.steps[s]):
                 if v is not None and self.roles[j].stateful:
                     where[v] = (s, j)
-        joins: dict[Value, None] = {}
+        joins: dict[Value, bool] = {}  # whether a reader outside joins values of several steps
         for v, (s, j) in where.items():
+            final = self._is_final(s, j, end)
             for u in self.users[v]:
-                if u in inside or (self._is_final(s, j, end) and not self._is_joined(u, v, where)):
+                if u in inside:
                     continue
-                if not self._is_joined(u, v, where):
+                if u not in joins:
+                    steps = (
+                        {where[x][0] for x in u.inputs if x in where} if u.op in ("stack", "cat") else set()
+                    )
+                    joins[u] = len(steps) > 1
+                if not joins[u] and not final:
                     return s, f"{u.op} outside the loop reads a value of one step"
-                joins[u] = None
-            if v in self.outputs and not self._is_final(s, j, end):
+            if v in self.outputs and not final:
                 return s, "a value of one step is returned"
-        for u in joins:
+        joined = [u for u, several in joins.items() if several]
+        for u in joined:
             places = [(i, *where[x]) for i, x in enumerate(u.inputs) if x in where]
             wrong = self._uneven(places, first, end)
             if wrong is not None:
@@ -175,12 +181,6 @@ class _Run:
 
     def _is_final(self, step: int, role: int, end: int) -> bool:
         return (role, end - step) in self.delays
-
-    def _is_joined(self, u: Value, v: Value, where: dict[Value, tuple[int, int]]) -> bool:
-        """Whether ``u`` joins values of neighbouring steps, ``v`` among them."""
-        if u.op not in ("stack", "cat"):
-            return False
-        return len({where[x][0] for x in u.inputs if x in where}) > 1
 
     def _uneven(self, places: list[tuple[int, int, int]], first: int, end: int) -> int | None:
         """Returns a step that a join has not like the others, None when each step has the same number of places in a row."""
@@ -240,7 +240,26 @@ class _Run:
         )
         for number, v in enumerate([*self.before.values(), *self.body]):
             v.number = number
+        self._check_order(loop)
         return loop
+
+    def _check_order(self, loop: Loop) -> None:
+        """Sees to it that what the loop reads is there before it: nothing of it may come from the loop itself."""
+        given = [
+            *loop.invariants,
+            *(c.initial for c in loop.carried),
+            *(t.source for t in loop.tokens.values()),
+        ]
+        begin = min(v.number for v in loop.values)
+        seen: set[Value] = set()
+        todo = given
+        while todo:
+            v = todo.pop()
+            if v in loop.values:
+                raise NoTemplate("a sequence that it reads is made of its own steps")
+            if v not in seen and v.number > begin:
+                seen.add(v)
+                todo += v.inputs
 
     def _kind(self, role: int) -> tuple[tuple[int, ...] | None, str]:
         return self.roles[role].sample.shape, self.roles[role].sample.dtype

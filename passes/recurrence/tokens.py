@@ -95,8 +95,9 @@ class Component:
                 positions[key].add(position)
         found = {}
         for key, seen in positions.items():
-            stride = gcd(*(p - min(seen) for p in seen)) or 1
-            first = min(seen) if stride > 1 else 0
+            least = min(seen)
+            stride = gcd(*(p - least for p in seen)) or 1
+            first = least if stride > 1 else 0
             found[key] = (first, stride, (max(seen) - first) // stride + 1)
         return found
 
