@@ -149,7 +149,7 @@ def _time_first(value: ir.Value, place: Sequence[int | None], backwards: bool) -
     """Returns a scanned tensor with time as its first axis, running forward."""
     axis = place.index(0)
     order = [axis, *(a for a in range(len(place)) if a != axis)]
-    return _moved(value, order, backwards, 0)
+    return moved(value, order, backwards, 0)
 
 
 def _in_place(
@@ -157,7 +157,7 @@ def _in_place(
 ) -> ir.Value:
     """Returns a stack, whose axes are (t, space), with the axes of its result."""
     order = [p for p in place if p is not None]
-    value = _moved(value, order, backwards, order.index(0))
+    value = moved(value, order, backwards, order.index(0))
     ranked = ir.RankedTensorType(type_)
     if len(order) == len(place):
         return value
@@ -171,7 +171,7 @@ def _in_place(
     return tensor.ExpandShapeOp(ranked, value, build.reassociation(groups), wanted, list(ranked.shape)).result
 
 
-def _moved(value: ir.Value, order: Sequence[int], backwards: bool, time: int) -> ir.Value:
+def moved(value: ir.Value, order: Sequence[int], backwards: bool, time: int) -> ir.Value:
     """Returns ``value`` with its axes in ``order``; the new axis ``time`` runs the other way where ``backwards``."""
     if list(order) == sorted(order) and not backwards:
         return value

@@ -21,6 +21,7 @@ from spikingbrain.passes.lower_embedding import LowerEmbedding
 from spikingbrain.passes.lower_linear import LowerLinear
 from spikingbrain.passes.lower_pointwise_scan import LowerPointwiseScan
 from spikingbrain.passes.lower_recurrence import LowerRecurrence
+from spikingbrain.passes.lower_scan import LowerScan
 from spikingbrain.passes.lower_time_loop import LowerTimeLoop
 from spikingbrain.passes.lower_torch import LowerTorch
 from spikingbrain.passes.pack_weights import PackWeights
@@ -53,6 +54,7 @@ PHASES: dict[str, list[type[Any]]] = {
     "schedule": [PackWeights],
     # kernels where the target has them, linalg and loops where not
     "lower": [
+        LowerScan,
         LowerPointwiseScan,
         LowerTimeLoop,
         LowerAttention,

@@ -15,7 +15,7 @@ from spikingbrain.passes.base import PassContext
 from spikingbrain.passes.dialect_scans import affine_map
 from spikingbrain.passes.scan_axes import NotPointwise, find_axes, name_of
 from spikingbrain.passes.scan_body import emit_body, find_invariants
-from spikingbrain.passes.scan_ends import End, follow_result, follow_source
+from spikingbrain.passes.scan_ends import End, erase_passed, follow_result, follow_source
 from spikingbrain.passes.scan_invariants import hoist
 from spikingbrain.passes.scan_sums import defer_sums
 
@@ -110,11 +110,7 @@ def _raise(loop: ir.Operation) -> None:
             new = value if wide.fits(place) else wide.narrowed(value, result.type, place, stacked)
             result.replace_all_uses_with(new)
         for end in ends:
-            op = end.value.owner.operation
-            while op != loop:  # what the scan's maps say instead
-                source = op.operands[0].owner.operation
-                op.erase()
-                op = source
+            erase_passed(end, loop)
 
 
 def _shifted(place: Sequence[int | None]) -> list[int | None]:

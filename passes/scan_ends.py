@@ -71,6 +71,15 @@ def follow_result(end: End, rank: int, size: Callable[[int], ir.Value]) -> End:
         end = following
 
 
+def erase_passed(end: End, start: ir.Operation) -> None:
+    """Erases the ops that ``follow_result`` passed by on its way from ``start``, last first; nothing may read them."""
+    op = end.value.owner.operation
+    while op != start:
+        source = op.operands[0].owner.operation
+        op.erase()
+        op = source
+
+
 def reverses(op: ir.Operation, axis: int) -> bool:
     """Returns whether ``op`` is torch-mlir's form of ``flip`` along ``axis`` alone: it gathers from its source."""
     if op.name != GENERIC or len(op.results) != 1 or len(op.operands) != 2:

@@ -4,31 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 pytest.importorskip("torch_mlir")
-compiler = pytest.importorskip("iree.compiler.tools")
-runtime = pytest.importorskip("iree.runtime")
+pytest.importorskip("iree.compiler.tools")
+pytest.importorskip("iree.runtime")
 
-from torch_mlir import ir  # noqa: E402
-
-from spikingbrain.backend_iree.dispatch import wrap_kernels  # noqa: E402
-from spikingbrain.backend_iree.loop_sizes import bound_sizes  # noqa: E402
-from spikingbrain.passes import dialect, pipeline  # noqa: E402
-from spikingbrain.passes.base import PassContext  # noqa: E402
-from spikingbrain.passes.lower_pointwise_scan import LowerPointwiseScan  # noqa: E402
-from spikingbrain.passes.lower_time_loop import LowerTimeLoop  # noqa: E402
-from spikingbrain.target import Target  # noqa: E402
-
-V4 = Target("x86-64-v4", "cpu", "iree", "x86-64", "x86-64-v4", frozenset({"fma", "avx512f"}), 512, 32)
-V3 = Target("x86-64-v3", "cpu", "iree", "x86-64", "x86-64-v3", frozenset({"fma", "avx2"}), 256, 16)
-SMALL_TILES = dataclasses.replace(V3, name="small-tiles", l2_bytes=1 << 11)
-PORTABLE = dataclasses.replace(V3, name="portable", vector_bits=0)
-TARGETS = [V4, V3, SMALL_TILES, PORTABLE]
+import scan_targets
+from scan_targets import PORTABLE, SMALL_TILES, V3, V4
 
 Step = Callable[
     [Sequence[np.ndarray], Sequence[np.ndarray], Sequence[np.ndarray]], tuple[list[Any], list[Any]]
@@ -235,36 +221,12 @@ func.func @{name}({arguments}) -> ({", ".join(made)}) {{
 }}"""
 
 
-def _load(target: Target) -> Any:
-    text = "\n".join(_function(name, case) for name, case in CASES.items())
-    with dialect.load(), ir.Location.unknown():
-        module = ir.Module.parse(text)
-        pipeline.run([LowerPointwiseScan(), LowerTimeLoop()], module, PassContext(target))
-        assert ("launch" in str(module)) == bool(target.vector_bits)
-        assert ("scf.for" in str(module)) or target.vector_bits
-        pipeline.check_lowered(module)
-        pipeline.clean(module)
-        bound_sizes(module)
-        wrap_kernels(module)
-        code = compiler.compile_str(
-            str(module),
-            target_backends=["llvm-cpu"],
-            extra_args=[f"--iree-llvmcpu-target-cpu={target.cpu}", "--iree-input-demote-f64-to-f32=false"],
-        )
-    config = runtime.Config("local-sync")
-    context = runtime.SystemContext(config=config)
-    context.add_vm_module(runtime.VmModule.copy_buffer(config.vm_instance, code))
-    return context.modules.module
-
-
-@pytest.fixture(scope="module", params=TARGETS, ids=lambda target: target.name)
+@pytest.fixture(scope="module", params=[V4, V3, SMALL_TILES, PORTABLE], ids=lambda target: target.name)
 def program(request: pytest.FixtureRequest) -> Any:
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
-    wanted = {"x86-64-v4": "avx512f", "x86-64-v3": "avx2"}[request.param.cpu]
-    if wanted not in flags:
-        pytest.skip(f"this processor has no {wanted}")
-    return _load(request.param)
+    if not scan_targets.runs_here(request.param):
+        pytest.skip(f"this processor is not {request.param.cpu}")
+    text = "\n".join(_function(name, case) for name, case in CASES.items())
+    return scan_targets.load(text, request.param)
 
 
 def _random(case: Case, tensor: str, sizes: dict[str, int], rng: np.random.Generator) -> np.ndarray:
