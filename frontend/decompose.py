@@ -71,8 +71,13 @@ DIRECT = KEPT | {
 
 def decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """Returns the program in ops that the importer and torch-mlir take."""
-    if all(node.target in DIRECT for node in program.graph.nodes if node.op == "call_function"):
+    if all(_is_direct(node.target) for node in program.graph.nodes if node.op == "call_function"):
         return program
     table = {op: f for op, f in get_decomposition_table().items() if op not in KEPT}
     decomposed: torch.export.ExportedProgram = program.run_decompositions(table)
     return decomposed
+
+
+def _is_direct(target: object) -> bool:
+    """Returns whether the importer or one of our passes takes an op as it is; our own ops have no decomposition."""
+    return target in DIRECT or getattr(target, "namespace", "") == "spikingbrain"
