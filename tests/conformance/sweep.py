@@ -6,7 +6,9 @@ import json
 import queue
 import subprocess
 import sys
+import tempfile
 import threading
+from pathlib import Path
 from typing import IO
 
 SECONDS = 600  # for one op and mode; the graphs in it have a limit of their own
@@ -35,11 +37,13 @@ class Worker:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
+        self._folder = tempfile.TemporaryDirectory()  # torch writes graphs that it fails on where it runs
 
     def ask(self, name: str, mode: str) -> tuple[str, str]:
         if self._process is None:
             self._process = subprocess.Popen(
-                [sys.executable, __file__],
+                [sys.executable, str(Path(__file__).resolve())],
+                cwd=self._folder.name,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -66,6 +70,7 @@ class Worker:
         if self._process and self._process.stdin:
             self._process.stdin.close()
             self._process.wait()
+        self._folder.cleanup()
 
 
 def run(jobs: list[tuple[str, str]], processes: int, log: IO[str]) -> dict[tuple[str, str], tuple[str, str]]:

@@ -14,6 +14,7 @@ import pytest
 FOLDER = Path(__file__).parent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved", sorted(FOLDER.glob("found/*.py")), ids=lambda saved: saved.stem)
 def test_agrees_with_eager(saved: Path) -> None:
     done = subprocess.run(

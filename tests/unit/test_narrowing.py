@@ -53,6 +53,7 @@ def test_iree_still_needs_it() -> None:
     assert (np.asarray(context.modules.module.f(x)) == 0).all()
 
 
+@pytest.mark.gate
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_every_half_and_what_lies_between() -> None:
