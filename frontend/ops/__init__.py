@@ -4,7 +4,6 @@ Each has a shape function (dynamic sizes too), a blockwise body in plain PyTorch
 compiled, and a backward. docs/recurrence-ops.md has equations, shapes and examples.
 """
 
-from spikingbrain.frontend.ops import linear_recurrence_backward  # noqa: F401  (registers the gradients)
 from spikingbrain.frontend.ops.linear_recurrence import linear_recurrence
 from spikingbrain.frontend.ops.linear_scan import linear_scan
 from spikingbrain.frontend.ops.selective_scan import selective_scan

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from spikingbrain.errors import OptionError, ShapeError
+from spikingbrain.errors import CompileError, OptionError, ShapeError
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 AXES = ("none", "head", "key", "value")
@@ -69,3 +70,22 @@ def state_dtype(like: Tensor) -> torch.dtype:
 def up(x: Tensor) -> Tensor:
     """Returns ``x`` in the dtype of arithmetic."""
     return x.to(state_dtype(x))
+
+
+def once_only(op: str) -> Callable[..., NoReturn]:
+    """Returns the backward of a backward: an error, as second derivatives are not written down."""
+
+    def fail(ctx: Any, *gradients: Tensor) -> NoReturn:
+        raise CompileError(
+            f"{op} can be differentiated only once",
+            why="its backward is an op of explicit formulas without a derivative",
+            hint="the plain function of that name in spikingbrain.models.recurrences, or no create_graph=True",
+        )
+
+    return fail
+
+
+def needed(ctx: Any, count: int) -> tuple[bool, ...]:
+    """Returns for each of ``count`` arguments whether its gradient is wanted; torch drops trailing ones left at their defaults."""
+    given: tuple[bool, ...] = ctx.needs_input_grad
+    return (given + (False,) * count)[:count]

@@ -1,7 +1,4 @@
-"""``torch.ops.spikingbrain.selective_scan``: Mamba's recurrence, read at once, so that [T, C, N] never exists.
-
-h_t = exp(dt_t a) * h_(t-1) + (dt_t * x_t) b_t^T,    y_t = h_t c_t        (h [C, N])
-"""
+"""`spikingbrain::selective_scan`, the recurrence of Mamba, and its backward: shape functions, eager bodies, autograd."""
 
 from __future__ import annotations
 
@@ -10,40 +7,68 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spikingbrain.frontend.ops.checks import require_dtype, require_rank, require_shape, state_dtype, up
+from spikingbrain.frontend.ops.checks import (
+    needed,
+    once_only,
+    require_dtype,
+    require_rank,
+    require_shape,
+    state_dtype,
+    up,
+)
+from spikingbrain.models.recurrences import scan as blockwise
 
 _NAME = "selective_scan"
-_BLOCK = 64  # steps whose states the backward holds at once
+# Steps whose states [B, steps, C, N] the backward holds at a time.
+_CHUNK = 64
 
 
 @torch.library.custom_op("spikingbrain::selective_scan", mutates_args=())
 def selective_scan(
-    x: Tensor,
-    dt: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    state: Tensor | None = None,
-    reverse: bool = False,
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor | None = None, reverse: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Returns y [B, T, C] in the dtype of x, and the last h [B, C, N] in float32 (float64 for float64).
+    """Returns y [B, T, C] and the last state [B, C, N] of, for each channel c and slot n,
 
-    x, dt [B, T, C]; a [C, N]; b, c [B, T, N]; state [B, C, N], zeros if None. ``reverse``: time runs from T - 1 to 0.
+        h_t = exp(dt_t[c] a[c, n]) h_(t-1) + dt_t[c] x_t[c] b_t[n],    y_t[c] = sum_n h_t[c, n] c_t[n]
 
-    Raises ShapeError for shapes or dtypes that do not fit.
+    x, dt [B, T, C]; a [C, N]; b, c [B, T, N]; state [B, C, N], zeros if None. ``reverse``: time runs from T - 1 to 0. States
+    and arithmetic are float32 (float64 for float64); y has the dtype of x.
+
+    Raises:
+        ShapeError: a shape or dtype does not fit the others.
     """
-    check(x, dt, a, b, c, state)
-    h = up(x).new_zeros(x.shape[0], *a.shape) if state is None else state.clone()
-    wx, wdt, wa, wb, wc = map(up, (x, dt, a, b, c))
-    y = torch.empty_like(wx)
-    for t in _order(x.shape[1], reverse):
-        h = _step(h, wx[:, t], wdt[:, t], wa, wb[:, t])
-        y[:, t] = (h @ wc[:, t].unsqueeze(-1)).squeeze(-1)
-    return y.to(x.dtype), h
+    _check(x, dt, a, b, c, state)
+    steps = [up(tensor.flip(1) if reverse else tensor) for tensor in (x, dt, b, c)]
+    y, last = blockwise.selective_scan(steps[0], steps[1], up(a), steps[2], steps[3], state)
+    return (y.flip(1) if reverse else y).to(x.dtype).contiguous(), last.contiguous()
 
 
 @selective_scan.register_fake
 def _(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor | None = None, reverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    _check(x, dt, a, b, c, state)
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], *a.shape, dtype=state_dtype(x))
+
+
+def _check(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor | None) -> None:
+    require_rank(_NAME, "x", x, "B, T, C")
+    require_rank(_NAME, "a", a, "C, N")
+    batch, steps, width = x.shape
+    slots = a.shape[1]
+    require_shape(_NAME, "dt", dt, "B, T, C", x.shape)
+    require_shape(_NAME, "a", a, "C, N", (width, slots))
+    require_shape(_NAME, "b", b, "B, T, N", (batch, steps, slots))
+    require_shape(_NAME, "c", c, "B, T, N", (batch, steps, slots))
+    if state is not None:
+        require_shape(_NAME, "state", state, "B, C, N", (batch, width, slots))
+    require_dtype(_NAME, x, state, dt=dt, a=a, b=b, c=c)
+
+
+@torch.library.custom_op("spikingbrain::selective_scan_backward", mutates_args=())
+def selective_scan_backward(
+    dy: Tensor,
+    dlast: Tensor,
     x: Tensor,
     dt: Tensor,
     a: Tensor,
@@ -51,106 +76,73 @@ def _(
     c: Tensor,
     state: Tensor | None = None,
     reverse: bool = False,
-) -> tuple[Tensor, Tensor]:
-    check(x, dt, a, b, c, state)
-    return x.new_empty(x.shape), x.new_empty(x.shape[0], *a.shape, dtype=state_dtype(x))
-
-
-def check(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor | None) -> None:
-    """Raises ShapeError unless the arguments fit together."""
-    require_rank(_NAME, "x", x, "B, T, C")
-    require_rank(_NAME, "a", a, "C, N")
-    batch, steps, channels = x.shape
-    require_shape(_NAME, "dt", dt, "B, T, C", x.shape)
-    require_shape(_NAME, "a", a, "C, N", (channels, a.shape[1]))
-    for name, tensor in (("b", b), ("c", c)):
-        require_shape(_NAME, name, tensor, "B, T, N", (batch, steps, a.shape[1]))
-    if state is not None:
-        require_shape(_NAME, "state", state, "B, C, N", (batch, channels, a.shape[1]))
-    require_dtype(_NAME, x, state, dt=dt, a=a, b=b, c=c)
-
-
-def _order(steps: int, reverse: bool) -> list[int]:
-    return list(range(steps))[::-1] if reverse else list(range(steps))
-
-
-def _step(h: Tensor, x: Tensor, dt: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """[B, C, N] from x, dt [B, C], a [C, N], b [B, N]"""
-    return (dt.unsqueeze(-1) * a).exp_().mul_(h).addcmul_((dt * x).unsqueeze(-1), b.unsqueeze(1))
-
-
-@torch.library.custom_op("spikingbrain::selective_scan_backward", mutates_args=())
-def selective_scan_backward(
-    grad_y: Tensor,
-    grad_last: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    state: Tensor | None,
-    reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of x, dt, a, b, c and state; states are computed anew, a block at a time.
+    """Returns the gradients of x, dt, a, b, c and state, for those of y [B, T, C] and of the last state [B, C, N].
 
-    With D_t the gradient of h_t: D_t = dy_t c_t^T + exp(dt_(t+1) a) * D_(t+1); E_t = D_t * exp(dt_t a) * h_(t-1) is that of the
-    exponent.
+    States are kept at the start of each chunk only and recomputed inside. With h the states and D_t the gradient of h_t,
+    D_t = dy_t c_t^T + exp(dt_(t+1) a) D_(t+1); that of the exponent dt_t a is E_t = exp(dt_t a) h_(t-1) D_t.
     """
-    order = _order(x.shape[1], reverse)
-    blocks = [order[i : i + _BLOCK] for i in range(0, len(order), _BLOCK)]
-    wx, wdt, wa, wb, wc, dy = map(up, (x, dt, a, b, c, grad_y))
-    h = wx.new_zeros(x.shape[0], *a.shape) if state is None else state.clone()
+    h = x.new_zeros(x.shape[0], *a.shape, dtype=state_dtype(x)) if state is None else state
+    operands = [up(tensor.flip(1) if reverse else tensor) for tensor in (dy, x, dt, b, c)]
+    A = up(a)
+    chunks = [tuple(tensor[:, i : i + _CHUNK] for tensor in operands) for i in range(0, x.shape[1], _CHUNK)]
     starts = []
-    for block in blocks:
+    for _, x_, dt_, b_, _ in chunks:
         starts.append(h)
-        for t in block:
-            h = _step(h, wx[:, t], wdt[:, t], wa, wb[:, t])
-    back = up(grad_last).clone()
-    gx, gdt, gb, gc = (torch.empty_like(v) for v in (wx, wdt, wb, wc))
-    ga = torch.zeros_like(wa)
-    for block, start in zip(reversed(blocks), reversed(starts), strict=True):
-        states = [start]
-        for t in block:
-            states.append(_step(states[-1], wx[:, t], wdt[:, t], wa, wb[:, t]))
-        for i in range(len(block) - 1, -1, -1):
-            t = block[i]
-            back = back + dy[:, t].unsqueeze(-1) * wc[:, t].unsqueeze(1)
-            gc[:, t] = (states[i + 1] * dy[:, t].unsqueeze(-1)).sum(1)
-            scaled = (back @ wb[:, t].unsqueeze(-1)).squeeze(-1)  # of dt * x
-            gb[:, t] = (back * (wdt[:, t] * wx[:, t]).unsqueeze(-1)).sum(1)
-            back = back * (wdt[:, t].unsqueeze(-1) * wa).exp()
-            exponent = back * states[i]
-            ga += (exponent * wdt[:, t].unsqueeze(-1)).sum(0)
-            gdt[:, t] = (exponent * wa).sum(-1) + scaled * wx[:, t]
-            gx[:, t] = scaled * wdt[:, t]
-    return gx.to(x.dtype), gdt.to(x.dtype), ga.to(x.dtype), gb.to(x.dtype), gc.to(x.dtype), back
+        h = blockwise.chunk_states(x_, dt_, A, b_, h)[1]
+
+    D, of_a = up(dlast).clone(), torch.zeros_like(A)
+    parts: list[tuple[Tensor, ...]] = []
+    for (dy_, x_, dt_, b_, c_), start in zip(reversed(chunks), reversed(starts), strict=True):
+        states = blockwise.chunk_states(x_, dt_, A, b_, start)[0]
+        factor = (dt_.unsqueeze(-1) * A).exp()
+        of_states = dy_.unsqueeze(-1) * c_.unsqueeze(2)
+        for t in reversed(range(x_.shape[1])):
+            of_states[:, t] += D
+            D = factor[:, t] * of_states[:, t]
+        of_exponent = factor * torch.cat((start.unsqueeze(1), states[:, :-1]), 1) * of_states
+        of_product = (of_states @ b_.unsqueeze(-1)).squeeze(-1)  # of dt x
+        of_a += torch.einsum("btcn,btc->cn", of_exponent, dt_)
+        parts.append(
+            (
+                of_product * dt_,
+                of_product * x_ + (of_exponent * A).sum(-1),
+                torch.einsum("btcn,btc->btn", of_states, dt_ * x_),
+                torch.einsum("btcn,btc->btn", states, dy_),
+            )
+        )
+    whole = [torch.cat(part, 1) for part in zip(*reversed(parts), strict=True)] or [
+        torch.zeros_like(tensor) for tensor in (x, dt, b, c)
+    ]
+    of_x, of_dt, of_b, of_c = ((g.flip(1) if reverse else g).to(x.dtype).contiguous() for g in whole)
+    return of_x, of_dt, of_a.to(x.dtype), of_b, of_c, D
 
 
 @selective_scan_backward.register_fake
 def _(
-    grad_y: Tensor,
-    grad_last: Tensor,
+    dy: Tensor,
+    dlast: Tensor,
     x: Tensor,
     dt: Tensor,
     a: Tensor,
     b: Tensor,
     c: Tensor,
-    state: Tensor | None,
-    reverse: bool,
+    state: Tensor | None = None,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    first = x.new_empty(x.shape[0], *a.shape, dtype=state_dtype(x))
-    return (*(t.new_empty(t.shape) for t in (x, dt, a, b, c)), first)  # type: ignore[return-value]
+    of_x, of_dt, of_a, of_b, of_c = (tensor.new_empty(tensor.shape) for tensor in (x, dt, a, b, c))
+    return of_x, of_dt, of_a, of_b, of_c, dlast.new_empty(dlast.shape)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.reverse = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, grad_y: Tensor, grad_last: Tensor) -> tuple[Any, ...]:
-    tensors = ctx.saved_tensors
-    found = torch.ops.spikingbrain.selective_scan_backward(grad_y, grad_last, *tensors, ctx.reverse)
-    return (*found[:5], found[5] if tensors[5] is not None else None, None)
+def _backward(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = torch.ops.spikingbrain.selective_scan_backward(dy, dlast, *ctx.saved_tensors, ctx.reverse)
+    return *(g if wanted else None for g, wanted in zip(gradients, needed(ctx, 6), strict=True)), None
 
 
-selective_scan.register_autograd(_backward, setup_context=_setup)
+selective_scan.register_autograd(_backward, setup_context=_save)
+selective_scan_backward.register_autograd(once_only(_NAME))

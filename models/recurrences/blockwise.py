@@ -9,8 +9,8 @@ is carried.
 
 **The safe rule.** Decays enter as factors, and only *products of neighbouring factors* are ever formed, by doubling: the
 products over blocks of 2s steps come from those over blocks of s steps. Nothing is divided and no logarithm is taken, so
-factors may be zero, negative or larger than one, and exp(-inf) = 0 is a factor like any other: nothing overflows that
-does not overflow in the plain loop. Derivatives inherit this.
+a factor may be zero or negative, and exp(-inf) = 0 is a factor like any other. Factors of magnitude up to one cannot
+overflow, in the derivatives neither; larger ones do where their product over one block does.
 
 **Every read is of the state before the step.** With p_t = S_(t-1)^T w_t, what is read after the step is
 

@@ -68,8 +68,8 @@ def _dot(q: Tensor, k: Tensor) -> Tensor:
 class Blocks:
     """The operands of a recurrence that reads the state before each step, cut into blocks.
 
-    query [B, S, N, G, C, K]; key, erase, predict [B, S, N, 1, C, K]; value [B, S, N, 1, C, V]; the products of decays
-    [B, S, N, C, D], on the rows of the state or on its columns.
+    query [B, S, N, G, C, K]; key [B, S, N, M, C, K], value [B, S, N, M, C, V]; erase, predict [B, S, N, 1, C, K]; decay
+    [B, S, N, C, D] and its products, on the rows of the state or on its columns.
     """
 
     query: Tensor
@@ -139,44 +139,49 @@ def join(x: Tensor, steps: int) -> Tensor:
     return x.movedim(1, 2).movedim(-2, 2).flatten(1, 2)[:, :steps]
 
 
-def run(blocks: Blocks, state: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Returns the states before each block [B, S, N, K, V], the last state, and p_t = S_(t-1)^T predict_t [B, S, N, 1, C, V]."""
-    update = (blocks.after(blocks.key, rows=True).mT @ blocks.after(blocks.value, rows=False)).squeeze(3)
+def run(blocks: Blocks, state: Tensor, offset: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns the states before each block [B, S, N, K, V], the last state, and p [B, S, N, 1, C, V].
+
+    p_t = S_(t-1)^T predict_t, plus ``offset`` [B, S, N, 1, C, V]; None without predict.
+    """
+    if blocks.on_values and blocks.products is not None and blocks.erase is not None:
+        return _run_by_steps(blocks, state, offset)
+    key = blocks.after(blocks.key, rows=True).flatten(3, 4)
+    update = key.mT @ blocks.after(blocks.value, rows=False).flatten(3, 4)
+    constant = linear = erase = None
+    if blocks.erase is not None:
+        constant, linear = _predictions(blocks, offset)
+        erase = blocks.after(blocks.erase, rows=True).squeeze(3).mT
     starts, predicted = [], []
-    if blocks.erase is None or blocks.predict is None:
-        for n in range(update.shape[2]):
-            starts.append(state)
-            state = blocks.through(state, n) + update[:, :, n]
-        return torch.stack(starts, 2), state, None
-    if blocks.products is not None and blocks.on_values:
-        return _run_by_steps(blocks, state)
-    constant, linear = _predictions(blocks)
-    erase = blocks.after(blocks.erase, rows=True).squeeze(3).mT
     for n in range(update.shape[2]):
         starts.append(state)
-        predicted.append(constant[:, :, n] + linear[:, :, n] @ state)
-        state = blocks.through(state, n) + update[:, :, n] + erase[:, :, n] @ predicted[-1]
-    return torch.stack(starts, 2), state, torch.stack(predicted, 2).unsqueeze(3)
+        following = blocks.through(state, n) + update[:, :, n]
+        if constant is not None and linear is not None and erase is not None:
+            predicted.append(constant[:, :, n] + linear[:, :, n] @ state)
+            following = following + erase[:, :, n] @ predicted[-1]
+        state = following
+    return torch.stack(starts, 2), state, torch.stack(predicted, 2).unsqueeze(3) if predicted else None
 
 
-def _predictions(blocks: Blocks) -> tuple[Tensor, Tensor]:
+def _predictions(blocks: Blocks, offset: Tensor | None) -> tuple[Tensor, Tensor]:
     """Returns c [B, S, N, C, V] and W [B, S, N, C, K] with p = c + W S for a block that starts with the state S.
 
     From p = A v + E p + predict S, where A and E hold the scores of predict against earlier k and erase:
     p = (1 - E)^-1 (A v + predict S), and 1 - E is unit lower triangular.
     """
     assert blocks.predict is not None and blocks.erase is not None
-    score = scores(blocks.predict, torch.cat((blocks.key, blocks.erase), 3), blocks.products).squeeze(3)
-    from_key, from_erase = score.unbind(-2)
-    known = torch.cat(
-        (from_key @ blocks.value.squeeze(3), blocks.before(blocks.predict, rows=True).squeeze(3)), -1
-    )
+    score = scores(blocks.predict, torch.cat((blocks.key, blocks.erase), 3), blocks.products)
+    known = combine(score[..., :-1, :], blocks.value)
+    if offset is not None:
+        known = known + offset
+    known = torch.cat((known, blocks.before(blocks.predict, rows=True)), -1).squeeze(3)
+    from_erase = score[..., -1, :].squeeze(3)
     solved = torch.linalg.solve_triangular(-from_erase, known, upper=False, unitriangular=True)
     constant, linear = solved.split((blocks.value.shape[-1], blocks.predict.shape[-1]), -1)
     return constant, linear
 
 
-def _run_by_steps(blocks: Blocks, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _run_by_steps(blocks: Blocks, state: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """The same where decays scale columns: each column then has a triangular system of its own, so step by step."""
     assert blocks.predict is not None and blocks.erase is not None and blocks.decay is not None
     starts, predicted = [], []
@@ -185,8 +190,9 @@ def _run_by_steps(blocks: Blocks, state: Tensor) -> tuple[Tensor, Tensor, Tensor
         for i in range(blocks.key.shape[4]):
             key, value, erase, predict = (
                 x[:, :, n, :, i] for x in (blocks.key, blocks.value, blocks.erase, blocks.predict)
-            )  # [B, S, 1, D]
-            predicted.append(predict @ state)
+            )  # [B, S, M, D]
+            p = predict @ state
+            predicted.append(p if offset is None else p + offset[:, :, n, :, i])
             state = state * blocks.decay[:, :, n, i].unsqueeze(-2) + erase.mT @ predicted[-1] + key.mT @ value
     p = torch.cat(predicted, 2).unflatten(2, (len(starts), -1)).unsqueeze(3)
     return torch.stack(starts, 2), state, p

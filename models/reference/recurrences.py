@@ -61,3 +61,34 @@ def linear_recurrence(
         outputs.reverse()
     empty = v.new_zeros(batch, 0, q.shape[2], v.shape[-1])
     return torch.stack(outputs, 1) if outputs else empty, S
+
+
+def linear_scan(
+    decay: Tensor, update: Tensor, state: Tensor | None = None, log_decay: bool = False, reverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """h_t = a_t * h_(t-1) + update_t. decay, update [B, T, D]; state [B, D]. Returns all h and the last state."""
+    h = torch.zeros_like(update).sum(1) if state is None else state
+    outputs: list[Tensor] = []
+    for t in reversed(range(update.shape[1])) if reverse else range(update.shape[1]):
+        h = (decay[:, t].exp() if log_decay else decay[:, t]) * h + update[:, t]
+        outputs.append(h)
+    if reverse:
+        outputs.reverse()
+    return torch.stack(outputs, 1) if outputs else torch.zeros_like(update), h
+
+
+def selective_scan(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor | None = None, reverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Mamba: h_t = exp(dt_t a) h_(t-1) + (dt_t x_t) b_t^T; y_t = h_t c_t.
+
+    x, dt [B, T, D]; a [D, N]; b, c [B, T, N]; state [B, D, N]. Returns y [B, T, D] and the last state.
+    """
+    h = x.new_zeros(x.shape[0], *a.shape) if state is None else state
+    outputs: list[Tensor] = []
+    for t in reversed(range(x.shape[1])) if reverse else range(x.shape[1]):
+        h = (dt[:, t, :, None] * a).exp() * h + (dt[:, t] * x[:, t])[..., None] * b[:, t, None, :]
+        outputs.append(torch.einsum("bdn,bn->bd", h, c[:, t]))
+    if reverse:
+        outputs.reverse()
+    return torch.stack(outputs, 1) if outputs else torch.zeros_like(x), h
