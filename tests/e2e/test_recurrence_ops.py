@@ -161,3 +161,23 @@ def test_torch_compile(model: Model, dtype: torch.dtype, fresh_dynamo: None) -> 
         found = spikingbrain.explain(half, x, empty(2)).to_dict()
     holding = [r for r in found["regions"] if "linear_recurrence" in json.dumps(r)]
     assert holding and {r["status"] for r in holding} == {"compiled"}
+
+
+def test_training(model: Model, fresh_dynamo: None) -> None:
+    """The gradients of gated linear attention are recurrences too, and are compiled; the delta rule's are torch's."""
+    x = torch.randn(2, 19, HIDDEN)
+
+    def gradients(call: Any) -> tuple[torch.Tensor, ...]:
+        out, state = call(x, empty(2))
+        loss = out.square().mean() + sum(s.square().mean() for s in state)
+        return torch.autograd.grad(loss, list(model.parameters()))
+
+    compiled = torch.compile(model, backend="spikingbrain")
+    got, want = gradients(compiled), gradients(model)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+    found = spikingbrain.explain(model, x, empty(2)).to_dict()["regions"]
+    ops = [name for region in found if region["status"] == "compiled" for name in region["ops"]]
+    assert ops.count("linear_recurrence") == 5  # two forward, three backward
+    (eager,) = [r for r in found if r["status"] == "eager"]
+    assert "linear_recurrence_backward" in json.dumps(eager)
