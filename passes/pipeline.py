@@ -14,6 +14,7 @@ from spikingbrain.errors import PassFailed, UnsupportedOp
 from spikingbrain.passes import dialect, torch_ir
 from spikingbrain.passes.base import Pass, PassContext, source_line
 from spikingbrain.passes.decompose_attention import DecomposeAttention
+from spikingbrain.passes.fuse_recurrence import FuseRecurrence
 from spikingbrain.passes.fuse_shared_input import FuseSharedInput
 from spikingbrain.passes.lower_attention import LowerAttention
 from spikingbrain.passes.lower_cache_write import LowerCacheWrite
@@ -44,6 +45,7 @@ PHASES: dict[str, list[type[Any]]] = {
         RaiseEmbedding,
         RaiseLinear,
         RaiseRecurrence,
+        FuseRecurrence,
         DecomposeAttention,
     ],
     # everything else becomes linear algebra on tensors

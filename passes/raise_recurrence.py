@@ -86,14 +86,14 @@ def _rewrite(op: ir.Operation, name: str, signature: Signature) -> None:
     )
     with ir.InsertionPoint(op), op.location:
         element = ir.Type.parse(wide)
-        plain = [to_builtin(_as(v, wide)) for v in given]
+        plain = [to_builtin(cast(v, wide)) for v in given]
         results = [
             ir.RankedTensorType.get(ir.RankedTensorType(builtin_type(r.type)).shape, element)
             for r in op.results
         ]
         raised = ir.Operation.create(f"spikingbrain.{name}", results, plain, attributes)
         for old, new in zip(op.results, raised.results, strict=True):
-            old.replace_all_uses_with(_as(from_builtin(new), torch_ir.element_type(old)))
+            old.replace_all_uses_with(cast(from_builtin(new), torch_ir.element_type(old)))
 
 
 def _attribute(value: ir.Value) -> ir.Attribute | None:
@@ -105,7 +105,7 @@ def _attribute(value: ir.Value) -> ir.Attribute | None:
     return found if op.name == "torch.constant.str" else ir.BoolAttr.get(bool(found.value))
 
 
-def _as(value: ir.Value, element: str) -> ir.Value:
+def cast(value: ir.Value, element: str) -> ir.Value:
     """Returns a torch tensor in another element type."""
     if torch_ir.element_type(value) == element:
         return value

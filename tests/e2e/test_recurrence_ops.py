@@ -181,3 +181,29 @@ def test_training(model: Model, fresh_dynamo: None) -> None:
     assert ops.count("linear_recurrence") == 5  # two forward, three backward
     (eager,) = [r for r in found if r["status"] == "eager"]
     assert "linear_recurrence_backward" in json.dumps(eager)
+
+
+class Shared(nn.Module):
+    """Keys, values and decays repeated for two heads each, as models with grouped heads write it."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        k, v, g = (x.repeat_interleave(2, 2) for x in (k, v, g))
+        return linear_recurrence(q, k, v, g, decay_axis="key", log_decay=True)[0]
+
+
+def test_repeated_heads_share_states(tmp_path: Path) -> None:
+    def arguments(time: int) -> list[torch.Tensor]:
+        sizes = ((4, 8), (2, 8), (2, 6), (2, 8))
+        *qkv, g = (torch.randn(1, time, *size) for size in sizes)
+        return [*qkv, -g.abs()]
+
+    time = {1: Dim("T", min=1, max=99)}
+    entry = spikingbrain.Entry(tuple(arguments(5)), dynamic_shapes={n: time for n in "qkvg"})
+    spikingbrain.export(Shared(), {"main": entry}, tmp_path / "m.sbrain")
+    program = spikingbrain.load(tmp_path / "m.sbrain")
+    for length in (1, 40):
+        given = arguments(length)
+        np.testing.assert_allclose(program.main(*given), Shared()(*given).numpy(), atol=1e-5)
+    assert program.artifact is not None
+    records = json.loads(bytes(program.artifact.member(REPORT)))["records"]
+    assert [r["status"] for r in records if r["pass_name"] == "fuse-recurrence"] == ["fused"]
