@@ -24,8 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from spikingbrain.models.recurrences import gla as blockwise
-from spikingbrain.models.reference import recurrences as reference
+from spikingbrain.models.recurrences.linear_recurrence import linear_recurrence
 
 # How the recurrence is computed: in blocks of tokens, or token by token. The same function of the same weights.
 FORMS = ("blockwise", "loop")
@@ -162,9 +161,33 @@ class GatedLinearAttention(nn.Module):
         k_BTSK = F.relu(self.key(x_BTE)).unflatten(-1, (-1, self.key_size))
         v_BTSV = self.value(x_BTE).unflatten(-1, (-1, self.value_size))
         g_BTSK = F.logsigmoid(self.gate_up(self.gate_down(x_BTE))).unflatten(-1, (-1, self.key_size))
-        recur = blockwise.gla if self.form == "blockwise" else reference.gla
-        o_BTHV, memory_BSKV = recur(q_BTHK, k_BTSK, v_BTSV, g_BTSK / GATE_DIVISOR, memory_BSKV)
-        return self.output(self.norm(o_BTHV).flatten(2)), memory_BSKV
+        decay_BTSK = torch.exp(g_BTSK.to(memory_BSKV.dtype) / GATE_DIVISOR)
+        recur = token_by_token if self.form == "loop" else in_blocks
+        q_BTHK, k_BTSK, v_BTSV = (y.to(memory_BSKV.dtype) for y in (q_BTHK, k_BTSK, v_BTSV))
+        o_BTHV, memory_BSKV = recur(q_BTHK, k_BTSK, v_BTSV, decay_BTSK, memory_BSKV)
+        return self.output(self.norm(o_BTHV.to(x_BTE.dtype)).flatten(2)), memory_BSKV
+
+
+def token_by_token(
+    q_BTHK: Tensor, k_BTSK: Tensor, v_BTSV: Tensor, decay_BTSK: Tensor, memory_BSKV: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The equation, written down; the compiler makes the blocks of it."""
+    B, T, S, _ = k_BTSK.shape
+    q_BTSGK = q_BTHK.unflatten(2, (S, -1))
+    outputs = [v_BTSV.new_zeros(B, 0, q_BTHK.shape[2], v_BTSV.shape[3])]
+    for t in range(T):
+        update_BSKV = k_BTSK[:, t, :, :, None] * v_BTSV[:, t, :, None, :]
+        memory_BSKV = decay_BTSK[:, t, :, :, None] * memory_BSKV + update_BSKV
+        o_BSGV = torch.einsum("bsgk,bskv->bsgv", q_BTSGK[:, t], memory_BSKV)
+        outputs.append(o_BSGV.flatten(1, 2)[:, None])
+    return torch.cat(outputs, dim=1), memory_BSKV
+
+
+def in_blocks(
+    q_BTHK: Tensor, k_BTSK: Tensor, v_BTSV: Tensor, decay_BTSK: Tensor, memory_BSKV: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same in matrix products over blocks of tokens, fast without a compiler as well."""
+    return linear_recurrence(q_BTHK, k_BTSK, v_BTSV, decay_BTSK, decay_axis="key", state=memory_BSKV)
 
 
 class SwiGLU(nn.Module):
