@@ -5,7 +5,14 @@ compiled, and a backward. docs/recurrence-ops.md has equations, shapes and examp
 """
 
 from spikingbrain.frontend.ops.linear_recurrence import linear_recurrence
+from spikingbrain.frontend.ops.linear_recurrence_backward import linear_recurrence_backward
 from spikingbrain.frontend.ops.linear_scan import linear_scan
-from spikingbrain.frontend.ops.selective_scan import selective_scan
+from spikingbrain.frontend.ops.selective_scan import selective_scan, selective_scan_backward
 
-__all__ = ["linear_recurrence", "linear_scan", "selective_scan"]
+__all__ = [
+    "linear_recurrence",
+    "linear_recurrence_backward",
+    "linear_scan",
+    "selective_scan",
+    "selective_scan_backward",
+]

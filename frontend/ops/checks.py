@@ -86,6 +86,6 @@ def once_only(op: str) -> Callable[..., NoReturn]:
 
 
 def needed(ctx: Any, count: int) -> tuple[bool, ...]:
-    """Returns for each of ``count`` arguments whether its gradient is wanted; torch drops trailing ones left at their defaults."""
+    """Returns which of ``count`` arguments want a gradient; torch drops trailing ones left at their defaults."""
     given: tuple[bool, ...] = ctx.needs_input_grad
     return (given + (False,) * count)[:count]

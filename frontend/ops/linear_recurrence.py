@@ -1,12 +1,22 @@
-"""`spikingbrain::linear_recurrence`, the recurrence with matrix states: shape function and eager body."""
+"""`spikingbrain::linear_recurrence`, the recurrence with matrix states: shape function, eager body and backward.
+
+Without the rank-one part the backward is written in the op itself, so that whatever compiles the op compiles its backward
+too. D_t, the gradient of S_t, is the recurrence D_t = q_t do_t^T + a_(t+1) * D_(t+1), run the other way; dv_t = D_t^T k_t is
+its read, dk_t = D_t v_t the read of its transpose and dq_t = S_t do_t that of the transpose of S. The rest is
+`linear_recurrence_backward`.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from spikingbrain.errors import OptionError, ShapeError
 from spikingbrain.frontend.ops.checks import (
+    needed,
     require_axis,
     require_dtype,
     require_rank,
@@ -151,3 +161,127 @@ def check(
     if state is not None:
         require_shape(_NAME, "state", state, "B, S, K, V", (batch, states, key_size, value_size))
     require_dtype(_NAME, q, state, k=k, v=v, decay=decay, erase=erase, predict=predict, bonus=bonus)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.decay_axis, ctx.log_decay, ctx.exclusive, ctx.reverse = inputs
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _backward(ctx: Any, do: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, last = ctx.saved_tensors
+    options = (ctx.decay_axis, ctx.log_decay, ctx.exclusive, ctx.reverse)
+    wanted = needed(ctx, len(tensors))
+    of_factor = tensors[3] is not None and wanted[3] and not ctx.log_decay
+    if tensors[4] is not None or of_factor:
+        gradients = torch.ops.spikingbrain.linear_recurrence_backward(do, dlast, *tensors, *options)
+    else:
+        gradients = _by_recurrences(do, dlast, last, *tensors, *options, wanted)
+    return *(g if want else None for g, want in zip(gradients, wanted, strict=True)), None, None, None, None
+
+
+def _by_recurrences(
+    do: Tensor,
+    dlast: Tensor,
+    last: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    erase: None,
+    predict: None,
+    bonus: Tensor | None,
+    state: Tensor | None,
+    axis: str,
+    log: bool,
+    exclusive: bool,
+    reverse: bool,
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Returns the gradients of the eight tensors; that of a decay only if it is a logarithm."""
+    dtype, of_decay_wanted = q.dtype, decay is not None and wanted[3]
+    if of_decay_wanted:  # sums of many differences follow: dq and dk are wanted unrounded
+        do, q, k, v, decay = (up(x) for x in (do, q, k, v, decay))
+    groups = q.shape[2] // k.shape[2]
+    turned = {"key": "value", "value": "key"}.get(axis, axis)
+
+    def recur(
+        q: Tensor, k: Tensor, v: Tensor, a: Tensor | None, s: Tensor | None, axis: str, back: bool
+    ) -> Any:
+        return torch.ops.spikingbrain.linear_recurrence(
+            q, k, v, a, None, None, None, s, axis, log, exclusive, back
+        )
+
+    def per_query(x: Tensor) -> Tensor:
+        """[B, T, S, ...] -> [B, T, H, ...]: D is a sum over queries, and each gets a recurrence of its own."""
+        return x if groups == 1 else x.repeat_interleave(groups, 2)
+
+    def summed(x: Tensor) -> Tensor:
+        """[B, T, H, D] -> [B, T, S, D]"""
+        return x if groups == 1 else x.unflatten(2, (-1, groups)).sum(3)
+
+    following = decay if decay is None or exclusive else _shifted(decay, 0.0 if log else 1.0, reverse)
+    following = None if following is None else per_query(following)
+    end = dlast if groups == 1 else pad(dlast.unsqueeze(2), (0, 0, 0, 0, 0, groups - 1)).flatten(1, 2)
+    dv, carried = recur(per_query(k), q, do, following, end, axis, not reverse)
+    dk, _ = recur(per_query(v), do, q, following, end.mT.contiguous(), turned, not reverse)
+    dv, dk = summed(dv), summed(dk)
+    dq, _ = recur(do, v, k, decay, None if state is None else state.mT.contiguous(), turned, reverse)
+
+    of_decay = of_state = of_bonus = None
+    if of_decay_wanted and decay is not None:
+        if axis == "value":
+            read, _ = recur(q, k, v, decay, state, axis, reverse)
+            towards, away, at_end = summed(do * read), v * dv, (last * dlast).sum(2)
+        else:
+            towards, away, at_end = summed(q * dq), k * dk, (last * dlast).sum(3)
+        if axis == "head":
+            towards, away, at_end = towards.sum(-1), away.sum(-1), at_end.sum(-1)
+        of_decay = _of_log_decay(decay, towards, away, at_end, exclusive, reverse)
+    if wanted[7]:
+        if groups > 1:
+            carried = carried.unflatten(1, (-1, groups)).sum(2)
+        of_state = carried if exclusive or decay is None else _by_first(carried, decay, axis, log, reverse)
+    if bonus is not None:
+        weight = (do * per_query(v)).sum(-1, keepdim=True)
+        read_key = per_query(k * bonus)
+        dv = dv + summed((q * read_key).sum(-1, keepdim=True) * do)
+        dq = dq + weight * read_key
+        of_read_key = summed(weight * q)
+        dk = dk + of_read_key * bonus
+        of_bonus = (up(of_read_key) * up(k)).sum((0, 1)).to(bonus.dtype)
+    dq, dk, dv = dq.to(dtype), dk.to(dtype), dv.to(dtype)
+    return dq, dk, dv, None if of_decay is None else of_decay.to(dtype), None, None, of_bonus, of_state
+
+
+def _shifted(decay: Tensor, one: float, reverse: bool) -> Tensor:
+    """Returns the decay of the following step at each step, and none at the last."""
+    end = torch.full_like(decay[:, :1], one)
+    return torch.cat((end, decay[:, :-1]) if reverse else (decay[:, 1:], end), 1)
+
+
+def _by_first(carried: Tensor, decay: Tensor, axis: str, log: bool, reverse: bool) -> Tensor:
+    """Returns the gradient of the state from that of the first step's: [B, S, K, V]."""
+    if decay.shape[1] == 0:
+        return carried
+    first = up(decay[:, -1] if reverse else decay[:, 0])
+    first = first.exp() if log else first
+    wide = {"head": (..., None, None), "key": (..., None), "value": (..., None, slice(None))}
+    return carried * first[wide[axis]]
+
+
+def _of_log_decay(
+    decay: Tensor, towards: Tensor, away: Tensor, at_end: Tensor, exclusive: bool, reverse: bool
+) -> Tensor:
+    """Returns the gradient e_t = rowsum(a_t S_(t-1) * D_t) of log a_t without any state but the last.
+
+    As S_t = a_t S_(t-1) + k_t v_t^T, e_t = rowsum(S_t * D_t) - k_t * dk_t; as D_t = q_t do_t^T + a_(t+1) D_(t+1),
+    rowsum(S_t * D_t) = q_t * dq_t + e_(t+1). So e is a sum from the end, where rowsum(S_T * dS_T) stands. With exclusive
+    reads D_t = q_(t+1) do_(t+1)^T + ..., so that q_t * dq_t counts from the step before on. Where a_t = 0, e_t is 0.
+    """
+    sums = towards - away
+    sums = (sums.cumsum(1) if reverse else sums.flip(1).cumsum(1).flip(1)) + at_end.unsqueeze(1)
+    return (sums - towards if exclusive else sums).masked_fill(decay == -torch.inf, 0.0)
+
+
+linear_recurrence.register_autograd(_backward, setup_context=_save)

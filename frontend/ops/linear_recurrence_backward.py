@@ -1,251 +1,359 @@
-"""The gradients of ``spikingbrain::linear_recurrence``.
+"""`spikingbrain::linear_recurrence_backward`: all gradients of the recurrence by explicit formulas, block by block.
 
-The gradients of the recurrence without the rank-one part are recurrences of the same kind. With D_t the gradient of S_t,
+It serves the rank-one part and decays given as factors. (Other gradients are written in the op itself, see
+`linear_recurrence`.) Let every read be of the state before the step, as `models.recurrences.blockwise` explains, and let
+D_t be the gradient of S_t, p_t = S_(t-1)^T w_t and r_t the gradient of p_t. Then
 
-    D_t = q_t do_t^T + a_(t+1) * D_(t+1),    dq_t = S_t do_t,    dk_t = D_t v_t,    dv_t = D_t^T k_t,
+    D_(t-1) = a_t * D_t + w_t r_t^T + q_t do_t^T,    r_t = D_t^T u_t + (what the outputs add)
 
-so the backward calls the op three times, with keys and values exchanged or time reversed, and whoever compiles the forward
-compiles the backward. Of a decay in log form the gradient is e_t = a_t * rowsum(S_(t-1) * D_t), for which
+is the same recurrence run backwards, with predict and erase exchanged. Once p and r are known, S is a sum of k v^T and
+u p^T, D a sum of q do^T and w r^T, with only the decay between; and dk = D v, dv = D^T k, dq = S do, du = D p, dw = S r,
+da = rowsum(S_(t-1) * D_t). States are kept at the start of blocks: O(T D + T / block * K V) numbers in all.
 
-    e_t = e_(t+1) + q_t * dq_t - k_t * dk_t,    e_(T+1) = rowsum(S_T * dS_T)
-
-(for values: o_t * do_t - v_t * dv_t), a cumulative sum. The rest of the family has a backward op of its own.
+Letters in shapes: those of `models.recurrences.blockwise`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
-from spikingbrain.frontend.ops.checks import state_dtype
-from spikingbrain.frontend.ops.linear_recurrence import compute, linear_recurrence
+from spikingbrain.frontend.ops.checks import once_only, up
+from spikingbrain.models.recurrences.blockwise import (
+    Products,
+    all_pairs,
+    combine,
+    corner,
+    halves,
+    products,
+    scores,
+)
+from spikingbrain.models.recurrences.linear_recurrence import Blocks, block, cut, join, run
 
-_SWAPPED = {"none": "none", "head": "head", "key": "value", "value": "key"}
+Grads = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("spikingbrain::linear_recurrence_backward", mutates_args=())
 def linear_recurrence_backward(
-    grad_o: Tensor,
-    grad_state: Tensor,
+    do: Tensor,
+    dlast: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    decay: Tensor | None,
-    erase: Tensor | None,
-    predict: Tensor | None,
-    bonus: Tensor | None,
-    state: Tensor | None,
-    decay_axis: str,
-    log_decay: bool,
-    exclusive: bool,
-    reverse: bool,
-) -> list[Tensor]:
-    """Returns the gradients of those of q, k, v, decay, erase, predict, bonus and state that are given, in that order.
+    decay: Tensor | None = None,
+    erase: Tensor | None = None,
+    predict: Tensor | None = None,
+    bonus: Tensor | None = None,
+    state: Tensor | None = None,
+    decay_axis: str = "none",
+    log_decay: bool = False,
+    exclusive: bool = False,
+    reverse: bool = False,
+) -> Grads:
+    """Returns the gradients of q, k, v, decay, erase, predict, bonus and state; of what is absent, an empty tensor.
 
-    Nothing but the inputs is kept from the forward: blocks are computed anew and differentiated.
+    ``do`` [B, T, H, V] and ``dlast`` [B, S, K, V] are the gradients of the results of `linear_recurrence`, to which the
+    other arguments were given.
     """
-    tensors = [q, k, v, decay, erase, predict, bonus, state]
-    there = [i for i, t in enumerate(tensors) if t is not None]
+    given = (q, k, v, decay, erase, predict)
+    do_, q_, k_, v_, decay_, erase_, predict_ = (
+        None if x is None else up(x.flip(1) if reverse else x) for x in (do, *given)
+    )
+    assert do_ is not None and q_ is not None and k_ is not None and v_ is not None
+    factor = None if decay_ is None else decay_.exp() if log_decay else decay_
+    if factor is not None and decay_axis == "head":
+        factor = factor.unsqueeze(-1)
+    problem = _Problem(
+        q_.unflatten(2, (k.shape[2], -1)),
+        k_,
+        v_,
+        factor,
+        erase_,
+        predict_,
+        None if bonus is None else up(bonus),
+        q_.new_zeros(dlast.shape) if state is None else state,
+        decay_axis == "value",
+        exclusive,
+    )
+    if k.shape[1]:
+        grads = _gradients(problem, do_.unflatten(2, (k.shape[2], -1)), dlast)
+    else:
+        grads = _nothing(problem, dlast)
+    *of_steps, of_bonus, of_state = grads
+    of_q, of_k, of_v, of_decay, of_erase, of_predict = (
+        q.new_empty(0) if x is None or g is None else _as_given(g, x, reverse)
+        for g, x in zip(of_steps, given, strict=True)
+    )
+    if decay is not None and log_decay:
+        of_decay = (up(of_decay) * up(decay).exp()).to(q.dtype)
+    return (
+        of_q,
+        of_k,
+        of_v,
+        of_decay,
+        of_erase,
+        of_predict,
+        q.new_empty(0) if of_bonus is None else of_bonus.to(q.dtype),
+        dlast.new_empty(0) if state is None else of_state.contiguous(),
+    )
 
-    def run(*given: Tensor) -> tuple[Tensor, Tensor]:
-        full: list[Any] = [None] * len(tensors)
-        for i, t in zip(there, given, strict=True):
-            full[i] = t
-        return compute(*full, decay_axis, log_decay, exclusive, reverse)
 
-    with _disable_current_modes():  # autograd is off inside a custom op; a transform of its own is not
-        _, pull = torch.func.vjp(run, *[t for t in tensors if t is not None])
-        return [g.contiguous().clone() for g in pull((grad_o, grad_state))]
+def _as_given(gradient: Tensor, x: Tensor, reverse: bool) -> Tensor:
+    gradient = gradient.reshape(x.shape)
+    return (gradient.flip(1) if reverse else gradient).to(x.dtype).contiguous()
 
 
 @linear_recurrence_backward.register_fake
 def _(
-    grad_o: Tensor,
-    grad_state: Tensor,
+    do: Tensor,
+    dlast: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    decay: Tensor | None,
-    erase: Tensor | None,
-    predict: Tensor | None,
-    bonus: Tensor | None,
-    state: Tensor | None,
-    decay_axis: str,
-    log_decay: bool,
-    exclusive: bool,
-    reverse: bool,
-) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t in (q, k, v, decay, erase, predict, bonus, state) if t is not None]
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, decay_axis, log_decay, exclusive, reverse = inputs
-    ctx.flags = (decay_axis, log_decay, exclusive, reverse)
-    ctx.save_for_backward(*tensors, *output)
-
-
-def _backward(ctx: Any, grad_o: Tensor, grad_state: Tensor) -> tuple[Any, ...]:
-    *tensors, o, last = ctx.saved_tensors
-    log_decay = ctx.flags[1]
-    decay, erase = tensors[3], tensors[4]
-    if erase is None and (decay is None or log_decay):
-        gradients = _by_recurrences(grad_o, grad_state, *tensors, o, last, *ctx.flags)
-    else:
-        given = torch.ops.spikingbrain.linear_recurrence_backward(grad_o, grad_state, *tensors, *ctx.flags)
-        gradients, rest = [], iter(given)
-        for t in tensors:
-            gradients.append(None if t is None else next(rest))
-    needed = zip(gradients, ctx.needs_input_grad, strict=False)
-    return (*[g if needs else None for g, needs in needed], None, None, None, None)
-
-
-def _by_recurrences(
-    grad_o: Tensor,
-    grad_state: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor | None,
-    erase: None,
-    predict: None,
-    bonus: Tensor | None,
-    state: Tensor | None,
-    o: Tensor,
-    last: Tensor,
-    decay_axis: str,
-    log_decay: bool,
-    exclusive: bool,
-    reverse: bool,
-) -> list[Tensor | None]:
-    """Returns the gradients of q, k, v, decay, erase, predict, bonus and state by three calls of the op."""
-    dtype = state_dtype(q)
-    kinds = [t if t is None else t.dtype for t in (q, k, v, decay, bonus, state)]
-    q, k, v, grad_o, o = (t.to(dtype) for t in (q, k, v, grad_o, o))
-    log = None if decay is None else decay.to(dtype)
-    groups = q.shape[2] // k.shape[2]
-    op = torch.ops.spikingbrain.linear_recurrence
-
-    turned = None if state is None else state.to(dtype).mT.contiguous()
-    swapped = _SWAPPED[decay_axis]
-    dq, _ = op(grad_o, v, k, log, None, None, None, turned, swapped, True, exclusive, reverse)
-
-    # The gradient of the state is a sum over the queries that read it: each query gets a state of its own.
-    def spread(x: Tensor) -> Tensor:
-        return x if groups == 1 else x.repeat_interleave(groups, 2)
-
-    start = grad_state.to(dtype)
-    if groups > 1:  # the last state's own gradient is counted once
-        zeros = torch.zeros_like(start).unsqueeze(2).expand(-1, -1, groups - 1, -1, -1)
-        start = torch.cat([start.unsqueeze(2), zeros], 2).flatten(1, 2)
-    back = log if exclusive or log is None else _shifted(log, reverse)
-    back = None if back is None else spread(back)
-    dv, first = op(
-        spread(k), q, grad_o, back, None, None, None, start, decay_axis, True, exclusive, not reverse
+    decay: Tensor | None = None,
+    erase: Tensor | None = None,
+    predict: Tensor | None = None,
+    bonus: Tensor | None = None,
+    state: Tensor | None = None,
+    decay_axis: str = "none",
+    log_decay: bool = False,
+    exclusive: bool = False,
+    reverse: bool = False,
+) -> Grads:
+    of_q, of_k, of_v, of_decay, of_erase, of_predict, of_bonus = (
+        q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, decay, erase, predict, bonus)
     )
-    start = start.mT.contiguous()
-    dk, _ = op(spread(v), grad_o, q, back, None, None, None, start, swapped, True, exclusive, not reverse)
-    if groups > 1:
-        dk, dv = (x.unflatten(2, (-1, groups)).sum(3) for x in (dk, dv))
-        first = first.unflatten(1, (-1, groups)).sum(2)
-
-    grad_log = None
-    if log is not None:
-        grad_log = _log_decay(
-            q,
-            dq,
-            k,
-            dk,
-            v,
-            dv,
-            o,
-            grad_o,
-            last,
-            grad_state.to(dtype),
-            groups,
-            decay_axis,
-            exclusive,
-            reverse,
-            bonus,
-        )
-        grad_log = grad_log.masked_fill(log == -torch.inf, 0.0)
-    grad_initial = first
-    if log is not None and not exclusive:
-        at = log[:, -1 if reverse else 0].exp() if log.shape[1] else torch.ones_like(log.sum(1))
-        grad_initial = first * _on_state(at, decay_axis)
-
-    grad_bonus = None
-    if bonus is not None:
-        b = bonus.to(dtype)
-        along = (grad_o * spread(v)).sum(-1, keepdim=True)  # [B, T, H, 1]
-        weight = (q * spread(b * k)).sum(-1, keepdim=True)
-        dq = dq + along * spread(b * k)
-        per_head = along * q
-        per_state = per_head if groups == 1 else per_head.unflatten(2, (-1, groups)).sum(3)
-        dk = dk + per_state * b
-        grad_bonus = (per_state * k).sum((0, 1))
-        onto = weight * grad_o
-        dv = dv + (onto if groups == 1 else onto.unflatten(2, (-1, groups)).sum(3))
-    found = [dq, dk, dv, grad_log, grad_bonus, grad_initial if state is not None else None]
-    cast = [None if g is None else g.to(kind) for g, kind in zip(found, kinds, strict=True)]
-    return [*cast[:4], None, None, *cast[4:]]
+    of_state = dlast.new_empty(0) if state is None else dlast.new_empty(dlast.shape)
+    return of_q, of_k, of_v, of_decay, of_erase, of_predict, of_bonus, of_state
 
 
-def _log_decay(
-    q: Tensor,
-    dq: Tensor,
-    k: Tensor,
-    dk: Tensor,
-    v: Tensor,
-    dv: Tensor,
-    o: Tensor,
-    grad_o: Tensor,
-    last: Tensor,
-    grad_last: Tensor,
-    groups: int,
-    decay_axis: str,
-    exclusive: bool,
-    reverse: bool,
-    bonus: Tensor | None,
-) -> Tensor:
-    """Returns the gradient of the decays' logarithms by the cumulative sum; dk and dv are without the bonus' part."""
+linear_recurrence_backward.register_autograd(
+    once_only("linear_recurrence with erase and predict, or a decay as factor")
+)
 
-    def gathered(x: Tensor) -> Tensor:
-        return x if groups == 1 else x.unflatten(2, (-1, groups)).sum(3)
 
-    if decay_axis == "value":
-        if bonus is not None:
-            weight = (q * (bonus * k).repeat_interleave(groups, 2)).sum(-1, keepdim=True)
-            o = o - weight * v.repeat_interleave(groups, 2)
-        reads, writes, ends = gathered(o * grad_o), v * dv, (last * grad_last).sum(-2)
+@dataclass(frozen=True)
+class _Problem:
+    """The operands, forward in time and in the dtype of arithmetic; q [B, T, S, G, K], decay [B, T, S, D] a factor."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    decay: Tensor | None
+    erase: Tensor | None
+    predict: Tensor | None
+    bonus: Tensor | None
+    state: Tensor
+    on_values: bool
+    exclusive: bool
+
+
+_Parts = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor]
+
+
+def _nothing(x: _Problem, dlast: Tensor) -> _Parts:
+    of_steps = [None if t is None else torch.zeros_like(t) for t in (x.decay, x.erase, x.predict, x.bonus)]
+    return torch.zeros_like(x.q), torch.zeros_like(x.k), torch.zeros_like(x.v), *of_steps, up(dlast).clone()
+
+
+def _gradients(x: _Problem, do: Tensor, dlast: Tensor) -> _Parts:
+    """Returns the gradients of the operands, for do [B, T, S, G, V] and dlast [B, S, K, V]."""
+    steps = x.k.shape[1]
+    inclusive, decay = not x.exclusive, None if x.decay is None else x.decay.unsqueeze(3)
+    query, of_read = x.q, do  # o = read of the state before the step by `query`, and more
+    if inclusive and decay is not None:
+        if x.on_values:
+            of_read = do * decay
+        else:
+            query = x.q * decay
+    of_p = (
+        None
+        if x.erase is None or not inclusive
+        else ((x.q * x.erase.unsqueeze(3)).sum(-1, True) * do).sum(3, True)
+    )
+
+    blocks = cut(query, x.k, x.v, x.decay, x.on_values, x.erase, x.predict)
+    size = blocks.key.shape[-2]
+    of_reads = block(of_read, size)
+    starts, _, p = run(blocks, x.state)
+    ends, of_state, r = run(
+        _backwards(blocks, of_reads), dlast, None if of_p is None else block(of_p, size).flip(2, -2)
+    )
+    ends = ends.flip(2)
+
+    # Slots of S: k v^T, u p^T. Slots of D: query of_read^T for each of G, w r^T.
+    rows_D, columns_D, rows_S, columns_S = blocks.query, of_reads, blocks.key, blocks.value
+    if blocks.erase is not None and blocks.predict is not None and p is not None and r is not None:
+        r = r.flip(2, -2)
+        rows_D, columns_D = torch.cat((rows_D, blocks.predict), 3), torch.cat((columns_D, r), 3)
+        rows_S, columns_S = torch.cat((rows_S, blocks.erase), 3), torch.cat((columns_S, p), 3)
+    if x.on_values:
+        sides = _Sides(columns_D, rows_D, columns_S, rows_S, starts.mT, ends.mT)
+        reads, of_rows_D, of_columns_S, of_rows_S, of_decay = _decayed(sides, blocks.products)
     else:
-        reads, writes, ends = gathered(q * dq), k * dk, (last * grad_last).sum(-1)
-    if exclusive:  # a read is of the state before its step, so its own decay has no part in it
-        reads = _later(reads, reverse)
-    total = reads - writes
-    total = total.cumsum(1) if reverse else total.flip(1).cumsum(1).flip(1)
-    total = total + ends.unsqueeze(1)
-    return total.sum(-1) if decay_axis == "head" else total
+        sides = _Sides(rows_D, columns_D, rows_S, columns_S, starts, ends)
+        of_rows_D, reads, of_rows_S, of_columns_S, of_decay = _decayed(sides, blocks.products)
+
+    groups = x.q.shape[3]
+    of_query, of_predict = join(of_rows_D, steps).split((groups, of_rows_D.shape[3] - groups), 3)
+    of_k, of_erase = join(of_rows_S, steps).split((1, of_rows_S.shape[3] - 1), 3)
+    of_v = join(of_columns_S, steps)[:, :, :, :1]
+    if of_decay is not None:
+        of_decay = join(of_decay.unsqueeze(3), steps).squeeze(3)
+
+    of_q = of_query
+    if inclusive and decay is not None and of_decay is not None:
+        if x.on_values:
+            of_decay = of_decay + (do * join(reads, steps)[:, :, :, :groups]).sum(3)
+        else:
+            more = (x.q * of_query).sum(3)
+            of_decay = of_decay + (more if of_decay.shape[-1] == more.shape[-1] else more.sum(-1, True))
+            of_q = of_query * decay
+    if x.erase is not None and p is not None and inclusive:
+        weight = (do * join(p, steps)).sum(-1, True)
+        of_q = of_q + weight * x.erase.unsqueeze(3)
+        of_erase = of_erase + (weight * x.q).sum(3, True)
+    of_bonus = None
+    if inclusive or x.bonus is not None:
+        read_key = (x.k if x.bonus is None else x.k * x.bonus).unsqueeze(3)
+        weight = (do * x.v.unsqueeze(3)).sum(-1, True)
+        of_q = of_q + weight * read_key
+        of_read_key = (weight * x.q).sum(3, True)
+        of_v = of_v + ((x.q * read_key).sum(-1, True) * do).sum(3, True)
+        if x.bonus is None:
+            of_k = of_k + of_read_key
+        else:
+            of_k = of_k + of_read_key * x.bonus.unsqueeze(1)
+            of_bonus = (of_read_key.squeeze(3) * x.k).sum((0, 1))
+    return (
+        of_q,
+        of_k,
+        of_v,
+        of_decay,
+        None if x.erase is None else of_erase,
+        None if x.erase is None else of_predict,
+        of_bonus,
+        of_state,
+    )
 
 
-def _later(x: Tensor, reverse: bool) -> Tensor:
-    """Returns at each step what x is at the next one, zero at the last."""
-    zero = torch.zeros_like(x[:, :1])
-    return torch.cat([zero, x[:, :-1]], 1) if reverse else torch.cat([x[:, 1:], zero], 1)
+def _backwards(blocks: Blocks, of_reads: Tensor) -> Blocks:
+    """Returns the recurrence of D: time reversed, updates query of_read^T, erase and predict exchanged."""
+
+    def turned(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.flip(2, -2)
+
+    decay = turned(blocks.decay)
+    return replace(
+        blocks,
+        query=blocks.query[:, :, :, :0],
+        key=blocks.query.flip(2, -2),
+        value=of_reads.flip(2, -2),
+        erase=turned(blocks.predict),
+        predict=turned(blocks.erase),
+        decay=decay,
+        products=None if decay is None else products(decay),
+    )
 
 
-def _shifted(log: Tensor, reverse: bool) -> Tensor:
-    """Returns at each step the decay of the next one; the last step's is that of the final state, which has none."""
-    return _later(log, reverse)
+@dataclass(frozen=True)
+class _Sides:
+    """S as a sum of key value^T and D as a sum of query weight^T, the decay on the side of query and key.
+
+    query [..., G, C, K], weight [..., G, C, V], key [..., M, C, K], value [..., M, C, V]; the states before each block
+    ``starts`` and their gradients behind it ``ends`` [..., K, V].
+    """
+
+    query: Tensor
+    weight: Tensor
+    key: Tensor
+    value: Tensor
+    starts: Tensor
+    ends: Tensor
 
 
-def _on_state(decay: Tensor, axis: str) -> Tensor:
-    """Returns a decay [B, S, ...] so that it multiplies a state [B, S, K, V]."""
-    if axis == "head":
-        return decay[..., None, None]
-    return decay.unsqueeze(-1 if axis == "key" else -2)
+def _decayed(x: _Sides, decay: Products | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Returns S weight, S^T query (S before the step), D value, D^T key (D behind it) and rowsum(S * D) [..., C, D]."""
+    of_scores = all_pairs(x.weight, x.value)
+    score = scores(x.query, x.key, decay)
+    from_start, from_end = x.weight @ x.starts.unsqueeze(-3).mT, x.value @ x.ends.unsqueeze(-3).mT
+    before = None if decay is None else decay.before.unsqueeze(-3)
+    after = None if decay is None else decay.after.unsqueeze(-3)
+    query = x.query if before is None else x.query * before
+    key = x.key if after is None else x.key * after
+    of_query, of_key, levels = _of_scores(of_scores, x.query, x.key, decay)
+    s_query = combine(score, x.value) + query @ x.starts.unsqueeze(-3)
+    d_key = combine(_transposed(score), x.weight) + key @ x.ends.unsqueeze(-3)
+    of_query = of_query + (from_start if before is None else from_start * before)
+    of_key = of_key + (from_end if after is None else from_end * after)
+    if decay is None:
+        return of_query, s_query, of_key, d_key, None
+    of_before, of_after = (x.query * from_start).sum(-3), (x.key * from_end).sum(-3)
+    of_total = (x.starts * x.ends).sum(-1)
+    if decay.total.shape[-1] == 1:
+        of_before, of_after, of_total = (g.sum(-1, True) for g in (of_before, of_after, of_total))
+    return of_query, s_query, of_key, d_key, _of_products(decay, levels, of_before, of_after, of_total)
 
 
-linear_recurrence.register_autograd(_backward, setup_context=_setup)
+def _transposed(score: Tensor) -> Tensor:
+    """[..., G, C, M, C] -> [..., M, C, G, C]"""
+    return score.movedim((-4, -3), (-2, -1))
+
+
+def _of_scores(
+    of_scores: Tensor, query: Tensor, key: Tensor, decay: Products | None
+) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+    """Returns the gradients of ``scores(query, key, decay)``: of query, of key, and of each level's before and after."""
+    if decay is None or decay.total.shape[-1] == 1 != query.shape[-1]:
+        one = query.new_ones(*query.shape[:-3], 1, query.shape[-2], 1)
+        of_decay = of_scores * scores(one, one, decay)
+        of_query, of_key = combine(of_decay, key), combine(_transposed(of_decay), query)
+        if decay is None:
+            return of_query, of_key, []
+        both = (of_scores * all_pairs(query, key)).sum((-4, -2)).unsqueeze(-2).unsqueeze(-4)
+        return of_query, of_key, _of_scores(both, one, one, decay)[2]
+    of_query, of_key, levels = torch.zeros_like(query), torch.zeros_like(key), []
+    for level in decay.levels:
+        steps = level.before.shape[-2]
+        late, early = halves(query, steps)[1], halves(key, steps)[0]
+        of_pairs = corner(of_scores, steps)
+        from_early = combine(of_pairs, early * level.after.unsqueeze(-3))
+        from_late = combine(_transposed(of_pairs), late * level.before.unsqueeze(-3))
+        _half(of_query, steps, 1).add_(from_early * level.before.unsqueeze(-3))
+        _half(of_key, steps, 0).add_(from_late * level.after.unsqueeze(-3))
+        levels.append(((from_early * late).sum(-3), (from_late * early).sum(-3)))
+    return of_query, of_key, levels
+
+
+def _half(x: Tensor, steps: int, which: int) -> Tensor:
+    return halves(x, steps)[which]
+
+
+def _of_products(
+    decay: Products,
+    levels: list[tuple[Tensor, Tensor]],
+    of_before: Tensor,
+    of_after: Tensor,
+    of_total: Tensor,
+) -> Tensor:
+    """Returns the gradient of the decay [..., C, D]: `products` step by step, from the whole block down to single steps."""
+    before, after, total = of_before.unsqueeze(-3), of_after.unsqueeze(-3), of_total.unsqueeze(-2)
+    for level, (of_level_before, of_level_after) in zip(
+        reversed(decay.levels), reversed(levels), strict=True
+    ):
+        steps = level.before.shape[-2]
+        before_0, before_1 = before.split(steps, -2)
+        after_0, after_1 = after.split(steps, -2)
+        first = (before_1 * level.before).sum(-2) + total * level.second
+        second = (after_0 * level.after).sum(-2) + total * level.first
+        before = _interleaved(before_0, before_1 * level.first.unsqueeze(-2) + of_level_before)
+        after = _interleaved(after_0 * level.second.unsqueeze(-2) + of_level_after, after_1)
+        total = torch.stack((first, second), -2).flatten(-3, -2)
+    return total
+
+
+def _interleaved(first: Tensor, second: Tensor) -> Tensor:
+    """Twice [..., P, s, D] -> [..., 2P, s, D]"""
+    return torch.stack((first, second), -3).flatten(-4, -3)

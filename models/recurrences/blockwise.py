@@ -96,10 +96,10 @@ def scores(query: Tensor, key: Tensor, decay: Products | None) -> Tensor:
     query [..., G, C, K], key [..., M, C, K]; the decay's D is K, or 1; [..., G, C, M, C].
     """
     if decay is None:
-        return _all_pairs(query, key) * _earlier(query)
+        return all_pairs(query, key) * _earlier(query)
     if decay.total.shape[-1] == 1:
         one = torch.ones_like(decay.before).unsqueeze(-3)
-        return _all_pairs(query, key) * _by_doubling(one, one, decay)
+        return all_pairs(query, key) * _by_doubling(one, one, decay)
     return _by_doubling(query, key, decay)
 
 
@@ -112,14 +112,15 @@ def _by_doubling(query: Tensor, key: Tensor, decay: Products) -> Tensor:
         if steps <= _TINY:
             cross = (late[..., :, :, None, None, :] * early[..., None, None, :, :, :]).sum(-1)
         else:
-            cross = _all_pairs(late, early)
+            cross = all_pairs(late, early)
         first, second = out.unflatten(-5, (-1, 2)).unbind(-5)
         above = torch.cat((first, torch.zeros_like(cross)), -1)
         out = torch.cat((above, torch.cat((cross, second), -1)), -3)
     return out.squeeze(-5)
 
 
-def _all_pairs(query: Tensor, key: Tensor) -> Tensor:
+def all_pairs(query: Tensor, key: Tensor) -> Tensor:
+    """Returns query[g, i] . key[m, j] for all pairs: [..., G, C, M, C]."""
     product = query.flatten(-3, -2) @ key.flatten(-3, -2).mT
     return product.unflatten(-1, key.shape[-3:-1]).unflatten(-3, query.shape[-3:-1])
 

@@ -108,30 +108,28 @@ def cut(
     predict: Tensor | None,
 ) -> Blocks:
     """Returns the `Blocks` of query [B, T, S, G, K] and operands [B, T, S, D]; steps that fill the last block do nothing."""
-    steps = k.shape[1]
-    size = min(BLOCK, 1 << max(steps - 1, 0).bit_length())
-    padding = -steps % size
-
-    def block(x: Tensor, fill: float = 0.0) -> Tensor:
-        """[B, T, S, *, D] -> [B, S, N, *, C, D]"""
-        x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, padding), value=fill)
-        return x.unflatten(1, (-1, size)).movedim(2, -2).movedim(2, 1)
+    size = min(BLOCK, 1 << (k.shape[1] - 1).bit_length())
 
     def slot(x: Tensor | None) -> Tensor | None:
-        return None if x is None else block(x.unsqueeze(3))
+        return None if x is None else block(x.unsqueeze(3), size)
 
-    decay = None if decay is None else block(decay, 1.0)
-    factors = None if decay is None else products(decay)
+    decay = None if decay is None else block(decay, size, 1.0)
     return Blocks(
-        block(query),
-        block(k.unsqueeze(3)),
-        block(v.unsqueeze(3)),
+        block(query, size),
+        block(k.unsqueeze(3), size),
+        block(v.unsqueeze(3), size),
         slot(erase),
         slot(predict),
         decay,
-        factors,
+        None if decay is None else products(decay),
         on_values,
     )
+
+
+def block(x: Tensor, size: int, fill: float = 0.0) -> Tensor:
+    """[B, T, S, *, D] -> [B, S, N, *, C, D], where C is ``size`` and the last block is filled up."""
+    x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, -x.shape[1] % size), value=fill)
+    return x.unflatten(1, (-1, size)).movedim(2, -2).movedim(2, 1)
 
 
 def join(x: Tensor, steps: int) -> Tensor:
