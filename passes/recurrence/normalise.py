@@ -88,9 +88,8 @@ class _Normaliser:
             if result is not None:
                 self.of[raw] = result
         outputs = [self.value(v) for v in self.given.outputs]
-        for raw, made in self.of.items():
-            if isinstance(made, Pending):
-                made = made.found
+        for raw, source in self.of.items():
+            made = source.found if isinstance(source, Pending) else source
             if isinstance(made, Value):
                 made.origin += (raw,)
         kept = Graph(outputs=outputs)
@@ -408,7 +407,7 @@ def _permutation(raw: Value, rank: int) -> tuple[int, ...] | None:
 def _pieces(parent: Value, users: dict[Value, list[Value]]) -> int:
     shape = parent.inputs[0].shape
     assert shape is not None
-    return shape[argument(parent, 1, "dim", 0) % len(shape)]
+    return int(shape[argument(parent, 1, "dim", 0) % len(shape)])
 
 
 def _starts(parent: Value, size: int) -> list[int]:
@@ -434,7 +433,7 @@ def _one_index(raw: Value, shape: tuple[int, ...]) -> tuple[int, int] | None:
     if len(used) != 1 or adds or used[0][1].op != "constant" or used[0][1].shape != ():
         return None
     dim, index = used[0]
-    numbers = index.literals[0] if index.literals else None
+    numbers: Any = index.literals[0] if index.literals else None
     if len(raw.inputs) != 3 or not hasattr(numbers, "dtype"):
         return None
     return dim, int(numbers) % shape[dim]

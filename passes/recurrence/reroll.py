@@ -213,16 +213,15 @@ class _Run:
         made: list[Value] = []
         for i, role in enumerate(self.roles):
             made.append(self._body_value(i, role, made, first, end))
-        carried = []
-        for role, delay in self._all_delays():
-            carried.append(
-                Carry(
-                    before=self.before[role, delay],
-                    after=made[role] if delay == 1 else self.before[role, delay - 1],
-                    initial=self._at(role, first - delay),
-                    final=self.search.value(role, end - delay),
-                )
+        carried = [
+            Carry(
+                before=self.before[j, delay],
+                after=made[j] if delay == 1 else self.before[j, delay - 1],
+                initial=self._at(j, first - delay),
+                final=self.search.value(j, end - delay),
             )
+            for j, delay in self._all_delays()
+        ]
         loop = Loop(
             values={
                 v for s in range(first, end) for j, v in enumerate(values[s]) if v and self.roles[j].stateful

@@ -107,7 +107,8 @@ def _opened_log(state: State, log: Part, key: int, opened: set[Value]) -> Part |
             return None
         opened.add(moving[0].value)
         inner = [taken_apart(state, p, opened) for p in part.pieces]
-        scalar, pieces = part.scalar, []
+        scalar = part.scalar
+        pieces: list[Piece] = []
         for p in inner:
             if p is None:
                 return None

@@ -57,7 +57,7 @@ class Role:
         s = self.sample
         if v.op != s.op or v.shape != s.shape or v.dtype != s.dtype or len(v.inputs) != len(s.inputs):
             return False
-        return literals_of(v, self.varies) == literals_of(s, self.varies)
+        return bool(literals_of(v, self.varies) == literals_of(s, self.varies))
 
 
 def literals_of(v: Value, loosely: bool) -> Any:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from spikingbrain.passes.recurrence.algebra import Algebra, NonAffine
 from spikingbrain.passes.recurrence.graph import Value
-from spikingbrain.passes.recurrence.monomials import Atom, Label, Monomial
+from spikingbrain.passes.recurrence.monomials import Atom, Monomial
 
 Axis = int | str | None
 
@@ -101,7 +101,8 @@ def _rank_one(step: Step, m: Monomial, state: Atom, others: list[Atom]) -> None:
         raise NonAffine("matmul", "multiplies the state from two sides")
     step.axis = axis
     names: dict[int, Axis] = {x: i for i, x in enumerate(m.out) if x is not None and i != axis}
-    erase, predict = [], []
+    erase: list[Atom] = []
+    predict: list[Atom] = []
     for f in others:
         if gone in f.labels and new is not None and new in f.labels:
             assert f.value is not None
@@ -187,8 +188,7 @@ def _extra(m: Monomial, axes: list[Axis], axis: int) -> Part:
             if a is None:
                 raise NonAffine("add", "is broadcast over what was read")
             names[x] = a
-    inner: list[Label] = sorted({x for f in m.factors for x in f.labels if x is not None and x not in names})
-    for n, x in enumerate(inner):
-        assert x is not None
-        names[x] = axis if len(inner) == 1 else f"s{n}"
+    inner = sorted({x for f in m.factors for x in f.labels if x is not None and x not in names})
+    for n, label in enumerate(inner):
+        names[label] = axis if len(inner) == 1 else f"s{n}"
     return _part(m, list(m.factors), names)

@@ -106,9 +106,11 @@ def find_components(graph: Graph, consumed: set[Value], barred: set[Key]) -> lis
     """Returns the candidates among values that no loop has taken yet; tokens of ``barred`` families count as plain values."""
     families = _families(graph, consumed, barred)
     tokens = {
-        v: found for v in graph.values if v not in consumed and (found := place(v)) and found[0] in families
+        v: at
+        for v in graph.values
+        if v not in consumed and (at := place(v)) is not None and at[0] in families
     }
-    places = {found: v for v, found in tokens.items()}
+    places = {at: v for v, at in tokens.items()}
     span = _spans(graph, consumed, tokens)
     mixed = [v for v in graph.values if v in span and span[v][0] != span[v][1]]
     users: dict[Value, set[Value]] = defaultdict(set)
@@ -116,7 +118,7 @@ def find_components(graph: Graph, consumed: set[Value], barred: set[Key]) -> lis
     for v in mixed:
         for x in v.inputs:
             users[x].add(v)
-    found = []
+    found: list[Component] = []
     for members in _connected(mixed, mixed_set):
         inside = _with_feeders(members, span, mixed_set)
         own = {v: tokens[v] for v in inside if v in tokens}
