@@ -17,6 +17,7 @@ from typing import Any
 from torch_mlir import ir
 
 from spikingbrain.passes import dialect
+from spikingbrain.passes.dialect_base import SpikingBrain
 
 PAGE = Path(__file__).parents[1] / "docs" / "dialect.md"
 
@@ -43,7 +44,7 @@ class OpDoc:
 def op_docs() -> list[OpDoc]:
     """Returns every op of the dialect, in the order of its definition."""
     classes: list[Any] = [v for v in vars(dialect).values() if isinstance(v, type) and v.__doc__]
-    ops = [c for c in classes if issubclass(c, dialect.SpikingBrain.Operation)]
+    ops = [c for c in classes if issubclass(c, SpikingBrain.Operation)]
     docs = [_doc(str(op.OPERATION_NAME), op.__doc__, _fields(op)) for op in ops]
     for name, check in dialect.CONTROL_OPS.items():
         docs.append(_doc(name, check.__doc__ or "", []))

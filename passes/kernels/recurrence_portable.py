@@ -147,7 +147,7 @@ class _Recurrence:
 
     def _queries(self, axes: str) -> Array:
         """Returns the queries with h split into s and g."""
-        group = index(self.build.sizes["g"])  # type: ignore[arg-type]
+        group = index(self.build.sizes["g"])
         head = lambda at: arith.addi(arith.muli(at("s"), group), at("g"))  # noqa: E731
         return self._gathered((self.op.q, "bthk"), axes, 0.0, head)
 
@@ -195,7 +195,7 @@ class _Recurrence:
     def _unpacked(self, out: Array) -> ir.Value:
         """Returns the outputs ``bnsgiv`` (or ``tbsgv``) as ``bthv``, in the order of time."""
         last = arith.subi(index(self.build.sizes["t"]), index(1))
-        group, steps = index(self.build.sizes["g"]), index(self.steps)  # type: ignore[arg-type]
+        group, steps = index(self.build.sizes["g"]), index(self.steps)
 
         def body(at: At) -> ir.Value:
             t = arith.subi(last, at("t")) if self.reverse else at("t")
