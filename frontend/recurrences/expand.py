@@ -35,6 +35,7 @@ class _Step:
     args: Any
     kwargs: Any
     value: Any
+    flat: bool
 
 
 @dataclass
@@ -53,11 +54,12 @@ class Expander:
         self.mode = mode
         self._known: dict[Any, _Recording | None] = {}
         self._pieces: dict[Any, torch.Tensor] = {}
+        self._kinds: dict[int, tuple[Any, Any]] = {}
 
     def piece(self, target: Any, node: fx.Node, rest: tuple[Any, ...], meta: dict[str, Any]) -> fx.Node:
         """Emits ``select``, ``slice`` or ``unsqueeze`` of a node, whose result is known without tracing it."""
         value = node.meta.get("val")
-        kind = _kind(value)
+        kind = self._kind(node)
         lengths = rest
         if target is aten.select.int:
             lengths = rest[:1]
@@ -79,7 +81,7 @@ class Expander:
         made = self.graph.call_function(target, (base, piece, *rest))
         value = base.meta["val"]
         if not value.is_contiguous():
-            key = (target, _kind(value))
+            key = (target, self._kind(base))
             if key not in self._pieces:
                 with self.mode or contextlib.nullcontext(), torch.no_grad():
                     self._pieces[key] = target(value, piece.meta["val"], *rest)
@@ -95,15 +97,17 @@ class Expander:
         Returns the node, or tree of nodes, of its result. Raises NotExpandable where the call is not a composition of
         functional, deterministic ATen ops on tensors of known sizes.
         """
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if not kwargs and not any(isinstance(x, (list, tuple, dict)) for x in args):
+            leaves, spec = list(args), len(args)  # the common case, without the cost of trees
+        else:
+            leaves, spec = pytree.tree_flatten((args, kwargs))
         nodes = [x for x in leaves if isinstance(x, fx.Node)]
-        values = [n.meta.get("val") for n in nodes]
         key: Any
         try:
             key = (
                 name or function,
                 spec,
-                tuple(_kind(x.meta.get("val")) if isinstance(x, fx.Node) else (type(x), x) for x in leaves),
+                tuple(self._kind(x) if isinstance(x, fx.Node) else (type(x), x) for x in leaves),
             )
             known = key in self._known
         except TypeError:  # an argument that is not hashable
@@ -111,21 +115,35 @@ class Expander:
         if known:
             recording = self._known[key]
         else:
-            recording = self._record(function, leaves, spec, values)
+            tree = pytree.tree_flatten((args, kwargs))
+            recording = self._record(function, *tree, [n.meta.get("val") for n in nodes])
             if key is not None:
                 self._known[key] = recording
         if recording is None:
             raise NotExpandable(str(name or function))
         return self._replay(recording, nodes, meta)
 
+    def _kind(self, node: fx.Node) -> Any:
+        """Returns what a recording depends on of an argument; values are shared by many nodes."""
+        value = node.meta.get("val")
+        found = self._kinds.get(id(value))
+        if found is None:
+            found = self._kinds[id(value)] = (_kind(value), value)
+        return found[0]
+
     def _replay(self, recording: _Recording, nodes: Sequence[fx.Node], meta: dict[str, Any]) -> Any:
         made: list[Any] = list(nodes)
         pick = lambda x: made[x.index] if isinstance(x, _Place) else x  # noqa: E731
         for step in recording.steps:
-            args, kwargs = pytree.tree_map(pick, (step.args, step.kwargs))
+            if step.flat:
+                args, kwargs = tuple(map(pick, step.args)), {}
+            else:
+                args, kwargs = pytree.tree_map(pick, (step.args, step.kwargs))
             node = self.graph.call_function(step.target, args, kwargs)
             node.meta = {**meta, "val": step.value}
             made.append(node)
+        if isinstance(recording.result, _Place):
+            return made[recording.result.index]
         return pytree.tree_map(pick, recording.result)
 
     def _record(
@@ -182,7 +200,8 @@ def _transcribe(graph: fx.Graph) -> _Recording | None:
             if not _plain(node):
                 return None
             args, kwargs = pytree.tree_map(put, (tuple(node.args), dict(node.kwargs)))
-            steps.append(_Step(node.target, args, kwargs, node.meta.get("val")))
+            flat = not kwargs and not any(isinstance(a, (list, tuple, dict)) for a in args)
+            steps.append(_Step(node.target, args, kwargs, node.meta.get("val"), flat))
         number[node] = len(number)
     return None
 

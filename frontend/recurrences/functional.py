@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._subclasses import FakeTensor
+from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
 from spikingbrain.frontend.recurrences.expand import Expander, NotExpandable
 
@@ -110,8 +111,8 @@ class _Functionaliser:
     def run(self) -> fx.GraphModule:
         for node in self.module.graph.nodes:
             self._convert(node)
-        self.graph.lint()
-        return fx.GraphModule(self.module, self.graph)
+        with _use_lazy_graph_module(True):  # its code is not needed before recurrences are raised
+            return _make_graph_module(self.module, self.graph)
 
     def _convert(self, node: fx.Node) -> None:
         if node.op in ("placeholder", "get_attr", "output"):

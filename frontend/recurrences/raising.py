@@ -8,6 +8,7 @@ loops by one ``scan``. Every loop that was found is recorded, with the user's li
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -39,12 +40,25 @@ def raise_in_dynamo_graph(module: fx.GraphModule) -> tuple[fx.GraphModule, list[
     """Returns a module with recurrences raised, or ``module`` itself where there are none to be raised."""
     if not promising(module.graph):
         return module, []
-    try:
-        functional = functionalise(module)
-    except NotFunctional as stop:
-        return module, [RecurrenceReport("unrolled", "", str(user_line(stop.node) or ""), str(stop))]
-    reports = raise_recurrences(functional, keep_detach=torch.is_grad_enabled())
+    with _no_collection():
+        try:
+            functional = functionalise(module)
+        except NotFunctional as stop:
+            return module, [RecurrenceReport("unrolled", "", str(user_line(stop.node) or ""), str(stop))]
+        reports = raise_recurrences(functional, keep_detach=torch.is_grad_enabled())
     return (functional if any(r.status != "unrolled" for r in reports) else module), reports
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Spares Python's search for garbage, which visits all of a large graph again and again; nothing here is garbage."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def raise_recurrences(module: fx.GraphModule, keep_detach: bool) -> list[RecurrenceReport]:
