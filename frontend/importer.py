@@ -56,7 +56,6 @@ class NodeImporter(GraphNodeImporter):  # type: ignore[misc]
         """
         body_ref, init, scanned, closed_over = node.args
         results = [v for v in node.meta["val"]]
-        _check_stacks(results[len(init) :], scanned[0].meta["val"])
         body = getattr(node.graph.owning_module, body_ref.target)
         name = self.fx_importer._graph_module_to_func_name[id(body)]
         function = self.fx_importer.symbol_table[name].operation.clone(ip=False)
@@ -84,19 +83,6 @@ class NodeImporter(GraphNodeImporter):  # type: ignore[misc]
             self._multi_result_nodes.add(node)
             for i, (result, type_) in enumerate(zip(loop.results, wanted, strict=True)):
                 self.bind_node_value(node, from_builtin(result, type_), i)
-
-
-def _check_stacks(stacked: list[torch.Tensor], scanned: torch.Tensor) -> None:
-    """Raises NotImplementedError where ``lower-time-loop`` could not tell the size of a stacked result."""
-    for result in stacked:
-        for axis, size in enumerate(result.shape):
-            if isinstance(size, torch.SymInt) and (
-                axis >= scanned.dim() or str(scanned.shape[axis]) != str(size)
-            ):
-                raise NotImplementedError(
-                    f"scan stacks a result of shape {list(result.shape)}: its dynamic sizes must be those of the "
-                    f"same axes of the first scanned tensor, {list(scanned.shape)}"
-                )
 
 
 def _move_body(function: ir.Operation, block: ir.Block, arguments: list[ir.Value]) -> list[ir.Value]:
@@ -180,7 +166,7 @@ class GraphImporter:
         self._modules.append(module)
         for node in module.graph.find_nodes(op="get_attr"):
             self._hooks.names[id(getattr(module, node.target))] = node.target
-        function = self._fx.import_stateless_graph(module.graph, func_name=name)
+        function = self._fx.import_graph_module(module, func_name=name)
         with self.context:
             function.attributes["spikingbrain.donated"] = ir.ArrayAttr.get([])
             function.attributes["spikingbrain.weight_arguments"] = ir.UnitAttr.get()

@@ -37,6 +37,20 @@ _SYNONYMS = {
     aten.__and__.Scalar: aten.bitwise_and.Scalar,
     aten.__or__.Scalar: aten.bitwise_or.Scalar,
     aten.__xor__.Scalar: aten.bitwise_xor.Scalar,
+    # in bodies of higher-order ops torch makes views copies; values are all the same
+    aten.view_copy.default: aten.view.default,
+    aten.permute_copy.default: aten.permute.default,
+    aten.transpose_copy.int: aten.transpose.int,
+    aten.t_copy.default: aten.t.default,
+    aten.expand_copy.default: aten.expand.default,
+    aten.squeeze_copy.default: aten.squeeze.default,
+    aten.squeeze_copy.dim: aten.squeeze.dim,
+    aten.squeeze_copy.dims: aten.squeeze.dims,
+    aten.unsqueeze_copy.default: aten.unsqueeze.default,
+    aten.select_copy.int: aten.select.int,
+    aten.slice_copy.Tensor: aten.slice.Tensor,
+    aten.alias_copy.default: aten.alias.default,
+    aten.detach_copy.default: aten.detach.default,
 }
 
 

@@ -13,7 +13,7 @@ from spikingbrain.errors import UnsupportedOp
 from spikingbrain.passes import linalg_build as build
 from spikingbrain.passes import torch_ir
 from spikingbrain.passes.base import PassContext, source_line
-from spikingbrain.passes.scan_invariants import hoist, outer_size
+from spikingbrain.passes.scan_invariants import hoist, outer_size, unstack
 
 # IREE copies a tensor that a loop carries once in every iteration. Steps are therefore stacked in chunks, and the chunks
 # in the whole: a row then costs copies of about two roots of the length in rows, instead of the length. Chunks are of static
@@ -38,6 +38,7 @@ class LowerTimeLoop:
             torch_ir.operations(module, "spikingbrain_control.time_loop")
         ):  # inner loops first
             hoist(op)
+            op = unstack(op)
             with ir.InsertionPoint(op), op.location:
                 results = _Loop(op).emit()
             for old, new in zip(op.results, results, strict=True):

@@ -16,7 +16,7 @@ from spikingbrain.passes.dialect_scans import affine_map
 from spikingbrain.passes.scan_axes import NotPointwise, find_axes, name_of
 from spikingbrain.passes.scan_body import emit_body, find_invariants
 from spikingbrain.passes.scan_ends import End, erase_passed, follow_result, follow_source
-from spikingbrain.passes.scan_invariants import hoist
+from spikingbrain.passes.scan_invariants import hoist, unstack
 from spikingbrain.passes.scan_sums import defer_sums
 
 
@@ -39,6 +39,7 @@ class RaisePointwiseScan:
         ):  # inner loops first
             with loop.location:
                 hoist(loop)
+                loop = unstack(loop)
                 try:
                     loop = defer_sums(loop)
                     _raise(loop)

@@ -30,6 +30,41 @@ def hoist(loop: ir.Operation) -> None:
             op.move_before(loop)
 
 
+def unstack(loop: ir.Operation) -> ir.Operation:
+    """Returns the loop without stacks of what is the same at every step, which are broadcast instead."""
+    block, carried = loop.regions[0].blocks[0], loop.attributes["carried"].value
+    terminator = block.operations[len(block.operations) - 1].operation
+    yielded, results = list(terminator.operands), list(loop.results)
+    kept = [i for i, v in enumerate(yielded) if i < carried or is_inside(v, block)]
+    if len(kept) == len(yielded):
+        return loop
+    with ir.InsertionPoint(loop), loop.location:
+        attributes = {n: loop.attributes[n] for n in loop.attributes}
+        types = [results[i].type for i in kept]
+        made = ir.Operation.create(loop.name, types, list(loop.operands), attributes, regions=1)
+        block.append_to(made.regions[0])
+        with ir.InsertionPoint(terminator), terminator.location:
+            ir.Operation.create(terminator.name, operands=[yielded[i] for i in kept])
+        terminator.erase()
+        for i, value in enumerate(yielded):
+            if i not in kept:
+                results[i].replace_all_uses_with(_repeated(value, results[i].type, loop.operands[carried]))
+    for i, new in zip(kept, made.results, strict=True):
+        results[i].replace_all_uses_with(new)
+    loop.erase()
+    return made
+
+
+def _repeated(value: ir.Value, type_: ir.Type, scanned: ir.Value) -> ir.Value:
+    """Emits a stack of as many times ``value`` as a scanned tensor is long."""
+    sizes = [build.size(scanned, 0)] if ir.RankedTensorType(type_).shape[0] < 0 else []
+    out = build.empty(type_, [*sizes, *build.dynamic_sizes(value)])
+    rank = len(ir.RankedTensorType(type_).shape)
+    source = ir.AffineMap.get(rank, 0, [ir.AffineDimExpr.get(d) for d in range(1, rank)])
+    maps = [source, ir.AffineMap.get_identity(rank)]
+    return build.generic([value], out, maps, ["parallel"] * rank, lambda x, _: x)
+
+
 def _reads(op: ir.Operation, block: ir.Block) -> bool:
     """Returns whether an op, or one within it, uses a value of ``block``."""
     found = False

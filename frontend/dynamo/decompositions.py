@@ -32,6 +32,7 @@ _FURTHER = [
 
 # Kept whole: torch has a kernel for them, or their decomposition draws other random numbers than eager does.
 _KEPT = {
+    "alias_copy",  # taken apart together with detach it leaves aliases in bodies of scans, which torch refuses
     "_scaled_dot_product_flash_attention_for_cpu",
     "baddbmm",
     "embedding_dense_backward",

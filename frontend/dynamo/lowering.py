@@ -14,6 +14,7 @@ from torch_mlir import ir
 from spikingbrain.backend import SharedMemory, resolve_target
 from spikingbrain.build import Code, compile_code
 from spikingbrain.errors import CompileError, UnsupportedOp
+from spikingbrain.frontend.dynamo.loops import graphs
 from spikingbrain.frontend.dynamo.options import CompileOptions
 from spikingbrain.frontend.dynamo.region import RegionGraph
 from spikingbrain.frontend.importer import GraphImporter
@@ -66,7 +67,8 @@ def compile_regions(
     names = {key: f"region_{i}" for i, key in enumerate(distinct)}
     good: dict[str, RegionGraph] = {}
     for key, region in distinct.items():
-        normalise_region(region.graph)
+        for graph in graphs(region.module):
+            normalise_region(graph)
         try:
             texts[key] = _import({names[key]: region})
             good[key] = region

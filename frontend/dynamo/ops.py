@@ -24,6 +24,7 @@ import torch
 from torch import fx
 
 from spikingbrain.frontend.checks import draws_random_numbers
+from spikingbrain.frontend.dynamo.loops import SCAN, body_of
 
 aten = torch.ops.aten
 
@@ -152,6 +153,8 @@ def classify(node: fx.Node, library: bool = True) -> Verdict:
             return Verdict(Kind.SCALAR)
         if node.target is operator.getitem:  # one of several results: shares its source's fate
             return classify(node.args[0], library)
+        if node.target is SCAN:
+            return _classify_scan(node)
         return Verdict(Kind.EAGER, f"{packet_name(node.target)} is a higher-order op without a lowering")
     if not any(True for _ in tensors_of(value)):
         if isinstance(value, (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)) and not any(
@@ -193,6 +196,29 @@ def classify(node: fx.Node, library: bool = True) -> Verdict:
                 return Verdict(Kind.EAGER, why)
         return Verdict(Kind.COMPILED)
     return Verdict(Kind.EAGER, "no lowering that is known to be right")
+
+
+def _classify_scan(node: fx.Node) -> Verdict:
+    """Returns what becomes of a loop over time: its body is compiled whole, or not at all."""
+    body = body_of(node.args[0])
+    if body is None or not node.args[2]:
+        return Verdict(Kind.EAGER, "a scan over nothing" if body else "a scan whose body is not in the graph")
+    if refused := _refuse_types(node):
+        return refused
+    for inner in body.graph.nodes:
+        if inner.op != "call_function" or _is_copied_view(inner):
+            continue
+        verdict = classify(inner, library=False)
+        if verdict.kind in (Kind.EAGER, Kind.LIBRARY):
+            name = packet_name(inner.target)
+            return Verdict(Kind.EAGER, f"{name} in the body of a scan: {verdict.reason}", verdict.remedy)
+    return Verdict(Kind.COMPILED)
+
+
+def _is_copied_view(node: fx.Node) -> bool:
+    """Returns whether a node is a view that torch made a copy, as it does in bodies of higher-order ops."""
+    name = packet_name(node.target)
+    return name.endswith("_copy") and name.removesuffix("_copy") in VIEWS
 
 
 def _refuse_types(node: fx.Node) -> Verdict | None:

@@ -18,7 +18,7 @@ from spikingbrain.frontend.dynamo.ops import RECURRENCES, Kind, Verdict, packet_
 
 # A region of fewer ops than this costs more to enter than fusing it saves; a projection or a recurrence is worth it.
 SMALLEST = 3
-_WORTH = {"linear", *RECURRENCES}
+_WORTH = {"linear", "scan", *RECURRENCES}
 _FREE = {"empty", "full", "scalar_tensor", "arange", "zeros", "ones", "clone", "lift_fresh_copy", "getitem"}
 
 

@@ -98,6 +98,9 @@ def assemble(module: fx.GraphModule, done: Compilation) -> GraphProgram:
         for i, node in enumerate(region.outputs):
             made[node] = graph.call_function(operator.getitem, (called, i))
     graph.output(fx.node.map_arg(module.graph.output_node().args[0], value))
+    for node in graph.find_nodes(op="get_attr"):
+        if not node.users:  # the body of a loop that a region runs
+            graph.erase_node(node)
     graph.set_codegen(_BoxedCodeGen())
     text = graph.python_code("self")
     names = {k: v for k, v in text.globals.items() if k not in calls and k not in _custom_builtins}

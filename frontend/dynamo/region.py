@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from spikingbrain.frontend.dynamo.layout import inverse, memory_order
+from spikingbrain.frontend.dynamo.loops import body_of, graphs, own_body
 from spikingbrain.frontend.dynamo.ops import Kind, Verdict, packet_name
 from spikingbrain.frontend.dynamo.partition import Region
 
@@ -21,7 +22,7 @@ class RegionGraph:
     """A region ready for import.
 
     Attributes:
-        graph: placeholders for ``inputs``, ``get_attr`` nodes for ``weights``, and the region's ops.
+        graph: placeholders for ``inputs``, ``get_attr`` nodes for ``weights`` and bodies of loops, and the region's ops.
         inputs: nodes of the whole graph that are its arguments, tensors and sizes.
         weights: nodes of the whole graph whose tensors are packed once; named ``w0``, ``w1``, ... inside.
         outputs: nodes of the whole graph that it computes for others.
@@ -63,11 +64,15 @@ def build(region: Region, verdicts: Mapping[fx.Node, Verdict], frozen: set[fx.No
     views: list[fx.Node] = []
     inputs: list[fx.Node] = []
     seen: set[fx.Node] = set()
+    bodies: list[fx.Node] = []
 
     def visit(node: fx.Node) -> None:
         if node in seen or node in inside:
             return
         seen.add(node)
+        if body_of(node):
+            bodies.append(node)
+            return
         if node in verdicts and verdicts[node].kind is Kind.VIEW:
             for source in node.all_input_nodes:
                 visit(source)
@@ -100,6 +105,9 @@ def build(region: Region, verdicts: Mapping[fx.Node, Verdict], frozen: set[fx.No
             back = inverse(order)
             copies[node] = graph.call_function(aten.permute.default, (made, back))
             copies[node].meta = {"val": value, "stack_trace": node.meta.get("stack_trace")}
+    for i, node in enumerate(bodies):
+        attributes[f"body{i}"] = own_body(node)
+        copies[node] = graph.create_node("get_attr", f"body{i}")
     stored: dict[fx.Node, fx.Node] = {}
     for i, node in enumerate(packed):
         attributes[f"w{i}"] = node.meta["val"]
@@ -125,7 +133,7 @@ def build(region: Region, verdicts: Mapping[fx.Node, Verdict], frozen: set[fx.No
     graph.output(tuple(results))
     module = fx.GraphModule(attributes, graph, class_name="Region")
     made_region = RegionGraph(module.graph, module, inputs, list(packed), outputs, orders, out_orders)
-    made_region.key = _key(made_region)
+    made_region.key = "\n\n".join(map(_key, graphs(module)))
     return made_region
 
 
@@ -135,10 +143,10 @@ def _frozen_weight(node: fx.Node, frozen: set[fx.Node]) -> fx.Node | None:
     return node.args[1] if is_linear else None
 
 
-def _key(region: RegionGraph) -> str:
+def _key(graph: fx.Graph) -> str:
     lines = []
-    names = {n: f"v{i}" for i, n in enumerate(region.graph.nodes)}
-    for node in region.graph.nodes:
+    names = {n: f"v{i}" for i, n in enumerate(graph.nodes)}
+    for node in graph.nodes:
         shapes = _shape_text(node.meta.get("val"))
         arguments = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: _Name(names[n]))
         lines.append(

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch._higher_order_ops import scan
 
 import spikingbrain
-from spikingbrain.errors import UnsupportedOp
 from spikingbrain.frontend.capture import Entry, capture
 
 WIDTH = 4
@@ -121,20 +120,22 @@ def test_becomes_one_time_loop(model: Scans) -> None:
     assert "func.call" not in text
 
 
-def test_refuses_a_stack_of_unknown_size() -> None:
-    """A stacked result's dynamic sizes must be those of the scanned tensor, or the loop could not allocate it."""
+def test_a_stack_of_other_sizes(tmp_path: Path) -> None:
+    """The size of a stacked result follows from the body, wherever its axes come from."""
 
     class Turned(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             def step(state: Tensor, now: Tensor) -> tuple[Tensor, Tensor]:
-                state = state + now
-                return state, state.transpose(0, 1).clone()
+                state = torch.tanh(state + now.sum(0))
+                return state, state.transpose(0, 1) * 2
 
-            return scan(step, torch.zeros(x.shape[1:]), x)[1]
+            return scan(step, torch.zeros(x.shape[2:]), x)[1]
 
-    batch = torch.export.Dim("batch", min=2, max=8)
-    with pytest.raises(UnsupportedOp, match="same axes of the first scanned tensor"):
-        capture(Turned(), {"main": Entry((torch.zeros(5, 3, WIDTH),), dynamic_shapes={"x": {1: batch}})})
+    model, batch = Turned(), torch.export.Dim("batch", min=2, max=8)
+    entry = Entry((torch.zeros(5, 3, 2, WIDTH),), dynamic_shapes={"x": {2: batch}})
+    program = spikingbrain.load(spikingbrain.export(model, {"main": entry}, tmp_path / "turned.sb"))
+    x = torch.randn(5, 3, 6, WIDTH)
+    np.testing.assert_allclose(program(x.numpy()), model(x).numpy(), rtol=1e-5, atol=1e-5)
 
 
 def test_two_entries_keep_their_own_bodies(tmp_path: Path) -> None:
