@@ -13,12 +13,15 @@ from spikingbrain.passes.recurrence.graph import Graph, Slot, Value
 _SMALL = 1 << 20  # elements of a constant whose numbers the analysis may look at
 
 
-def adapt(module: fx.GraphModule, keep_detach: bool) -> tuple[Graph, dict[fx.Node, Value]]:
+def adapt(
+    module: fx.GraphModule, keep_detach: bool, by_hints: bool = False
+) -> tuple[Graph, dict[fx.Node, Value]]:
     """Returns the neutral graph of an FX graph whose tensors have known sizes, and the value of each node.
 
     Every node becomes one value whose ``origin`` is the node. Ops that must stay where they are (marked ``opaque``, random,
     writing, or on tensors of symbolic sizes) are values called ``"opaque"``, equal to nothing. Without ``keep_detach``, where no
-    gradient is wanted, ``detach`` is left out.
+    gradient is wanted, ``detach`` is left out. ``by_hints`` takes every symbol for the size it had in the example: enough to see
+    what is there, not to rewrite it.
     """
     graph = Graph()
     values: dict[fx.Node, Value] = {}
@@ -28,13 +31,15 @@ def adapt(module: fx.GraphModule, keep_detach: bool) -> tuple[Graph, dict[fx.Nod
         elif not keep_detach and node.target is torch.ops.aten.detach.default:
             values[node] = values[node.args[0]]
         else:
-            values[node] = graph.add(_value(module, node, values))
+            values[node] = graph.add(_value(module, node, values, by_hints))
     return graph, values
 
 
-def _value(module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Value]) -> Value:
+def _value(module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Value], by_hints: bool) -> Value:
     meta = node.meta.get("val", node.meta.get("example_value"))
     shape = tuple(meta.shape) if isinstance(meta, torch.Tensor) else None
+    if by_hints and shape is not None:
+        shape = tuple(map(_hint, shape))
     dtype = str(meta.dtype).removeprefix("torch.") if isinstance(meta, torch.Tensor) else ""
     if node.op == "placeholder":
         return Value("input" if _static(shape) else "opaque", [], (node.name,), shape, dtype, node)
@@ -50,6 +55,9 @@ def _value(module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Value]) 
 
     def literal(argument: Any) -> Any:
         if isinstance(argument, fx.Node):
+            number = argument.meta.get("val")
+            if by_hints and isinstance(number, torch.SymInt):
+                return _hint(number)
             inputs.append(values[argument])
             return Slot(len(inputs) - 1)
         if isinstance(argument, (list, tuple)):
@@ -108,6 +116,10 @@ def _pointwise(node: fx.Node) -> bool:
         n for n in body.graph.nodes if n.op in ("call_function", "call_method", "call_module", "get_attr")
     ]
     return all(str(getattr(n.target, "__name__", n.target)) in _POINTWISE for n in calls)
+
+
+def _hint(size: Any) -> Any:
+    return size.node.hint if isinstance(size, torch.SymInt) else size
 
 
 def _static(shape: tuple[Any, ...] | None) -> bool:

@@ -11,18 +11,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from spikingbrain.errors import CompileError
 from spikingbrain.frontend.decompose import decompose
 from spikingbrain.frontend.recurrences.lengths import (
+    AnyLength,
     NotUnified,
     export_any_length,
     looped_dimensions,
     name_outputs,
     shortened,
 )
-from spikingbrain.frontend.recurrences.raising import promising, raise_recurrences
+from spikingbrain.frontend.recurrences.raising import promising, raise_recurrences, would_raise
 from spikingbrain.frontend.recurrences.report import RecurrenceReport
 
 log = logging.getLogger("spikingbrain.compile")
+
+_LONGEST_FIXED = 4096  # steps that torch.export unrolls in minutes
 
 Dims = Sequence[Mapping[int, Any] | None]
 
@@ -59,7 +63,8 @@ def export_program(model: nn.Module, tensors: Sequence[torch.Tensor], dims: Dims
             if not looped:
                 raise
             exported = _of_looped(model, tensors, dims, looped, name)
-        _raise(exported)
+        else:
+            exported = _raised(exported, model, tensors, dims, name)
         exported.program = decompose(exported.program)
     return exported
 
@@ -75,17 +80,53 @@ def _of_looped(
     try:
         found = export_any_length(model, tensors, dims, lambda step: log.info("%s: %s", name, step))
     except NotUnified as reason:
+        longest = max(t.shape[a] for t, by in zip(tensors, dims, strict=True) for a in by or {})
+        if longest > _LONGEST_FIXED:
+            raise CompileError(
+                f"entry {name!r} loops {longest} times over {', '.join(looped)}, and cannot be made one program for any length",
+                why=str(reason),
+                hint="torch's scan is a loop that torch.export keeps; or give a shorter example",
+            ) from None
         log.warning("entry %r: %s is fixed at its example's length: %s", name, ", ".join(looped), reason)
         kept = [
             {a: d for a, d in (by or {}).items() if getattr(d, "__name__", "") not in looped} for by in dims
         ]
-        return Exported(_export(model, tensors, kept), fixed=dict.fromkeys(looped, str(reason)))
+        exported = Exported(_export(model, tensors, kept), fixed=dict.fromkeys(looped, str(reason)))
+        _raise(exported)
+        return exported
+    return _of_any_length(found, dims)
+
+
+def _of_any_length(found: AnyLength, dims: Dims) -> Exported:
     program = torch.export.export(found.module, found.tensors, dynamic_shapes=tuple(dims), strict=False)
     return Exported(program, found.recurrences, found.verified)
 
 
+def _raised(
+    exported: Exported, model: nn.Module, tensors: Sequence[torch.Tensor], dims: Dims, name: str
+) -> Exported:
+    """Raises what a program without Python loops over dynamic sizes holds: scans and written forms."""
+    symbols = any(isinstance(s, torch.SymInt) for n in _inputs(exported.program) for s in n.meta["val"].shape)
+    if not symbols:
+        _raise(exported)
+    elif promising(exported.program.graph) and would_raise(exported.program.graph_module):
+        try:
+            found = export_any_length(model, tensors, dims, lambda step: log.info("%s: %s", name, step))
+        except NotUnified as reason:
+            log.info("entry %r: its recurrences are not raised: %s", name, reason)
+            return exported
+        return _of_any_length(found, dims)
+    return exported
+
+
+def _inputs(program: torch.export.ExportedProgram) -> list[torch.fx.Node]:
+    return [
+        n for n in program.graph.find_nodes(op="placeholder") if isinstance(n.meta.get("val"), torch.Tensor)
+    ]
+
+
 def _raise(exported: Exported) -> None:
-    """Raises what is written without a Python loop, or is of fixed length, in the exported graph."""
+    """Raises in a program whose sizes are known."""
     program = exported.program
     if not promising(program.graph):
         return

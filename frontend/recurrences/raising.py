@@ -77,6 +77,14 @@ def raise_recurrences(module: fx.GraphModule, keep_detach: bool) -> list[Recurre
     return reports
 
 
+def would_raise(module: fx.GraphModule) -> bool:
+    """Tells whether a graph with symbolic sizes would have something raised if they were known."""
+    if scans(module.graph):
+        return True
+    neutral, _ = adapt(module, False, by_hints=True)
+    return any(v.status == "raised" for v in analyse(neutral))
+
+
 def _sort(graph: fx.Graph) -> None:
     """Puts every node after what it reads, and leaves the order as it is otherwise; nodes that must keep their place do."""
     placed: dict[fx.Node, None] = {}
