@@ -77,23 +77,10 @@ def compute(
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Returns what the op does, block by block, in plain PyTorch that can be differentiated."""
-    if decay is not None:
-        decay = up(decay).exp() if log_decay else up(decay)
-
-    def time(x: Tensor | None) -> Tensor | None:
-        return x if x is None or not reverse else x.flip(1)
-
     o, last = blockwise.linear_recurrence(
-        *(up(x.flip(1) if reverse else x) for x in (q, k, v)),
-        decay=time(decay),
-        decay_axis=decay_axis,
-        erase=None if erase is None else time(up(erase)),
-        predict=None if predict is None else time(up(predict)),
-        bonus=None if bonus is None else up(bonus),
-        state=state,
-        exclusive=exclusive,
+        q, k, v, decay, erase, predict, bonus, state, decay_axis, log_decay, exclusive, reverse
     )
-    return (o.flip(1) if reverse else o).to(q.dtype).contiguous(), last.contiguous()
+    return o.contiguous(), last.contiguous()
 
 
 @linear_recurrence.register_fake

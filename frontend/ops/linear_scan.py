@@ -40,12 +40,8 @@ def linear_scan(
         ShapeError: a shape or dtype does not fit the others.
     """
     _check(decay, update, state)
-    a, b = up(decay), up(update)
-    a = a.exp() if log_decay else a
-    h, last = (
-        blockwise.linear_scan(a.flip(1), b.flip(1), state) if reverse else blockwise.linear_scan(a, b, state)
-    )
-    return (h.flip(1) if reverse else h).to(update.dtype).contiguous(), last.contiguous()
+    h, last = blockwise.linear_scan(decay, update, state, log_decay, reverse)
+    return h.contiguous(), last.contiguous()
 
 
 @linear_scan.register_fake

@@ -38,9 +38,8 @@ def selective_scan(
         ShapeError: a shape or dtype does not fit the others.
     """
     _check(x, dt, a, b, c, state)
-    steps = [up(tensor.flip(1) if reverse else tensor) for tensor in (x, dt, b, c)]
-    y, last = blockwise.selective_scan(steps[0], steps[1], up(a), steps[2], steps[3], state)
-    return (y.flip(1) if reverse else y).to(x.dtype).contiguous(), last.contiguous()
+    y, last = blockwise.selective_scan(x, dt, a, b, c, state, reverse)
+    return y.contiguous(), last.contiguous()
 
 
 @selective_scan.register_fake

@@ -16,28 +16,38 @@ def linear_recurrence(
     k: Tensor,
     v: Tensor,
     decay: Tensor | None = None,
-    *,
-    decay_axis: str = "none",
     erase: Tensor | None = None,
     predict: Tensor | None = None,
     bonus: Tensor | None = None,
     state: Tensor | None = None,
+    decay_axis: str = "none",
+    log_decay: bool = False,
     exclusive: bool = False,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Returns the outputs [B, T, H, V] and the last state [B, S, K, V] of
 
         S_t = a_t * S_(t-1) + erase_t (predict_t^T S_(t-1)) + k_t v_t^T
         o_t = S_t^T q_t,    or if exclusive    S_(t-1)^T q_t + (q_t . (bonus * k_t)) v_t
 
-    q [B, T, H, K]; k, erase, predict [B, T, S, K]; v [B, T, S, V]; bonus [S, K]; state [B, S, K, V]. The factor a_t is
-    ``decay``: [B, T, S] if ``decay_axis`` is "head", [B, T, S, K] if "key", [B, T, S, V] if "value". Head h reads state
-    h // (H / S). All tensors are of one dtype, float32 or float64.
+    q [B, T, H, K]; k, erase, predict [B, T, S, K]; v [B, T, S, V]; bonus [S, K]; state [B, S, K, V], zeros if None. Head h
+    reads state h // (H / S). a_t is ``decay``, or exp(decay) if ``log_decay``: [B, T, S] if ``decay_axis`` is "head",
+    [B, T, S, K] if "key", [B, T, S, V] if "value"; no decay if "none". ``reverse``: time runs from T - 1 to 0. States and
+    arithmetic are float32 (float64 for float64); the outputs have the dtype of q, which all operands share.
     """
+    if reverse:
+        q, k, v = q.flip(1), k.flip(1), v.flip(1)
+        decay, erase, predict = (None if x is None else x.flip(1) for x in (decay, erase, predict))
+    dtype, wide = q.dtype, torch.float64 if q.dtype == torch.float64 else torch.float32
+    q, k, v = q.to(wide), k.to(wide), v.to(wide)
+    decay, erase, predict, bonus = (None if x is None else x.to(wide) for x in (decay, erase, predict, bonus))
     steps, states = k.shape[1:3]
     if state is None:
         state = k.new_zeros(k.shape[0], states, k.shape[3], v.shape[3])
     if steps == 0:
-        return v.new_zeros(v.shape[0], 0, q.shape[2], v.shape[3]), state.clone()
+        return v.new_zeros(v.shape[0], 0, q.shape[2], v.shape[3], dtype=dtype), state.clone()
+    if decay is not None and log_decay:
+        decay = decay.exp()
     if decay is not None and decay_axis == "head":
         decay = decay.unsqueeze(-1)
     on_values = decay_axis == "value"
@@ -57,7 +67,8 @@ def linear_recurrence(
         out = out + _dot(q, read_key) * v.unsqueeze(3)
     if erase is not None and predicted is not None and not exclusive:
         out = out + _dot(q, erase) * join(predicted, steps)
-    return out.flatten(2, 3), last
+    out = out.flatten(2, 3).to(dtype)
+    return out.flip(1) if reverse else out, last
 
 
 def _dot(q: Tensor, k: Tensor) -> Tensor:
