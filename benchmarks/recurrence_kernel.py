@@ -3,7 +3,8 @@
 Gated linear attention (decay of keys, as logarithms) and the delta rule, states of 128x128. torch gets its own layout
 ``[B, H, T, D]``, keys, values and gates repeated per query head, prepared outside the timing, and the faster of its
 eager and its inductor forms counts. The peak is a loop of multiply-adds between registers, run in the same rounds.
-Allocators keep memory, for all, so that no candidate pays for page faults. A ratio is the median over rounds.
+Allocators keep memory, for all, so that no candidate pays for page faults. Time is that of the thread, which other
+processes disturb less; a ratio is the median over rounds.
 
     python benchmarks/recurrence_kernel.py [--target cpu|x86-64-v3] [--only WORD] [--without-inductor]
 """
@@ -244,15 +245,15 @@ def inputs(case: Case) -> tuple[dict[str, np.ndarray], list[Tensor]]:
 
 
 def measure(candidates: dict[str, Callable[[], Any]], rounds: int, seconds: float) -> dict[str, np.ndarray]:
-    """Returns seconds per call (the fastest of a round), one per round; every round runs every candidate."""
+    """Returns processor seconds per call (the fastest of a round), one per round; every round runs every candidate."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, call in candidates.items():
-            begin, best = time.perf_counter(), float("inf")
-            while best == float("inf") or time.perf_counter() - begin < seconds:
-                start = time.perf_counter()
+            begin, best = time.thread_time(), float("inf")
+            while best == float("inf") or time.thread_time() - begin < seconds:
+                start = time.thread_time()
                 call()
-                best = min(best, time.perf_counter() - start)
+                best = min(best, time.thread_time() - start)
             times[name].append(best)
     return {name: np.array(values) for name, values in times.items()}
 
