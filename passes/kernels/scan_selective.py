@@ -30,6 +30,7 @@ from spikingbrain.passes.kernels.builders import (
     minimum,
     mul,
     multiply_add,
+    prefetch,
     put,
     root_module,
     scratch,
@@ -45,6 +46,7 @@ SCRATCH_BYTES = 24 << 10  # IREE's limit for the stack of a dispatch is 32 KiB
 MOST_VECTORS = 4  # of channels, which share the loads of b and c
 LARGEST_EXPONENT = 128.0  # whose exponent field is that of infinity
 UNROLL = 4
+AHEAD = 4  # steps whose rows are fetched: they lie pages apart, which the processor does not foresee
 
 
 def has_selective_kernel(op: ir.OpView) -> bool:
@@ -156,6 +158,10 @@ class _Kernel:
 
         def step(t: ir.Value) -> None:
             now = sub(sub(steps, 1), t) if self.reverse else t
+            later = minimum(add(t, AHEAD), sub(steps, 1))
+            later = sub(sub(steps, 1), later) if self.reverse else later
+            for tensor, write in ((self.x, False), (self.dt, False), (self.y, True)):
+                loop(0, count, 1, lambda u, m=tensor, w=write: prefetch(m, [self.batch, later, place(u)], w))
             loop(0, count, 1, lambda u: self._step(now, place(u), mul(u, length), held, factors, lanes))
 
         loop(0, count, 1, enter)

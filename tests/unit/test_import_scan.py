@@ -47,7 +47,7 @@ class Scans(nn.Module):
         def step(states: Any, now: Any) -> Any:
             state, count = states
             first, second = now
-            state = state * torch.sigmoid(self.decay) + torch.tanh(self.mix(first))
+            state = torch.tanh(state * torch.sigmoid(self.decay) + self.mix(first))
             return (state, count + second), (state * count, first - state)
 
         last = x.sum(-1)
@@ -135,7 +135,7 @@ def test_a_stack_of_other_sizes(tmp_path: Path) -> None:
     entry = Entry((torch.zeros(5, 3, 2, WIDTH),), dynamic_shapes={"x": {2: batch}})
     program = spikingbrain.load(spikingbrain.export(model, {"main": entry}, tmp_path / "turned.sb"))
     x = torch.randn(5, 3, 6, WIDTH)
-    np.testing.assert_allclose(program(x.numpy()), model(x).numpy(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(program.call("main", x.numpy())[0], model(x).numpy(), rtol=1e-5, atol=1e-5)
 
 
 def test_two_entries_keep_their_own_bodies(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_two_entries_keep_their_own_bodies(tmp_path: Path) -> None:
 
     class Two(nn.Module):
         def forward(self, x: Tensor, factor: float) -> Tensor:
-            return scan(lambda s, now: (s * factor + now, s + 0), torch.zeros(x.shape[1:]), x)[0]
+            return scan(lambda s, now: (torch.tanh(s * factor) + now, s + 0), torch.zeros(x.shape[1:]), x)[0]
 
     entries = {name: Entry((torch.zeros(3, 2), f)) for name, f in (("half", 0.5), ("triple", 3.0))}
     text = capture(Two(), entries).module
