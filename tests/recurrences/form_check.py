@@ -31,10 +31,11 @@ def check(
     length: int | None = None,
     extreme: bool = False,
     backend: str | Callable[..., Any] = "spikingbrain",
-) -> None:
+) -> list[dict[str, Any]]:
     """Raises AssertionError unless ``torch.compile`` gives eager's results, final states and gradients.
 
-    Nor may the compiler fail, after which torch would give the right numbers.
+    Nor may the compiler fail, after which torch would give the right numbers. Returns what became of the form's
+    recurrences, as ``explain`` tells it.
     """
     torch._dynamo.reset()
     inputs = form.example(length, extreme=extreme)
@@ -42,7 +43,7 @@ def check(
     options = OPTIONS if backend == "spikingbrain" else {}
     compiled = torch.compile(form.module(), backend=backend, options=options or None, dynamic=False)
     expected = results(form, module, inputs)
-    with report.collect() as graphs:
+    with report.collect() as graphs, report.collect_recurrences() as recurrences:
         actual = results(form, compiled, inputs)
     failures = [f"{r.where}: {r.reason}" for graph in graphs for r in graph.regions if r.failed]
     assert not failures, f"{form.name}: {failures}"
@@ -51,6 +52,7 @@ def check(
         assert_close(
             actual[what], wanted, f"{form.name}: {what}", LEAST_GRADIENT if what.startswith("gradient") else 0
         )
+    return [r.to_dict() for r in recurrences]
 
 
 def results(form: Form, module: Callable[..., Any], inputs: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 
 import torch
-from form_check import check, explained, outcome
+from form_check import check, outcome
 from form_table import Found, read, write
 from forms import FORMS, Form
 
@@ -43,20 +43,19 @@ def main(argv: list[str] | None = None) -> int:
 def run(form: Form, table: dict[str, Found]) -> Iterator[str]:
     """Puts what became of a form into the table; yields what is not as it should be."""
     try:
-        recurrences = explained(form)
+        recurrences = check(form)
+    except AssertionError as error:
+        table[form.name] = Found.of(form, "wrong", str(error))
+        yield f"wrong: {table[form.name].reason}"
+        return
     except Exception as error:
         table[form.name] = Found.of(form, "error", str(error))
-        yield f"error: {error}"
+        yield f"error: {table[form.name].reason}"
         return
     found = outcome(recurrences)
     table[form.name] = Found.of(form, found, "; ".join(dict.fromkeys(r["reason"] for r in recurrences)))
     if found != form.expected:
         yield f"{found} instead of {form.expected}: {table[form.name].reason}"
-    try:
-        check(form)
-    except AssertionError as error:
-        table[form.name] = Found.of(form, "wrong", str(error))
-        yield f"wrong: {error}"
 
 
 if __name__ == "__main__":

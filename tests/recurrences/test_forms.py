@@ -1,11 +1,12 @@
-"""Every form of ``forms.py`` through ``torch.compile``: eager's results, final states and gradients."""
+"""Every form of ``forms.py`` through ``torch.compile``: what becomes of it; eager's results, final states and gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from form_check import check
+from form_check import check, explained, outcome
 from forms import FORMS, Form
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -22,13 +23,13 @@ def name(form: Form) -> str:
 
 @pytest.mark.parametrize("form", QUICK, ids=name)
 def test_quick_form(form: Form) -> None:
-    check(form)
+    assert outcome(check(form)) == form.expected
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", REST, ids=name)
 def test_form(form: Form) -> None:
-    check(form)
+    assert outcome(check(form)) == form.expected
 
 
 def of_any_length(forms: list[Form]) -> Iterator[Form]:
@@ -55,3 +56,12 @@ def gated() -> Iterator[Form]:
 def test_extreme_gates(form: Form) -> None:
     """Gates that are shut (0, -inf as a log), open (1, 0 as a log), and all that lies between."""
     check(form, extreme=True)
+
+
+@pytest.mark.parametrize("name", ["gla_two_layers", "state_in_the_middle"])
+def test_explain_says_what_became_of_it(name: str) -> None:
+    form = FORMS[name]
+    recurrences = explained(form)
+    assert outcome(recurrences) == form.expected
+    assert all(Path(r["where"]).name.startswith("forms_") and r["reason"] for r in recurrences)
+    assert len(recurrences) == {"gla_two_layers": 2, "state_in_the_middle": 1}[name]
