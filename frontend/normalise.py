@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import fx
 
+from spikingbrain.frontend.while_loops import carry_closed_over
+
 aten = torch.ops.aten
 
 # torch-mlir aborts the process on a negative dim of these ("LLVM ERROR: out of memory" in convert-torch-to-tmtensor).
@@ -143,6 +145,7 @@ def normalise(graph: fx.Graph) -> None:
         body = getattr(graph.owning_module, node.target, None) if node.op == "get_attr" else None
         if isinstance(body, fx.GraphModule):
             normalise(body.graph)
+    carry_closed_over(graph)
     make_scatter_dims_positive(graph)
     drop_identities(graph)
     drop_idle_casts(graph)
