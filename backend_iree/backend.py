@@ -38,6 +38,15 @@ class IreeOptions:
     flags: str = ""
 
 
+# Errors of IREE 3.13.0 that come of fusing too much, and what happened.
+_LESS_FUSION = {
+    # a broadcast and a sum of one dynamic value: that value is wanted on the stack
+    "exceeded stack allocation limit": "a fused loop did not fit the stack",
+    # several results of transposed sums that share an operand
+    "does not dominate this use": "fused loops came out in the wrong order",
+}
+
+
 class IreeBackend:
     """Compiles lowered modules with iree-compile and runs them with the IREE runtime."""
 
@@ -81,9 +90,9 @@ class IreeBackend:
         source.write_text(module)
         command = [_compiler(), *self._flags(context.target, context.options), str(source), "-o", str(result)]
         done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode and "exceeded stack allocation limit" in done.stderr:
-            # a broadcast and a sum of one dynamic value, fused: IREE 3.13.0 wants that value on the stack
-            context.report["note"] = "compiled with less fusion: a fused loop did not fit the stack"
+        reason = next((why for error, why in _LESS_FUSION.items() if error in done.stderr), None)
+        if done.returncode and reason:
+            context.report["note"] = f"compiled with less fusion: {reason}"
             command.append("--iree-dispatch-creation-enable-aggressive-fusion=false")
             done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
