@@ -49,7 +49,7 @@ def lif_hard(x: Tensor) -> tuple[Tensor, Tensor]:
     return out, v
 
 
-@form("LIF", "surrogate gradient, learned leak and threshold", "x:BTD:drive", POINTWISE, quick=True)
+@form("LIF", "surrogate gradient, learned leak and threshold", "x:BTD:drive", POINTWISE)
 class LifSurrogate(nn.Module):
     def __init__(self) -> None:
         super().__init__()

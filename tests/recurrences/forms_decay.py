@@ -11,7 +11,7 @@ from written import LINEAR, LINEAR_HEADS_FIRST, SIZES, form
 RAISED = "linear_recurrence"
 
 
-@form("RetNet", "decay of each head in a buffer, output preallocated", LINEAR_HEADS_FIRST, RAISED, quick=True)
+@form("RetNet", "decay of each head in a buffer, output preallocated", LINEAR_HEADS_FIRST, RAISED)
 class RetNetLoop(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class LightningDecode(nn.Module):
         return torch.cat(outputs, dim=-2), state
 
 
-@form("simple GLA", "gate in log form, exp inside the loop", LINEAR + " g:BTH:log", RAISED, quick=True)
+@form("simple GLA", "gate in log form, exp inside the loop", LINEAR + " g:BTH:log", RAISED)
 def simple_gla_exp_inside(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     dtype = v.dtype
     q, k, v, g = (x.transpose(1, 2).float() for x in (q, k, v, g))
@@ -104,9 +104,7 @@ def simple_gla_copy(q: Tensor, k: Tensor, v: Tensor, a: Tensor) -> Tensor:
     return out
 
 
-@form(
-    "Mamba-2", "B and C shared by all heads, skip", "x:BTHV dt:BTH:positive b:BTK c:BTK", RAISED, quick=True
-)
+@form("Mamba-2", "B and C shared by all heads, skip", "x:BTHV dt:BTH:positive b:BTK c:BTK", RAISED)
 class Mamba2Loop(nn.Module):
     def __init__(self) -> None:
         super().__init__()

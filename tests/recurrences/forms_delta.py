@@ -12,7 +12,7 @@ DELTA = "q:BTHK k:BTHK:unit v:BTHV beta:BTH:factor"
 HEADS_FIRST = "q:BHTK k:BHTK:unit v:BHTV beta:BHT:factor"
 
 
-@form("DeltaNet", "output preallocated, v minus the prediction", HEADS_FIRST, RAISED, quick=True)
+@form("DeltaNet", "output preallocated, v minus the prediction", HEADS_FIRST, RAISED)
 def delta_preallocated(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     q = q * q.shape[-1] ** -0.5
     out = torch.zeros_like(v)

@@ -12,7 +12,7 @@ RAISED = "linear_recurrence"
 GLA = LINEAR + " g:BTHK:log"
 
 
-@form("GLA", "output preallocated, exp inside the loop, float32", GLA, RAISED, quick=True)
+@form("GLA", "output preallocated, exp inside the loop, float32", GLA, RAISED)
 def gla_preallocated(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
     dtype = q.dtype
     q, k, v, g = (x.transpose(1, 2).float() for x in (q, k, v, g))
@@ -39,7 +39,7 @@ def gla_list_matmul(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
     return torch.stack(outputs, dim=1)
 
 
-@form("GLA", "initial and final state, state stored (V, K)", GLA + " state:BHVK", RAISED, quick=True)
+@form("GLA", "initial and final state, state stored (V, K)", GLA + " state:BHVK", RAISED)
 def gla_state_transposed(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     outputs = []
     for t in range(q.shape[1]):
@@ -189,7 +189,6 @@ def tied_lerp(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     "bonus added to the state before it is read",
     "r:BTHK k:BTHK v:BTHV w:BTHK:log u:HK",
     RAISED,
-    quick=True,
 )
 def rwkv6_bonus(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
     state = r.new_zeros(r.shape[0], r.shape[2], r.shape[3], v.shape[3])

@@ -26,7 +26,6 @@ def linear_list_einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     "output preallocated, multiply and sum, final state",
     LINEAR_HEADS_FIRST,
     RAISED,
-    quick=True,
 )
 def linear_preallocated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     q = q * q.shape[-1] ** -0.5
@@ -59,7 +58,7 @@ def linear_state_zero(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.stack(outputs, dim=1)
 
 
-@form("linear attention", "slices of one token, matmul, cat", LINEAR_HEADS_FIRST, RAISED, quick=True)
+@form("linear attention", "slices of one token, matmul, cat", LINEAR_HEADS_FIRST, RAISED)
 def linear_slices_cat(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     state = torch.zeros(*k.shape[:2], k.shape[-1], v.shape[-1]).to(k)
     outputs = []
@@ -230,7 +229,7 @@ def linear_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
-@form("linear attention, normalised", "two states, elu + 1", LINEAR, RAISED, quick=True)
+@form("linear attention, normalised", "two states, elu + 1", LINEAR, RAISED)
 def normalised_two_states(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k = F.elu(q) + 1, F.elu(k) + 1
     state = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
@@ -298,7 +297,7 @@ def linear_chunks_cumsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.flatten(2, 3)
 
 
-@form("linear attention", "a module with projections, relu and a norm per head", "x:BTD", RAISED, quick=True)
+@form("linear attention", "a module with projections, relu and a norm per head", "x:BTD", RAISED)
 class LinearAttentionLayer(nn.Module):
     def __init__(self) -> None:
         super().__init__()

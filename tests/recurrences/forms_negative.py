@@ -22,7 +22,7 @@ def zero_state(q: Tensor, v: Tensor) -> Tensor:
     return q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
 
 
-@negative("linear attention", "the state clamped", LINEAR, "loop", quick=True)
+@negative("linear attention", "the state clamped", LINEAR, "loop")
 def state_clamped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     state, outputs = zero_state(q, v), []
     for t in range(q.shape[1]):
@@ -79,7 +79,7 @@ def state_squared(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.stack(outputs, 1)
 
 
-@negative("linear attention", "float32 state rounded to bfloat16 at each step", LINEAR, "loop", quick=True)
+@negative("linear attention", "float32 state rounded to bfloat16 at each step", LINEAR, "loop")
 def state_rounded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     state, outputs = zero_state(q, v), []
     for t in range(q.shape[1]):
@@ -88,9 +88,7 @@ def state_rounded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(outputs, 1), state
 
 
-@negative(
-    "linear attention", "truncated backpropagation: detached every four steps", LINEAR, "unrolled", quick=True
-)
+@negative("linear attention", "truncated backpropagation: detached every four steps", LINEAR, "unrolled")
 def state_detached(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     state, outputs = zero_state(q, v), []
     for t in range(q.shape[1]):
@@ -238,7 +236,7 @@ def mask_strict(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT).tril(-1) @ v
 
 
-@negative("linear attention", "quadratic: relu of the scores", LINEAR_HEADS_FIRST, quick=True)
+@negative("linear attention", "quadratic: relu of the scores", LINEAR_HEADS_FIRST)
 def scores_relu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT).relu().tril() @ v
 

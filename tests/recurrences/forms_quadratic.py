@@ -11,7 +11,7 @@ RAISED = "linear_recurrence"
 DECAYED = LINEAR_HEADS_FIRST + " g:BHT:log"
 
 
-@form("linear attention", "quadratic: tril of the scores", LINEAR_HEADS_FIRST, RAISED, quick=True)
+@form("linear attention", "quadratic: tril of the scores", LINEAR_HEADS_FIRST, RAISED)
 def quadratic_tril(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.tril(q @ k.transpose(-1, -2)) @ v
 
@@ -47,7 +47,7 @@ def quadratic_scores_normalised(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (scores / scores.sum(-1, keepdim=True)) @ v
 
 
-@form("RetNet", "quadratic: powers of distances", LINEAR_HEADS_FIRST, RAISED, quick=True)
+@form("RetNet", "quadratic: powers of distances", LINEAR_HEADS_FIRST, RAISED)
 def quadratic_powers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     gamma = 1 - torch.exp2(-5 - torch.arange(q.shape[1], dtype=q.dtype))
     n = torch.arange(q.shape[2])
@@ -115,7 +115,7 @@ def quadratic_gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
     return ((q * c.exp()) @ (k * (-c).exp()).transpose(-1, -2)).tril() @ v
 
 
-@form("linear attention", "cumulative sum of outer products", LINEAR, RAISED, quick=True)
+@form("linear attention", "cumulative sum of outer products", LINEAR, RAISED)
 def cumsum_outer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     states = torch.cumsum(k[..., :, None] * v[..., None, :], dim=1)
     return torch.einsum("bthk,bthkv->bthv", q, states)

@@ -68,7 +68,7 @@ def rglru_casts(x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     return out, h
 
 
-@form("leaky integrator", "a constant leak, time first", "x:TBD", RAISED, quick=True)
+@form("leaky integrator", "a constant leak, time first", "x:TBD", RAISED)
 def leaky_constant(x: Tensor) -> Tensor:
     v = torch.zeros_like(x[0])
     trace = []
