@@ -32,6 +32,8 @@ def loop_of_scan(module: fx.GraphModule, node: fx.Node, keep_detach: bool) -> Lo
     body = getattr(module, str(body_node.target))
     if not sequences:
         raise NotALoop("it reads no sequence")
+    if not all(isinstance(n, fx.Node) for n in [*initial, *outside]):
+        raise NotALoop("it closes over numbers")
     if any(isinstance(s, torch.SymInt) for n in [*initial, *outside] for s in _shape(n)):
         raise NotALoop("sizes that are symbols")
     values, results = _body(body, keep_detach)
