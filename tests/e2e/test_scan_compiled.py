@@ -149,7 +149,11 @@ def _check(function: Callable[..., Any], model: Callable[..., Any], steps: int, 
         torch.testing.assert_close(result, wanted.float(), rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("model", [*POINTWISE, *GENERAL], ids=lambda f: f.__name__)
+def _quick(model: Callable[..., Any]) -> Any:
+    return model if model in (lif_soft, gru) else pytest.param(model, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("model", map(_quick, [*POINTWISE, *GENERAL]), ids=lambda f: f.__name__)
 def test_gradients(model: Callable[..., Any], fresh_dynamo: None, tmp_path: Path) -> None:
     options = {"dump": str(tmp_path), "threads": 1}
     compiled = torch.compile(
@@ -172,7 +176,9 @@ def test_gradients_at_any_length(model: Callable[..., Any], fresh_dynamo: None) 
         _check(compiled, model, steps, batch)
 
 
-@pytest.mark.parametrize("model", [lif_soft, gru], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "model", [lif_soft, pytest.param(gru, marks=pytest.mark.slow)], ids=lambda f: f.__name__
+)
 def test_export_at_any_length(model: Callable[..., Any], tmp_path: Path) -> None:
     class Model(nn.Module):
         def forward(self, x: Tensor, v: Tensor, decay: Tensor) -> tuple[Tensor, ...]:

@@ -221,7 +221,15 @@ func.func @{name}({arguments}) -> ({", ".join(made)}) {{
 }}"""
 
 
-@pytest.fixture(scope="module", params=[V4, V3, SMALL_TILES, PORTABLE], ids=lambda target: target.name)
+TARGETS = [
+    V4,
+    pytest.param(V3, marks=pytest.mark.slow),
+    SMALL_TILES,
+    PORTABLE,
+]  # small tiles are V3's code as well
+
+
+@pytest.fixture(scope="module", params=TARGETS, ids=lambda target: target.name)
 def program(request: pytest.FixtureRequest) -> Any:
     if not scan_targets.runs_here(request.param):
         pytest.skip(f"this processor is not {request.param.cpu}")

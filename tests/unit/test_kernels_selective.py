@@ -63,7 +63,11 @@ SELECTIVE = {
 }
 
 
-@pytest.fixture(scope="module", params=[V4, V3, PORTABLE], ids=lambda target: target.name)
+@pytest.fixture(
+    scope="module",
+    params=[V3, pytest.param(V4, marks=pytest.mark.slow), PORTABLE],
+    ids=lambda target: target.name,
+)
 def program(request: pytest.FixtureRequest) -> Any:
     if not scan_targets.runs_here(request.param):
         pytest.skip(f"this processor is not {request.param.cpu}")
