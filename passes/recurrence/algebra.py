@@ -55,6 +55,7 @@ class Algebra:
         self.same = same
         self.made: list[Value] = []  # values that stand in no graph: masks turned round
         self._terms: dict[Value, Sum] = {}
+        self._failed: dict[Value, NonAffine] = {}
         self._not: dict[Value, Value] = {}
 
     def depends(self, v: Value) -> bool:
@@ -66,12 +67,33 @@ class Algebra:
 
     def terms(self, v: Value) -> Sum:
         """Returns ``v`` as a sum; raises ``NonAffine``."""
-        if v not in self._terms:
+        todo = [v]
+        while todo:
+            x = todo[-1]
+            inner = [
+                i for i in x.inputs if self._looks_into(i) and i not in self._terms and i not in self._failed
+            ]
+            if inner and self._looks_into(x) and x not in self.states:
+                todo += inner
+                continue
+            todo.pop()
+            if x not in self._terms and x not in self._failed:
+                self._note(x)
+        if v in self._failed:
+            raise self._failed[v]
+        return self._terms[v]
+
+    def _looks_into(self, v: Value) -> bool:
+        return v in self.moving or v in self.opened or v.op in RELABELS
+
+    def _note(self, v: Value) -> None:
+        try:
             found = merged(self._compute(v))
             if len(found) > MOST_TERMS:
                 raise NonAffine(v.op, "too many terms")
             self._terms[v] = found
-        return self._terms[v]
+        except NonAffine as why:
+            self._failed[v] = why
 
     def can_open(self, v: Value) -> bool:
         """Whether a value without states has an inside to look at."""
@@ -361,14 +383,16 @@ def _lerp(a: Algebra, v: Value) -> Sum:
 
 @rule("where")
 def _where(a: Algebra, v: Value) -> Sum:
-    if len(v.inputs) != 3:
-        raise NonAffine("where", "an argument that is no tensor")
-    mask, x, y = v.inputs
+    mask, rank = v.inputs[0], _rank(v)
     a.free(mask, "the condition depends on the state", "where")
-    rank = _rank(v)
     found: Sum = []
-    for source, condition in ((x, mask), (y, None)):
-        terms = a.terms(source)
+    for literal, condition in zip(v.literals[1:3], (mask, None), strict=True):
+        if isinstance(literal, Slot):
+            terms = padded(a.terms(v.inputs[literal.index]), rank)
+        elif math.isfinite(literal):
+            terms = number(float(literal), rank)
+        else:
+            raise NonAffine("where", f"fills with {literal}")
         if terms:
             found += product(terms, atom(condition or a.negation(mask)), rank)
     return found

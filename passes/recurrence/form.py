@@ -164,6 +164,36 @@ class Recurrence:
 
 
 @dataclass(eq=False)
+class Form:
+    """A recurrence that is written without a loop: masked scores, cumulative sums.
+
+    All factors are values of the graph, and their axes have the label "t" where they change with time. The state starts from
+    zero and time runs up.
+
+    Attributes:
+        result: the value that is what the recurrence reads (its states, for a "linear_scan").
+        axes: label of each axis of ``result``: "t", "b0", ..., "v", "g0", ... (of the query alone), None where the size is 1.
+        kind: "linear_recurrence" or "linear_scan".
+        length: the size of "t".
+        query, key, value: of a linear recurrence, ``o_t = S_t^T q_t``, S gaining ``key value^T``; ``exclusive``: before that.
+        decay, decay_log: as in ``Recurrence``; what they are at the first step doesn't matter.
+        update: the terms of a linear scan's update.
+    """
+
+    result: Value
+    axes: tuple[str | None, ...]
+    kind: str
+    length: int
+    query: Product | None = None
+    key: Product | None = None
+    value: Product | None = None
+    decay: Product | None = None
+    decay_log: Product | None = None
+    exclusive: bool = False
+    update: list[Product] = field(default_factory=list)
+
+
+@dataclass(eq=False)
 class Verdict:
     """What became of one loop or form.
 
@@ -172,6 +202,7 @@ class Verdict:
             "pointwise" (the same, every op of the step elementwise), "unrolled" (left alone).
         reason: for a person: what it is, or why it is not raised (op, and why).
         values: where it is in the graph, for source lines.
+        loop, form: the one that this is about; neither for what is left alone.
     """
 
     status: str
@@ -179,3 +210,4 @@ class Verdict:
     values: list[Value]
     loop: Loop | None = None
     recurrences: list[Recurrence] = field(default_factory=list)
+    form: Form | None = None

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from spikingbrain.frontend.recurrences.adapter import adapt
 from spikingbrain.frontend.recurrences.emit import call_of
 from spikingbrain.passes.recurrence.form import Factor, Loop, Product, Recurrence, Verdict
+from spikingbrain.passes.recurrence.form import Form as Written
 from spikingbrain.passes.recurrence.graph import Graph, Value
 from spikingbrain.passes.recurrence.normalise import normalise
 
@@ -54,9 +55,7 @@ def trace(form: Form, length: int | None = None) -> Traced:
 class Evaluation:
     """Computes a graph; what ``loops`` carry, return and join is computed by their bodies, step by step."""
 
-    def __init__(
-        self, traced: Traced, loops: Sequence[Loop] = (), verdicts: Sequence[Verdict] = ()
-    ) -> None:
+    def __init__(self, traced: Traced, loops: Sequence[Loop] = (), verdicts: Sequence[Verdict] = ()) -> None:
         self.traced = traced
         self.recurrences = {id(v.loop): v.recurrences for v in verdicts}
         self.known: dict[Value, Any] = {}
@@ -82,8 +81,7 @@ class Evaluation:
         if v.op == "input":
             return self.traced.tensor(v)
         if v.op == "constant":
-            numbers = v.literals[0]
-            return torch.tensor(numbers, dtype=getattr(torch, v.dtype))
+            return torch.as_tensor(v.literals[0], dtype=getattr(torch, v.dtype))
         target, args, kwargs = call_of(v, inputs)
         return target(*args, **kwargs)
 
@@ -192,6 +190,66 @@ class Evaluation:
             equation = f"{','.join(names)}->{''.join(letter[a] for a in there if a)}"
             value = p.scalar * torch.einsum(equation, *operands)
         return value.reshape([sizes[a] if a in there else 1 for a in axes])
+
+    # Forms without a loop
+
+    def check_form(self, form: Written) -> None:
+        """Raises AssertionError unless the recurrence, run step by step, gives the value that the form stands for."""
+        parts = (form.query, form.key, form.value, form.decay, form.decay_log, *form.update)
+        held: dict[str, int] = {"t": form.length}
+        for f in (f for p in parts if p for f in p.factors):
+            held |= {
+                a: n
+                for a, n in zip(f.axes, f.value.shape or (), strict=True)
+                if a and (n > 1 or a not in held)
+            }
+        state_axes = sorted(a for a in held if a[0] in "bkv")
+        rows = []
+        state = torch.zeros([held[a] for a in state_axes], dtype=torch.float64)
+        read_axes = [a for a in form.axes if a not in (None, "t")]
+        for t in range(form.length):
+            before = state
+            if form.decay is not None:
+                state = state * self.at(form.decay, state_axes, held, t)
+            if form.decay_log is not None:
+                state = state * self.at(form.decay_log, state_axes, held, t).exp()
+            if form.kind == "linear_scan":
+                state = state + sum(self.at(p, state_axes, held, t) for p in form.update)
+                rows.append(state)
+                continue
+            state = state + self.at(form.key, state_axes, held, t) * self.at(form.value, state_axes, held, t)
+            every = sorted(held.keys() - {"t"})
+            read = before if form.exclusive else state
+            wide = read.reshape([held[a] if a in state_axes else 1 for a in every])
+            out = wide * self.at(form.query, every, held, t)
+            gone = [i for i, a in enumerate(every) if a not in read_axes]
+            rows.append(out.sum(gone) if gone else out)
+        left = [
+            a
+            for a in (state_axes if form.kind == "linear_scan" else sorted(held.keys() - {"t"}))
+            if a in read_axes
+        ]
+        joined = torch.stack(rows)
+        order = ["t", *left]
+        joined = joined.permute([order.index(a) for a in form.axes if a is not None])
+        close(joined.reshape(self(form.result).shape), self(form.result), f"form {form.axes}")
+
+    def at(self, p: Product | None, axes: Sequence[str], sizes: dict[str, int], t: int) -> Tensor:
+        """Returns a product at time t, broadcast to ``axes``."""
+        assert p is not None
+        total = torch.full([sizes[a] for a in axes], p.scalar, dtype=torch.float64)
+        for f in p.factors:
+            x = torch.as_tensor(self(f.value)).double()
+            names = list(f.axes)
+            if "t" in names:
+                x = x.select(names.index("t"), t)
+                names.remove("t")
+            flat = x.reshape([n for n, a in zip(x.shape, names, strict=True) if a is not None])
+            held = [a for a in names if a is not None]
+            flat = flat.permute([held.index(a) for a in axes if a in held])
+            flat = flat.reshape([sizes[a] if a in held else 1 for a in axes])
+            total = total * (flat if f.power == 1 else flat**f.power)
+        return total
 
 
 def close(found: Tensor, wanted: Tensor, what: str) -> None:
