@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from spikingbrain.models.recurrences.linear_recurrence import linear_recurrence
+from spikingbrain.models.recurrences.gated import gla
 
 # How the recurrence is computed: in blocks of tokens, or token by token. The same function of the same weights.
 FORMS = ("blockwise", "loop")
@@ -146,7 +146,7 @@ class Block(nn.Module):
 class GatedLinearAttention(nn.Module):
     def __init__(self, config: GlaConfig):
         super().__init__()
-        self.form, self.key_heads = config.form, config.key_heads
+        self.form, self.heads, self.key_heads = config.form, config.heads, config.key_heads
         self.key_size, self.value_size = config.key_size, config.value_size
         self.query = nn.Linear(config.width, config.heads * config.key_size, bias=False)
         self.key = nn.Linear(config.width, config.key_heads * config.key_size, bias=False)
@@ -157,37 +157,42 @@ class GatedLinearAttention(nn.Module):
         self.output = nn.Linear(config.heads * config.value_size, config.width, bias=False)
 
     def forward(self, x_BTE: Tensor, memory_BSKV: Tensor) -> tuple[Tensor, Tensor]:
-        q_BTHK = F.relu(self.query(x_BTE)).unflatten(-1, (-1, self.key_size)) * self.key_size**-0.5
-        k_BTSK = F.relu(self.key(x_BTE)).unflatten(-1, (-1, self.key_size))
-        v_BTSV = self.value(x_BTE).unflatten(-1, (-1, self.value_size))
-        g_BTSK = F.logsigmoid(self.gate_up(self.gate_down(x_BTE))).unflatten(-1, (-1, self.key_size))
-        decay_BTSK = torch.exp(g_BTSK.to(memory_BSKV.dtype) / GATE_DIVISOR)
+        B, T, _ = x_BTE.shape
+        q_BTHK = F.relu(self.query(x_BTE)).view(B, T, self.heads, self.key_size)
+        k_BTSK = F.relu(self.key(x_BTE)).view(B, T, self.key_heads, self.key_size)
+        v_BTSV = self.value(x_BTE).view(B, T, self.key_heads, self.value_size)
+        g_BTSK = F.logsigmoid(self.gate_up(self.gate_down(x_BTE))).view(B, T, self.key_heads, self.key_size)
+        # the recurrence in float32, whatever the model's type
+        q_BTHK, k_BTSK, v_BTSV, g_BTSK = (y.to(memory_BSKV.dtype) for y in (q_BTHK, k_BTSK, v_BTSV, g_BTSK))
         recur = token_by_token if self.form == "loop" else in_blocks
-        q_BTHK, k_BTSK, v_BTSV = (y.to(memory_BSKV.dtype) for y in (q_BTHK, k_BTSK, v_BTSV))
-        o_BTHV, memory_BSKV = recur(q_BTHK, k_BTSK, v_BTSV, decay_BTSK, memory_BSKV)
+        o_BTHV, memory_BSKV = recur(q_BTHK, k_BTSK, v_BTSV, g_BTSK / GATE_DIVISOR, memory_BSKV)
         return self.output(self.norm(o_BTHV.to(x_BTE.dtype)).flatten(2)), memory_BSKV
 
 
 def token_by_token(
-    q_BTHK: Tensor, k_BTSK: Tensor, v_BTSV: Tensor, decay_BTSK: Tensor, memory_BSKV: Tensor
+    q_BTHK: Tensor, k_BTSK: Tensor, v_BTSV: Tensor, g_BTSK: Tensor, memory_BSKV: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The equation, written down; the compiler makes the blocks of it."""
-    B, T, S, _ = k_BTSK.shape
-    q_BTSGK = q_BTHK.unflatten(2, (S, -1))
-    outputs = [v_BTSV.new_zeros(B, 0, q_BTHK.shape[2], v_BTSV.shape[3])]
+    (B, T, S, K), H, V = k_BTSK.shape, q_BTHK.shape[2], v_BTSV.shape[3]
+    q_BTSGK = q_BTHK.view(B, T, S, H // S, K) * K**-0.5
+    outputs = [v_BTSV.new_zeros(B, 0, H, V)]
     for t in range(T):
         update_BSKV = k_BTSK[:, t, :, :, None] * v_BTSV[:, t, :, None, :]
-        memory_BSKV = decay_BTSK[:, t, :, :, None] * memory_BSKV + update_BSKV
+        memory_BSKV = g_BTSK[:, t, :, :, None].exp() * memory_BSKV + update_BSKV
         o_BSGV = torch.einsum("bsgk,bskv->bsgv", q_BTSGK[:, t], memory_BSKV)
-        outputs.append(o_BSGV.flatten(1, 2)[:, None])
+        outputs.append(o_BSGV.reshape(B, 1, H, V))
     return torch.cat(outputs, dim=1), memory_BSKV
 
 
 def in_blocks(
-    q_BTHK: Tensor, k_BTSK: Tensor, v_BTSV: Tensor, decay_BTSK: Tensor, memory_BSKV: Tensor
+    q_BTHK: Tensor, k_BTSK: Tensor, v_BTSV: Tensor, g_BTSK: Tensor, memory_BSKV: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The same in matrix products over blocks of tokens, fast without a compiler as well."""
-    return linear_recurrence(q_BTHK, k_BTSK, v_BTSV, decay_BTSK, decay_axis="key", state=memory_BSKV)
+    o_BTHV, last_BSKV = gla(
+        q_BTHK, k_BTSK, v_BTSV, g_BTSK, initial_state=memory_BSKV, output_final_state=True
+    )
+    assert last_BSKV is not None  # asked for
+    return o_BTHV, last_BSKV
 
 
 class SwiGLU(nn.Module):
