@@ -16,6 +16,7 @@ from spikingbrain.frontend.dynamo import decompositions, plan
 from spikingbrain.frontend.dynamo.ops import Verdict
 from spikingbrain.frontend.dynamo.options import CompileOptions
 from spikingbrain.frontend.dynamo.partition import Region
+from spikingbrain.frontend.recurrences.raising import raise_in_dynamo_graph
 
 
 @dataclass
@@ -46,8 +47,11 @@ class Planned:
     outputs: list[Any]
 
 
-def recorder(found: list[Captured]) -> Callable[..., Any]:
-    """Returns a Dynamo backend that compiles nothing and keeps every graph in ``found``, with the values of its first run."""
+def recorder(found: list[Captured], recurrences: bool = True) -> Callable[..., Any]:
+    """Returns a Dynamo backend that compiles nothing and keeps every graph in ``found``, with the values of its first run.
+
+    Without ``recurrences`` they are not raised.
+    """
 
     def compiler(kind: str) -> Callable[..., Any]:
         def take(module: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
@@ -71,6 +75,8 @@ def recorder(found: list[Captured]) -> Callable[..., Any]:
         return take
 
     def backend_function(module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        if recurrences:
+            module, _ = raise_in_dynamo_graph(module)
         return aot_autograd(
             **decompositions.aot_settings(compiler),
         )(module, inputs)

@@ -136,8 +136,12 @@ def _compare(
     if told := _unlike(once.run(model, model, args, kwargs), expected):
         return Finding(told, "the model itself: two runs in torch, with the same random numbers, differ")
     graphs: list[Captured] = []
-    captured = once.run(model, once.fresh(model, recorder(graphs), dynamic), args, kwargs)
+    level = bool(options.level)
+    captured = once.run(model, once.fresh(model, recorder(graphs, level), dynamic), args, kwargs)
     if told := _unlike(captured, expected):
+        plain = once.run(model, once.fresh(model, recorder([], recurrences=False), dynamic), args, kwargs)
+        if not _unlike(plain, expected):
+            return Finding(told, "raise-recurrence: a loop was taken for another (frontend/recurrences)")
         return Finding(
             told,
             'torch: its graphs differ before anything is compiled; see backend="aot_eager_decomp_partition"',

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +14,6 @@ from spikingbrain.errors import CompileError
 from spikingbrain.frontend.decompose import decompose
 from spikingbrain.frontend.recurrences.lengths import (
     AnyLength,
-    NotUnified,
     export_any_length,
     looped_dimensions,
     name_outputs,
@@ -23,12 +21,11 @@ from spikingbrain.frontend.recurrences.lengths import (
 )
 from spikingbrain.frontend.recurrences.raising import promising, raise_recurrences, would_raise
 from spikingbrain.frontend.recurrences.report import RecurrenceReport
+from spikingbrain.frontend.recurrences.unify import Dims, NotUnified
 
 log = logging.getLogger("spikingbrain.compile")
 
 _LONGEST_FIXED = 4096  # steps that torch.export unrolls in minutes
-
-Dims = Sequence[Mapping[int, Any] | None]
 
 
 @dataclass

@@ -26,6 +26,7 @@ from spikingbrain.frontend.recurrences.hops import NotALoop, loop_of_scan, scans
 from spikingbrain.frontend.recurrences.linear import Steps, emit_recurrence
 from spikingbrain.frontend.recurrences.loops import emit_scan
 from spikingbrain.frontend.recurrences.report import RecurrenceReport
+from spikingbrain.frontend.recurrences.symbolic import at_sizes, is_symbolic, sizes_of
 from spikingbrain.passes.recurrence.analysis import analyse
 from spikingbrain.passes.recurrence.classify import classify
 from spikingbrain.passes.recurrence.form import Loop, Recurrence, Stacked, Verdict
@@ -41,12 +42,38 @@ def raise_in_dynamo_graph(module: fx.GraphModule) -> tuple[fx.GraphModule, list[
     if not promising(module.graph):
         return module, []
     with _no_collection():
+        if is_symbolic(module.graph):
+            return _raise_at_symbols(module)
         try:
             functional = functionalise(module)
         except NotFunctional as stop:
             return module, [RecurrenceReport("unrolled", "", str(user_line(stop.node) or ""), str(stop))]
         reports = raise_recurrences(functional, keep_detach=torch.is_grad_enabled())
     return (functional if any(r.status != "unrolled" for r in reports) else module), reports
+
+
+def _raise_at_symbols(module: fx.GraphModule) -> tuple[fx.GraphModule, list[RecurrenceReport]]:
+    """Raises in a graph with symbolic sizes, by way of several graphs whose sizes are known."""
+    from spikingbrain.frontend.recurrences.lengths import (
+        NotUnified,
+        unify,
+    )  # which traces, and so needs this module
+
+    try:
+        sizes = sizes_of(module.graph)
+        points = sizes.points()
+        graphs: list[fx.GraphModule] = []
+        reports: list[RecurrenceReport] = []
+        for point in points:
+            graphs.append(functionalise(at_sizes(module, point)))
+            reports = raise_recurrences(graphs[-1], keep_detach=torch.is_grad_enabled())
+            if all(r.status == "unrolled" for r in reports):
+                return module, reports
+        return unify(graphs, sizes, points), reports
+    except NotFunctional as stop:
+        return module, [RecurrenceReport("unrolled", "", str(user_line(stop.node) or ""), str(stop))]
+    except NotUnified as stop:
+        return module, [RecurrenceReport("unrolled", "", "", f"sizes are symbols: {stop}")]
 
 
 @contextlib.contextmanager

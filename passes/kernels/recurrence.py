@@ -21,7 +21,6 @@ from torch_mlir import ir
 from torch_mlir.dialects import func, tensor
 
 from spikingbrain.errors import UnsupportedOp
-from spikingbrain.passes import linalg_build
 from spikingbrain.passes.kernels import recurrence_blocked, recurrence_sequential
 from spikingbrain.passes.kernels.builders import index, launch, size
 from spikingbrain.passes.kernels.recurrence_base import Problem
@@ -33,8 +32,10 @@ OPERANDS = ("q", "k", "v", "decay", "erase", "predict", "bonus")
 def emit_recurrence_launch(op: Any, target: Target) -> ir.Operation:
     """Replaces a ``spikingbrain.linear_recurrence`` op by the launch of a kernel for ``target``; returns the launch.
 
-    The kernel function is created in the module unless an equal one exists. The final state is tied to the state:
-    written in its memory where nothing uses it afterwards, else in a copy. Raises UnsupportedOp, with the module
+    The kernel function is created in the module unless an equal one exists. A state that nothing else reads is updated in
+    place; any other, and zeros, the kernel writes to new memory first. (Two launches tied to one value are not safe: with
+    dynamic sizes IREE 3.13 lets the second read what the first wrote; ``test_states_that_others_read`` fails if a state
+    is tied regardless.) Raises UnsupportedOp, with the module
     unchanged, when the target has no vectors or the op is of a kind that the kernels do not handle.
     """
     problem = _problem_of(op)
@@ -48,26 +49,36 @@ def emit_recurrence_launch(op: Any, target: Target) -> ir.Operation:
         with ir.InsertionPoint(operation):
             batch, time = (size(op.q, axis) for axis in (0, 1))
             operands = {name: value for name in OPERANDS if (value := getattr(op, name)) is not None}
-            operands["state"] = _initial_state(op, batch)
+            if op.state is not None:
+                operands["initial"] = _initial_state(op)
+            in_place = op.state is not None and len(list(op.state.uses)) == 1
+        fresh = [op.o] if in_place else [op.o, op.final_state]
         types = [ir.IndexType.get()] * 3 + [
             ir.MemRefType.get(t.shape, t.element_type)
-            for t in (ir.RankedTensorType(v.type) for v in [*operands.values(), op.o])
+            for t in (ir.RankedTensorType(v.type) for v in [*operands.values(), *fresh])
         ]
-        name = _kernel_name(problem, schedule, types)
+        name = _kernel_name(problem, schedule, types, in_place)
         if name not in ir.SymbolTable(module):
             with ir.InsertionPoint(module.regions[0].blocks[0]):
                 kernel = func.FuncOp(name, (types, []), visibility="private")
             with ir.InsertionPoint(kernel.add_entry_block()):
                 workgroup, memrefs = list(kernel.arguments)[:3], list(kernel.arguments)[3:]
-                named = dict(zip([*operands, "o"], memrefs, strict=True))
-                kind.Kernel(problem, schedule, workgroup, named).build()
+                names = [*operands, "o", "state"][: len(memrefs)]
+                named = dict(zip(names, memrefs, strict=True))
+                if in_place:
+                    named["state"] = named.pop("initial")
+                body = kind.Kernel(problem, schedule, workgroup, named)
+                body.in_place = in_place
+                body.build()
                 func.ReturnOp([])
         with ir.InsertionPoint(operation):
             grid = [index(schedule.blocks(problem)), index(problem.states), batch]
             dynamic = ir.RankedTensorType(op.o.type).is_dynamic_dim
             sizes = [s for axis, s in enumerate((batch, time)) if dynamic(axis)]
+            if not in_place and ir.RankedTensorType(op.final_state.type).is_dynamic_dim(0):
+                sizes.append(batch)
             results = [op.o.type, op.final_state.type]
-            tied = [-1, len(operands) - 1]
+            tied = [-1, len(operands) - 1 if in_place else -1]
             made = launch(name, results, grid, list(operands.values()), sizes, tied)
         op.o.replace_all_uses_with(made.results[0])
         op.final_state.replace_all_uses_with(made.results[1])
@@ -75,11 +86,9 @@ def emit_recurrence_launch(op: Any, target: Target) -> ir.Operation:
     return made
 
 
-def _initial_state(op: Any, batch: ir.Value) -> ir.Value:
-    """Returns the op's state as the type of its result; zeros where it has none."""
+def _initial_state(op: Any) -> ir.Value:
+    """Returns the op's state as the type of its result."""
     kind = ir.RankedTensorType(op.final_state.type)
-    if op.state is None:
-        return linalg_build.filled(kind, [batch] if kind.is_dynamic_dim(0) else [], 0.0)
     return op.state if op.state.type == kind else tensor.CastOp(kind, op.state).result
 
 
@@ -113,8 +122,8 @@ def _problem_of(op: Any) -> Problem:
     )
 
 
-def _kernel_name(problem: Problem, schedule: Any, types: list[ir.Type]) -> str:
-    facts = f"{problem} {schedule} {', '.join(map(str, types))}"
+def _kernel_name(problem: Problem, schedule: Any, types: list[ir.Type], in_place: bool) -> str:
+    facts = f"{problem} {schedule} {in_place} {', '.join(map(str, types))}"
     digest = hashlib.sha256(facts.encode()).hexdigest()[:10]
     sizes = f"{problem.heads}x{problem.states}x{problem.key_size}x{problem.value_size}"
     return f"recurrence_{sizes}_{digest}"

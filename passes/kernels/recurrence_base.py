@@ -27,6 +27,7 @@ from spikingbrain.passes.kernels.builders import (
     reduced_float,
     size,
     splat,
+    store,
     sub,
 )
 from spikingbrain.target import Target
@@ -127,11 +128,30 @@ class RecurrenceKernel:
         self.decay, self.erase, self.predict, self.bonus = (
             operands.get(n) for n in ("decay", "erase", "predict", "bonus")
         )
+        self.initial = operands.get("initial")
+        self.in_place = True
         self.length = size(self.q, 1)
 
     def build(self) -> None:
         """Emits the body."""
         raise NotImplementedError
+
+    def begin(self, first: Index, columns: int) -> None:
+        """Writes the initial state, or zeros without one, to a block of columns of the state, unless it is there already."""
+        if self.in_place:
+            return
+        whole = columns // self.lanes * self.lanes
+
+        def column(row: ir.Value, at: ir.Value, lanes: int) -> None:
+            place = [self.batch, self.number, row, add(first, at)]
+            value = splat(0.0, lanes) if self.initial is None else load(self.initial, place, lanes)
+            store(value, self.state, place)
+
+        def rows(row: ir.Value) -> None:
+            loop(0, whole, self.lanes, lambda at: column(row, at, self.lanes))
+            loop(whole, columns, 1, lambda at: column(row, at, 1))
+
+        loop(0, self.problem.key_size, 1, rows)
 
     # Arithmetic
 

@@ -158,6 +158,7 @@ class Kernel(RecurrenceKernel):
         shapes = _scratch_shapes(self.problem, self.schedule.steps, self.schedule.columns)
         buffers = scratch([(shape, ir.F32Type.get()) for shape in shapes.values()])
         self.buffers = dict(zip(shapes, buffers, strict=True))
+        self.begin(self.first_column, self.schedule.columns)
         loop(0, self.length, self.schedule.steps, self._chunk)
 
     def _chunk(self, first: ir.Value) -> None:

@@ -134,6 +134,7 @@ class Kernel(RecurrenceKernel):
         shapes = _scratch_shapes(self.problem, self.schedule.steps)
         self.predictions, *rest = scratch([(shape, ir.F32Type.get()) for shape in shapes])
         self.decays = rest[0] if rest else None
+        self.begin(0, self.problem.value_size)
 
         def start() -> None:
             each_tile(self.blocks, self._first_predictions)
