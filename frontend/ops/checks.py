@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from spikingbrain.errors import CompileError, OptionError, ShapeError
+from spikingbrain.models.recurrences.dtypes import wide
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 AXES = ("none", "head", "key", "value")
@@ -64,7 +65,7 @@ def require_axis(op: str, axis: str, decay: Tensor | None) -> None:
 
 def state_dtype(like: Tensor) -> torch.dtype:
     """Returns the dtype of states and of arithmetic: float64 for float64, else float32."""
-    return torch.float64 if like.dtype == torch.float64 else torch.float32
+    return wide(like.dtype)
 
 
 def up(x: Tensor) -> Tensor:

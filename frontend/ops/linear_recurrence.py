@@ -24,7 +24,7 @@ from spikingbrain.frontend.ops.checks import (
     state_dtype,
     up,
 )
-from spikingbrain.models.recurrences import linear_recurrence as blockwise
+from spikingbrain.models.recurrences.linear_recurrence import linear_recurrence as blockwise
 
 _NAME = "linear_recurrence"
 
@@ -77,7 +77,7 @@ def compute(
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Returns what the op does, block by block, in plain PyTorch that can be differentiated."""
-    o, last = blockwise.linear_recurrence(
+    o, last = blockwise(
         q, k, v, decay, erase, predict, bonus, state, decay_axis, log_decay, exclusive, reverse
     )
     return o.contiguous(), last.contiguous()

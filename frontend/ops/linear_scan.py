@@ -18,7 +18,7 @@ from spikingbrain.frontend.ops.checks import (
     state_dtype,
     up,
 )
-from spikingbrain.models.recurrences import scan as blockwise
+from spikingbrain.models.recurrences.scan import linear_scan as blockwise
 
 _NAME = "linear_scan"
 
@@ -40,7 +40,7 @@ def linear_scan(
         ShapeError: a shape or dtype does not fit the others.
     """
     _check(decay, update, state)
-    h, last = blockwise.linear_scan(decay, update, state, log_decay, reverse)
+    h, last = blockwise(decay, update, state, log_decay, reverse)
     return h.contiguous(), last.contiguous()
 
 

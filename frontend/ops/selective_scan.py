@@ -16,7 +16,8 @@ from spikingbrain.frontend.ops.checks import (
     state_dtype,
     up,
 )
-from spikingbrain.models.recurrences import scan as blockwise
+from spikingbrain.models.recurrences.scan import chunk_states
+from spikingbrain.models.recurrences.scan import selective_scan as blockwise
 
 _NAME = "selective_scan"
 # Steps whose states [B, steps, C, N] the backward holds at a time.
@@ -38,7 +39,7 @@ def selective_scan(
         ShapeError: a shape or dtype does not fit the others.
     """
     _check(x, dt, a, b, c, state)
-    y, last = blockwise.selective_scan(x, dt, a, b, c, state, reverse)
+    y, last = blockwise(x, dt, a, b, c, state, reverse)
     return y.contiguous(), last.contiguous()
 
 
@@ -88,12 +89,12 @@ def selective_scan_backward(
     starts = []
     for _, x_, dt_, b_, _ in chunks:
         starts.append(h)
-        h = blockwise.chunk_states(x_, dt_, A, b_, h)[1]
+        h = chunk_states(x_, dt_, A, b_, h)[1]
 
     D, of_a = up(dlast).clone(), torch.zeros_like(A)
     parts: list[tuple[Tensor, ...]] = []
     for (dy_, x_, dt_, b_, c_), start in zip(reversed(chunks), reversed(starts), strict=True):
-        states = blockwise.chunk_states(x_, dt_, A, b_, start)[0]
+        states = chunk_states(x_, dt_, A, b_, start)[0]
         factor = (dt_.unsqueeze(-1) * A).exp()
         of_states = dy_.unsqueeze(-1) * c_.unsqueeze(2)
         for t in reversed(range(x_.shape[1])):

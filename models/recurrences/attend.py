@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
-import torch
 from torch import Tensor
 
 from spikingbrain.models.recurrences import linear_recurrence
+from spikingbrain.models.recurrences.dtypes import common, wide
 
 
 def attend(
@@ -32,11 +30,10 @@ def attend(
     widest of them: a float32 gate beside bfloat16 keys is not rounded.
     """
     operands = (q, k, v, decay, erase, predict, bonus)
-    dtype = functools.reduce(torch.promote_types, (x.dtype for x in operands if x is not None))
+    dtype = common(*operands)
     q = q.to(dtype) * (k.shape[-1] ** -0.5 if scale is None else scale)
     k, v, decay, erase, predict, bonus = (None if x is None else x.to(dtype) for x in operands[1:])
-    state = None if initial_state is None else initial_state.to(torch.promote_types(dtype, torch.float32))
-    # Through the module: whoever has a faster linear recurrence can put it there.
+    state = None if initial_state is None else initial_state.to(wide(dtype))
     o, last = linear_recurrence.linear_recurrence(
         q, k, v, decay, erase, predict, bonus, state, decay_axis, True, exclusive, reverse
     )

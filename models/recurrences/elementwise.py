@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spikingbrain.models.recurrences import scan
+from spikingbrain.models.recurrences.dtypes import common, wide
 
 # The exponent of Griffin's gate: a_t = a ** (8 r_t).
 _SHARPNESS = 8.0
@@ -57,9 +58,7 @@ def mamba(
     x, dt [B, T, D]; a [D, N], negative; b, c [B, T, N]; d [D]. Returns y [B, T, D] and, if wanted, the state [B, D, N].
     """
     operands = [x, dt, a, b, c]
-    dtype = x.dtype
-    for operand in operands:
-        dtype = torch.promote_types(dtype, operand.dtype)
+    dtype = common(*operands)
     x_, dt_, a_, b_, c_ = (operand.to(dtype) for operand in operands)
     y, last = scan.selective_scan(x_, dt_, a_, b_, c_, _state(initial_state, dtype))
     y = y if d is None else y + d * x
@@ -69,10 +68,10 @@ def mamba(
 def _run(
     decay: Tensor, update: Tensor, log: bool, initial_state: Tensor | None, output_final_state: bool
 ) -> tuple[Tensor, Tensor | None]:
-    dtype = torch.promote_types(decay.dtype, update.dtype)
+    dtype = common(decay, update)
     h, last = scan.linear_scan(decay.to(dtype), update.to(dtype), _state(initial_state, dtype), log)
     return h.to(update.dtype), last if output_final_state else None
 
 
 def _state(state: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if state is None else state.to(torch.promote_types(dtype, torch.float32))
+    return None if state is None else state.to(wide(dtype))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from spikingbrain.models.recurrences.attend import attend
+from spikingbrain.models.recurrences.dtypes import wide
 
 
 def gla(
@@ -71,7 +72,7 @@ def retention(
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """RetNet: `simple_gla` with the constant factor 1 - 2^(-5 - s) for state s."""
-    states = torch.arange(k.shape[2], device=k.device, dtype=torch.promote_types(k.dtype, torch.float32))
+    states = torch.arange(k.shape[2], device=k.device, dtype=wide(k.dtype))
     return _constant(
         q, k, v, torch.log1p(-torch.exp2(-5 - states)), scale, initial_state, output_final_state, reverse
     )
@@ -89,7 +90,7 @@ def lightning_attention(
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Lightning attention: `simple_gla` with the constant gate -(8 / S) (1 - layer / layers) s for state s."""
-    states = torch.arange(k.shape[2], device=k.device, dtype=torch.promote_types(k.dtype, torch.float32))
+    states = torch.arange(k.shape[2], device=k.device, dtype=wide(k.dtype))
     g = states * (-8 / max(k.shape[2], 1) * (1 - layer / layers))
     return _constant(q, k, v, g, scale, initial_state, output_final_state, reverse)
 

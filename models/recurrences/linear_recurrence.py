@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spikingbrain.models.recurrences.blockwise import BLOCK, Products, combine, products, scores, weighted
+from spikingbrain.models.recurrences.dtypes import wide
 
 
 def linear_recurrence(
@@ -38,9 +39,11 @@ def linear_recurrence(
     if reverse:
         q, k, v = q.flip(1), k.flip(1), v.flip(1)
         decay, erase, predict = (None if x is None else x.flip(1) for x in (decay, erase, predict))
-    dtype, wide = q.dtype, torch.float64 if q.dtype == torch.float64 else torch.float32
-    q, k, v = q.to(wide), k.to(wide), v.to(wide)
-    decay, erase, predict, bonus = (None if x is None else x.to(wide) for x in (decay, erase, predict, bonus))
+    dtype = q.dtype
+    q, k, v = (x.to(wide(dtype)) for x in (q, k, v))
+    decay, erase, predict, bonus = (
+        None if x is None else x.to(wide(dtype)) for x in (decay, erase, predict, bonus)
+    )
     steps, states = k.shape[1:3]
     if state is None:
         state = k.new_zeros(k.shape[0], states, k.shape[3], v.shape[3])

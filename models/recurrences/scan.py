@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spikingbrain.models.recurrences.dtypes import wide
+
 # Steps of the selective scan whose states [B, steps, C, N] are held at a time.
 _CHUNK = 64
 
@@ -76,7 +78,7 @@ def selective_scan(
 
 def _wide(x: Tensor, reverse: bool) -> Tensor:
     """Returns ``x`` in the dtype of arithmetic, in the order of time."""
-    x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    x = x.to(wide(x.dtype))
     return x.flip(1) if reverse else x
 
 

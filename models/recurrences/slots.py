@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from spikingbrain.models.recurrences.attend import attend
+from spikingbrain.models.recurrences.dtypes import wide
 
 States = tuple[Tensor, Tensor]
 
@@ -31,7 +32,7 @@ def gsa(
     keys, values = (None, None) if initial_state is None else initial_state
     options = {"output_final_state": output_final_state}
     score, keys = attend(q, k, s, g, "value", scale=scale, initial_state=keys, **options)
-    weight = score.softmax(-1, dtype=torch.promote_types(score.dtype, torch.float32)).to(score.dtype)
+    weight = score.softmax(-1, dtype=wide(score.dtype)).to(score.dtype)
     o, values = attend(weight, s, v, g, "key", scale=1.0, initial_state=values, **options)
     return o, None if keys is None or values is None else (keys, values)
 
@@ -48,7 +49,7 @@ def abc(
     That is `gsa` with the gates that turn a weighted sum into the mean: with z_t = log sum_(i <= t) exp s_i, the gate is
     z_(t-1) - z_t and the weight exp(s_t - z_t). Shapes as there; returns o [B, T, H, V].
     """
-    s = s.to(torch.promote_types(s.dtype, torch.float32))
+    s = s.to(wide(s.dtype))
     z = s.logcumsumexp(1)
     g = torch.cat((z[:, :1], z[:, :-1]), 1) - z
     return gsa(q, k, v, (s - z).exp(), g, scale)[0]

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spikingbrain.models.recurrences.attend import attend
+from spikingbrain.models.recurrences.dtypes import wide
 
 # Takes the place of -inf in the stabiliser, so that differences of two such are numbers.
 _LOWEST = -1e30
@@ -34,9 +35,9 @@ def mlstm(
     q, k [B, T, H, K]; v [B, T, H, V]; i, f [B, T, H], the input gate before its exponential and the *logarithm* of the
     forget gate (logsigmoid of its activation). State: C [B, H, K, V], n [B, H, K], m [B, H].
     """
-    wide = torch.promote_types(i.dtype, torch.float32)
-    i, f = i.to(wide), f.to(wide)
-    before = i.new_zeros(i.shape[0], i.shape[2]) if initial_state is None else initial_state[2].to(wide)
+    dtype = wide(i.dtype)
+    i, f = i.to(dtype), f.to(dtype)
+    before = i.new_zeros(i.shape[0], i.shape[2]) if initial_state is None else initial_state[2].to(dtype)
     m = _running_maximum(i, f, before)
     g = f + torch.cat((before.unsqueeze(1), m[:, :-1]), 1) - m if m.shape[1] else f
     write = (i - m).exp().unsqueeze(-1)
@@ -47,7 +48,7 @@ def mlstm(
     both, last = attend(
         q,
         write * k,
-        value.to(wide),
+        value.to(dtype),
         g,
         "head",
         scale=scale,

@@ -1,0 +1,113 @@
+"""Puts the recurrence ops where models call plain functions: those of `models.recurrences`, and GPU kernels of `fla.ops`.
+
+Two ways, for the two doors. `substituted()` exchanges the functions while a model is captured by running it
+(torch.export); `register_for_dynamo()` tells Dynamo to trace the replacement instead, for torch.compile. Either way the
+graph holds the op, and the op its gradient. Outside both, models run as they are written.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spikingbrain.frontend.ops import fla
+from spikingbrain.models.recurrences import linear_recurrence as matrices
+from spikingbrain.models.recurrences import scan
+
+
+def linear_recurrence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None = None,
+    erase: Tensor | None = None,
+    predict: Tensor | None = None,
+    bonus: Tensor | None = None,
+    state: Tensor | None = None,
+    decay_axis: str = "none",
+    log_decay: bool = False,
+    exclusive: bool = False,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Calls the op of that name."""
+    o, last = torch.ops.spikingbrain.linear_recurrence(
+        q, k, v, decay, erase, predict, bonus, state, decay_axis, log_decay, exclusive, reverse
+    )
+    return o, last
+
+
+def linear_scan(
+    decay: Tensor, update: Tensor, state: Tensor | None = None, log_decay: bool = False, reverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Calls the op of that name."""
+    h, last = torch.ops.spikingbrain.linear_scan(decay, update, state, log_decay, reverse)
+    return h, last
+
+
+def selective_scan(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor | None = None, reverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Calls the op of that name."""
+    y, last = torch.ops.spikingbrain.selective_scan(x, dt, a, b, c, state, reverse)
+    return y, last
+
+
+_PACKAGE = __name__.rpartition(".")[0]
+
+# All functions of models.recurrences are written in these three.
+_OWN: list[tuple[Callable[..., Any], Callable[..., Any]]] = [
+    (matrices.linear_recurrence, linear_recurrence),
+    (scan.linear_scan, linear_scan),
+    (scan.selective_scan, selective_scan),
+]
+
+
+def table() -> list[tuple[Callable[..., Any], Callable[..., Any]]]:
+    """Returns the functions that are replaced, with what replaces them; those of fla only if the program imported them."""
+    found = list(_OWN)
+    for name, (module, replacement) in fla.TABLE.items():
+        original = getattr(sys.modules.get(module), name, None)
+        if original is not None:
+            found.append((original, replacement))
+    return found
+
+
+@contextmanager
+def substituted() -> Iterator[None]:
+    """Exchanges the functions in every module that holds them by a name of its own, and puts them back afterwards.
+
+    All threads see the exchange. The ops themselves go on calling the plain functions.
+    """
+    replacements = {id(original): replacement for original, replacement in table()}
+    exchanged: list[tuple[dict[str, Any], str, Any]] = []
+    for module in list(sys.modules.values()):
+        names = getattr(module, "__dict__", None)
+        ours = getattr(module, "__name__", "").startswith(_PACKAGE)
+        if ours or not isinstance(names, dict):
+            continue
+        exchanged += [
+            (names, name, value) for name, value in list(names.items()) if id(value) in replacements
+        ]
+    try:
+        for names, name, value in exchanged:
+            names[name] = replacements[id(value)]
+        yield
+    finally:
+        for names, name, value in exchanged:
+            names[name] = value
+
+
+_registered: set[int] = set()
+
+
+def register_for_dynamo() -> None:
+    """Lets torch.compile, with any backend, trace the replacements from now on; may be called again when fla was imported."""
+    for original, replacement in table():
+        if id(original) not in _registered:
+            torch.compiler.substitute_in_graph(original, skip_signature_check=True)(replacement)
+            _registered.add(id(original))
