@@ -98,7 +98,7 @@ def _evaluate(v: Value, x: list[Array]) -> Array | None:
     if op == "full":
         return np.full(shape, v.literals[1], dtype=_numpy_type(v.dtype))
     if op == "eye":
-        return np.eye(*shape)
+        return np.eye(shape[0], shape[1]) if len(shape) == 2 else None
     if op == "arange":
         bounds = [n for n in v.literals if isinstance(n, (int, float))]
         return np.arange(*bounds) if 1 <= len(bounds) <= 3 else None
@@ -116,7 +116,8 @@ def _evaluate(v: Value, x: list[Array]) -> Array | None:
         )
         return np.clip(x[0], low, high) if low is not None or high is not None else None
     if op in ("tril", "triu"):
-        return (np.tril if op == "tril" else np.triu)(x[0], argument(v, 1, "diagonal", 0))
+        diagonal = int(argument(v, 1, "diagonal", 0))
+        return np.tril(x[0], diagonal) if op == "tril" else np.triu(x[0], diagonal)
     if op == "where" and len(v.literals) >= 3:
         a, b = (x[n.index] if isinstance(n, Slot) else n for n in v.literals[1:3])
         return np.where(x[0], a, b)
@@ -145,12 +146,12 @@ def _rearranged(v: Value, x: list[Array]) -> Array | None:
     if op == "permute":
         return np.transpose(x[0], v.literals[1])
     if op == "select":
-        return np.take(x[0], v.literals[2], axis=v.literals[1])
+        return np.asarray(np.take(x[0], v.literals[2], axis=v.literals[1]))
     if op == "slice":
         _, dim, start, end, *step = v.literals
         place = [slice(None)] * x[0].ndim
         place[dim] = slice(start, end, *step)
-        return x[0][tuple(place)]
+        return np.asarray(x[0][tuple(place)])
     return None
 
 

@@ -296,12 +296,13 @@ class _Normaliser:
                 )
             return self.write(raw, source, place[0], place[1], 0, self.of_source(raw.inputs[2]))
         writes = raw.op.endswith("_scatter")
+        rewrites = all(u.op.endswith("_scatter") and u.inputs[0] is raw for u in self.users[raw])
         dim = argument(raw, 1 + writes, "dim", 0) % max(1, len(shape))
         if raw.op.startswith("select"):
             index = argument(raw, 2 + writes, "index", 0) % shape[dim]
             if writes:
                 return self.write(raw, source, dim, index, 0, self.of_source(raw.inputs[1]))
-            found = source.read(dim, index, 0, self) if isinstance(source, Pending) else None
+            found = source.read(dim, index, 0, rewrites, self) if isinstance(source, Pending) else None
             return found if found is not None else self.select(self.settled(source), dim, index)
         start, end, step = (
             argument(raw, 2 + writes + i, n, None) for i, n in enumerate(("start", "end", "step"))
@@ -309,11 +310,11 @@ class _Normaliser:
         start, end, step = slice(start, end, step).indices(shape[dim])
         if not writes:
             if end - start == 1 and isinstance(source, Pending):
-                found = source.read(dim, start, 0, self)
+                found = source.read(dim, start, 0, rewrites, self)
                 if found is not None:
                     return self.unsqueeze(self.settled(found), dim)
             found = (
-                source.read(dim, start, end - start, self)
+                source.read(dim, start, end - start, rewrites, self)
                 if isinstance(source, Pending) and step == 1
                 else None
             )

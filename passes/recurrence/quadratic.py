@@ -64,8 +64,8 @@ def _candidates(v: Value) -> Iterator[Candidate]:
         return
     if v.op == "sum" and len(v.inputs) == 1:
         x = v.inputs[0]
-        dims = argument(v, 1, "dim", ())
-        dims = (dims,) if isinstance(dims, int) else dims or ()
+        given = argument(v, 1, "dim", ())
+        dims: tuple[int, ...] = (given,) if isinstance(given, int) else given or ()
         rank = len(x.shape or ())
         if len(dims) == 1 and rank >= 2 and dims[0] % rank == rank - 1 and _square(x, rank - 2, rank - 1):
             yield Candidate(v, x, None, (*range(rank - 2), rank - 2, "j"), (), rank - 2)
@@ -298,7 +298,7 @@ class _Reader:
         """Returns decay and weight of the constant tables' product, and whether a step sees only those before."""
         if not table:
             raise Refused("the scores are not masked")
-        batch = sorted({r for _, roles in table for r in roles if r not in (None, "i", "j")}, key=str)
+        batch = sorted({r for _, roles in table for r in roles if r is not None and r not in "ij"})
         order = [*batch, "i", "j"]
         total: Array | float = 1.0
         for numbers, roles in table:
@@ -317,7 +317,7 @@ class _Reader:
             raise Refused("two kinds of decay")
         return self._constant(found.decay, batch), self._constant(found.weight, batch), found.exclusive
 
-    def _constant(self, numbers: Array | None, batch: list[str | None]) -> Factor | None:
+    def _constant(self, numbers: Array | None, batch: list[str]) -> Factor | None:
         if numbers is None:
             return None
         axes = tuple(None if n == 1 else a for n, a in zip(numbers.shape, [*batch, "t"], strict=True))

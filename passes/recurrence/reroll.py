@@ -25,6 +25,7 @@ def find_loops(graph: Graph) -> list[Loop | Verdict]:
     """Returns the loops of a normalised graph, and a ``Verdict`` ("unrolled") for what looks like one and is left alone."""
     users = graph.users()
     consumed: set[Value] = set()
+    joined: set[Value] = set()
     barred: set[Key] = set()
     loops: list[Loop] = []
     left: dict[Value, Verdict] = {}
@@ -33,7 +34,12 @@ def find_loops(graph: Graph) -> list[Loop | Verdict]:
         before = len(loops)
         for component in find_components(graph, consumed, barred):
             result = _roll(component, users, set(graph.outputs))
+            if isinstance(result, Loop) and any(s.joined in joined for s in result.stacked):
+                result = Verdict(
+                    "unrolled", "its values are joined with those of another loop", component.mixed
+                )
             if isinstance(result, Loop):
+                joined |= {s.joined for s in result.stacked}
                 loops.append(result)
                 consumed |= result.values
             else:
@@ -51,7 +57,7 @@ def find_loops(graph: Graph) -> list[Loop | Verdict]:
 
 def _looks_like_a_loop(component: Component) -> bool:
     """Whether most positions have ops of their own; a few parts of one tensor that are added up don't count."""
-    return len(component.mixed) >= 2 * len({position for _, position in component.tokens.values()})
+    return 2 * len(component.mixed) >= 3 * len({position for _, position in component.tokens.values()})
 
 
 def _roll(component: Component, users: dict[Value, list[Value]], outputs: set[Value]) -> Loop | Verdict:
@@ -99,10 +105,14 @@ class _Run:
         for v in self.component.mixed:
             bodies[self.step_of[v]].append(v)
         self.total = max(bodies, default=0) + 1
-        middle = self.total // 2
+        self.alike = max(3, len(bodies) // 2)
+        steps = sorted(bodies)
+        middle = len(steps) // 2
         reason: NoTemplate | None = None
-        for sample in dict.fromkeys((middle, middle - 1, middle + 1)):
-            if sample not in bodies or sample + 1 not in bodies:
+        for sample in (
+            steps[middle : middle + 1] + steps[max(0, middle - 1) : middle] + steps[middle + 1 : middle + 2]
+        ):
+            if sample + 1 not in bodies:
                 continue
             try:
                 return self._from(Template(self.component, bodies, self.step_of, sample))
@@ -119,7 +129,7 @@ class _Run:
         self.search = Search(template, self.users)
         first, end = self.search.run()
         for _ in range(2 * TRIMMED + 1):
-            if end - first < max(3, self.total // 2):
+            if end - first < self.alike:
                 raise NoTemplate("too few of its steps are alike")
             wrong = self._wrong_step(first, end)
             if wrong is None:

@@ -124,10 +124,14 @@ class Pending:
         w.covered.append(w.covered[-1] + size * new)
         return Pending(w, self.version + 1, last)
 
-    def read(self, dim: int, start: int, width: int, maker: Maker) -> Source | None:
-        """Returns what an entry or window holds while the chain is unfinished; None when it must be read from the whole."""
+    def read(self, dim: int, start: int, width: int, rewrites: bool, maker: Maker) -> Source | None:
+        """Returns what an entry or window holds while the chain is unfinished; None when it must be read from the whole.
+
+        Unfinished: not all is written, or what was written last is read only to write a part of it anew (``rewrites``).
+        """
         w = self.writes
-        complete = w.covered[self.version] == w.size
+        again = rewrites and self.version > 0 and w.places[self.version - 1][0] == start
+        complete = w.covered[self.version] == w.size and not again
         if w.dim != dim or complete or bool(width) != bool(w.width):
             return None
         if not width:
