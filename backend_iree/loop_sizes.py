@@ -12,6 +12,7 @@ from torch_mlir.dialects import arith, cf
 
 # Bits of all sizes of a tensor together, elements of 16 bytes and the sum of some tensors being left out of 63.
 _BITS = 56
+_MADE_OF_SIZES = ("tensor.empty", "tensor.expand_shape")
 
 
 def bound_sizes(module: ir.Module) -> None:
@@ -26,8 +27,12 @@ def bound_sizes(module: ir.Module) -> None:
         function.operation.walk(collect)
         most = max(map(_most_dynamic_sizes, found.get("scf.for", [])), default=0)
         if most > 1:
-            for size in found.get("tensor.dim", []):
-                _bound(size, (1 << _BITS // most) - 1)
+            sizes = {op.results[0]: None for op in found.get("tensor.dim", [])}
+            for name in _MADE_OF_SIZES:
+                sizes.update(dict.fromkeys(v for op in found.get(name, []) for v in op.operands))
+            for size in sizes:
+                if isinstance(size.type, ir.IndexType) and not isinstance(size.owner, ir.Block):
+                    _bound(size, (1 << _BITS // most) - 1)
 
 
 def _most_dynamic_sizes(loop: ir.Operation) -> int:
@@ -36,21 +41,21 @@ def _most_dynamic_sizes(loop: ir.Operation) -> int:
     return max((sum(n < 0 for n in t.shape) for t in carried), default=0) if len(carried) > 1 else 0
 
 
-def _bound(size: ir.Operation, largest: int) -> None:
-    users = list(size.results[0].uses)
-    with ir.InsertionPoint(size), size.location:
-        limit = arith.ConstantOp(ir.IndexType.get(), largest).result
-        stated = ir.Operation.create(
-            "util.assume.int",
-            [size.results[0].type],
-            [size.results[0]],
-            {"assumptions": ir.Attribute.parse(f"[[#util.int.assumption<umin = 0, umax = {largest}>]]")},
-        )
-        inside = arith.cmpi(arith.CmpIPredicate.ule, size.results[0], limit)
-        check = cf.AssertOp(inside, f"a size is larger than {largest}")
-    stated.move_after(size)
-    limit.owner.move_before(size)
-    inside.owner.move_after(size)
-    check.operation.move_after(inside.owner)
+def _bound(size: ir.Value, largest: int) -> None:
+    """States behind the definition of a size how large it is, for all its users, and checks it."""
+    definition = size.owner.operation
+    if definition.name == "arith.constant":
+        return
+    users = list(size.uses)
+    with ir.InsertionPoint(definition), definition.location:
+        limit = arith.ConstantOp(ir.IndexType.get(), largest).operation
+        inside = arith.CmpIOp(arith.CmpIPredicate.ule, size, limit.result).operation
+        check = cf.AssertOp(inside.result, f"a size is larger than {largest}").operation
+        bounds = ir.Attribute.parse(f"[[#util.int.assumption<umin = 0, umax = {largest}>]]")
+        stated = ir.Operation.create("util.assume.int", [size.type], [size], {"assumptions": bounds})
+    last = definition
+    for op in (limit, inside, check, stated):
+        op.move_after(last)
+        last = op
     for use in users:
         use.owner.operands[use.operand_number] = stated.result
