@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch_mlir import ir
@@ -90,7 +90,7 @@ class PointwiseScan:
     @property
     def rank(self) -> int:
         """Returns how many axes the space has, time not counted."""
-        return self.maps[0].n_dims - 1
+        return int(self.maps[0].n_dims) - 1
 
     @property
     def _carried(self) -> int:
@@ -183,15 +183,18 @@ def _wrong_maps(scan: PointwiseScan, tensors: Sequence[ir.Value]) -> str:
 
 
 def _wrong_body(scan: PointwiseScan) -> str:
-    element = lambda values: [ir.RankedTensorType(v.type).element_type for v in values]  # noqa: E731
     *ops, terminator = [op.operation for op in scan.body.operations] or [None]
     if terminator is None or terminator.name != YIELD:
         return f"body must end in {YIELD}"
-    if [a.type for a in scan.body.arguments] != element(scan.op.operands):
+    if [a.type for a in scan.body.arguments] != _elements(scan.op.operands):
         return "body must take one element of every operand"
-    if [v.type for v in terminator.operands] != element(scan.op.results):
+    if [v.type for v in terminator.operands] != _elements(scan.op.results):
         return "body must yield one element of every result"
     for op in ops:
         if any(True for _ in op.regions) or any(isinstance(r.type, ir.ShapedType) for r in op.results):
             return f"body must be of scalars alone, got {op.name}"
     return ""
+
+
+def _elements(values: Iterable[ir.Value]) -> list[ir.Type]:
+    return [ir.RankedTensorType(v.type).element_type for v in values]

@@ -53,7 +53,7 @@ def _linear_scan(op: ir.Operation) -> None:
         return build.size(sources[1].value, sources[1].place.index(dim))
 
     end = follow_result(End(view.h, list(place), backwards), 2, size)
-    places = [[1, 2], *(s.place for s in sources), end.place]
+    places: list[list[int | None]] = [[1, 2], *(s.place for s in sources), end.place]
     scan = dialect_scans.create(
         [state],
         [s.value for s in sources],

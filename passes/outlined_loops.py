@@ -151,9 +151,7 @@ def _handed_in(value: ir.Value) -> ir.Value:
         name = _NUMBERS[text]
         return ir.Operation.create(f"torch_c.to_{name}", [ir.Type.parse(name)], [value]).result
     if text.startswith("!torch"):
-        raise UnsupportedOp(
-            f"a loop over time closes over a {text}", where=source_line(torch_ir.defining(value).location)
-        )
+        raise UnsupportedOp(f"a loop over time closes over a {text}", where=source_line(value.location))
     return value
 
 

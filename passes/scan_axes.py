@@ -113,7 +113,8 @@ def name_of(value: ir.Value, block: ir.Block, user: ir.Operation, operand: int) 
 
 def is_inside(value: ir.Value, block: ir.Block) -> bool:
     owner = value.owner
-    return owner == block if isinstance(owner, ir.Block) else owner.operation.block == block
+    around = owner if isinstance(owner, ir.Block) else owner.operation.block
+    return bool(around == block)
 
 
 def maps_of(op: ir.Operation) -> list[ir.AffineMap]:

@@ -53,7 +53,7 @@ def has_selective_kernel(op: ir.OpView) -> bool:
     """Returns whether the state of a channel is small enough, and of known size."""
     states = ir.RankedTensorType(op.a.type).shape[1]
     bits = ir.RankedTensorType(op.a.type).element_type.width
-    return states > 0 and 2 * states * bits // 8 <= SCRATCH_BYTES
+    return bool(states > 0 and 2 * states * bits // 8 <= SCRATCH_BYTES)
 
 
 def emit_selective_scan(op: ir.OpView, target: Target) -> list[ir.Value]:
