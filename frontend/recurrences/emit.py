@@ -17,6 +17,9 @@ from spikingbrain.passes.recurrence.graph import Slot, Value
 aten = torch.ops.aten
 
 
+_MOST_NUMBERS = 256  # of a constant table, which is written as ops
+
+
 class NotEmitted(Exception):
     """Raised where a value of the analysis cannot be written as ATen ops; says which."""
 
@@ -59,6 +62,14 @@ class Emitter:
         """Emits the op of ``value`` on other inputs."""
         target, args, kwargs = call_of(value, inputs)
         return self.op(target, *args, **kwargs)
+
+    def constant(self, numbers: torch.Tensor) -> fx.Node:
+        """Returns a small table of numbers."""
+        if numbers.numel() > _MOST_NUMBERS:
+            raise NotEmitted(f"a table of {numbers.numel()} constants")
+        flat = [self.op(aten.full.default, [1], x, dtype=numbers.dtype) for x in numbers.flatten().tolist()]
+        whole = flat[0] if len(flat) == 1 else self.op(aten.cat.default, flat)
+        return self.op(aten.reshape.default, whole, list(numbers.shape))
 
     def inline(self, traced: fx.GraphModule, inputs: Sequence[fx.Node]) -> list[fx.Node]:
         """Emits a traced graph; returns its results."""

@@ -26,9 +26,8 @@ def emit_scan(steps: Steps, module: fx.GraphModule, name: str) -> None:
     results = [c.after for c in loop.carried] + [s.value for s in loop.stacked]
     body_values = [v for v in loop.body if v not in loop.tokens and v not in before]
     inside = {*tokens, *before, *body_values}
-    fixed = list(
-        dict.fromkeys(i for v in [*body_values, *results] for i in [*v.inputs, v] if i not in inside)
-    )
+    read = [i for v in [*body_values, *results] for i in [*v.inputs, v]]
+    fixed = list(dict.fromkeys(i for i in read if i not in inside and i.op != "module"))
     body = step_graph([*before, *tokens, *fixed], body_values, results)
     _copy_results(body)
 

@@ -21,6 +21,7 @@ import spikingbrain.frontend.ops  # noqa: F401  (registers the ops)
 from spikingbrain.frontend.checks import user_line
 from spikingbrain.frontend.recurrences.adapter import adapt
 from spikingbrain.frontend.recurrences.emit import Emitter, NotEmitted, nodes_of
+from spikingbrain.frontend.recurrences.forms import emit_form
 from spikingbrain.frontend.recurrences.functional import NotFunctional, functionalise
 from spikingbrain.frontend.recurrences.hops import NotALoop, loop_of_scan, scans
 from spikingbrain.frontend.recurrences.linear import Steps, emit_recurrence
@@ -29,7 +30,7 @@ from spikingbrain.frontend.recurrences.report import RecurrenceReport
 from spikingbrain.frontend.recurrences.symbolic import at_sizes, is_symbolic, sizes_of
 from spikingbrain.passes.recurrence.analysis import analyse
 from spikingbrain.passes.recurrence.classify import classify
-from spikingbrain.passes.recurrence.form import Loop, Recurrence, Stacked, Verdict
+from spikingbrain.passes.recurrence.form import Form, Loop, Recurrence, Stacked, Verdict
 from spikingbrain.passes.recurrence.graph import Value
 
 aten = torch.ops.aten
@@ -92,7 +93,7 @@ def raise_recurrences(module: fx.GraphModule, keep_detach: bool) -> list[Recurre
     """Raises in place, in a functional graph of ATen ops; returns what was found."""
     neutral, _ = adapt(module, keep_detach)
     written = scans(module.graph)
-    reports = [_carry_out(module, verdict, i) for i, verdict in enumerate(analyse(neutral))]
+    reports = [_carry_out(module, verdict, i) for i, verdict in enumerate(analyse(neutral, forms=True))]
     reports += [_carry_out_scan(module, node, keep_detach) for node in written]
     if any(r.status != "unrolled" for r in reports):
         _sort(module.graph)
@@ -109,7 +110,7 @@ def would_raise(module: fx.GraphModule) -> bool:
     if scans(module.graph):
         return True
     neutral, _ = adapt(module, False, by_hints=True)
-    return any(v.status == "raised" for v in analyse(neutral))
+    return any(v.status == "raised" for v in analyse(neutral, forms=True))
 
 
 def _sort(graph: fx.Graph) -> None:
@@ -153,22 +154,16 @@ def promising(graph: fx.Graph) -> bool:
     return False
 
 
-_TELLING = {
-    "unbind",
-    "split",
-    "chunk",
-    "scan",
-    "while_loop",
-    "tril",
-    "triu",
-    "cumsum",
-    "cumprod",
-    "logcumsumexp",
-}
+_TELLING_TEXT = (
+    "unbind split chunk scan while_loop tril triu cumsum cumprod logcumsumexp where masked_fill ge gt le lt"
+)
+_TELLING = frozenset(_TELLING_TEXT.split())
 
 
 def _carry_out(module: fx.GraphModule, verdict: Verdict, number: int) -> RecurrenceReport:
     where = _where(verdict.values)
+    if verdict.form is not None:
+        return _carry_out_form(module, verdict, verdict.form, where)
     if verdict.status == "unrolled" or verdict.loop is None:
         return RecurrenceReport("unrolled", "", where, verdict.reason)
     loop = verdict.loop
@@ -185,6 +180,25 @@ def _carry_out(module: fx.GraphModule, verdict: Verdict, number: int) -> Recurre
         return RecurrenceReport("raised", op, where, verdict.reason, loop.steps)
     op = "pointwise_scan" if verdict.status == "pointwise" else "time_loop"
     return RecurrenceReport("loop", op, where, verdict.reason, loop.steps)
+
+
+def _carry_out_form(module: fx.GraphModule, verdict: Verdict, form: Form, where: str) -> RecurrenceReport:
+    nodes = nodes_of(form.result)
+    if not nodes:
+        return RecurrenceReport(
+            "unrolled", "", where, f"{verdict.reason}; its result is no value of the graph"
+        )
+    emit = Emitter(module.graph, _fake_mode(module))
+    emit.trace = nodes[0].meta.get("stack_trace")
+    try:
+        with _undone_on_failure(module.graph), module.graph.inserting_before(nodes[0]):
+            made = emit_form(emit, form)
+    except NotEmitted as stop:
+        reason = f"{verdict.reason}; not written anew: {stop}"
+        return RecurrenceReport("unrolled", "", where, reason, form.length)
+    for node in nodes:
+        node.replace_all_uses_with(made)
+    return RecurrenceReport("raised", form.kind, where, verdict.reason, form.length)
 
 
 def _carry_out_scan(module: fx.GraphModule, node: fx.Node, keep_detach: bool) -> RecurrenceReport:

@@ -51,7 +51,7 @@ def emit_recurrence_launch(op: Any, target: Target) -> ir.Operation:
             operands = {name: value for name in OPERANDS if (value := getattr(op, name)) is not None}
             if op.state is not None:
                 operands["initial"] = _initial_state(op)
-            in_place = op.state is not None and len(list(op.state.uses)) == 1
+            in_place = op.state is not None and _is_read_once(op.state)
         fresh = [op.o] if in_place else [op.o, op.final_state]
         types = [ir.IndexType.get()] * 3 + [
             ir.MemRefType.get(t.shape, t.element_type)
@@ -84,6 +84,11 @@ def emit_recurrence_launch(op: Any, target: Target) -> ir.Operation:
         op.final_state.replace_all_uses_with(made.results[1])
         operation.erase()
     return made
+
+
+def _is_read_once(value: ir.Value) -> bool:
+    """Tells whether one op reads a value; its sizes may be asked for besides."""
+    return sum(use.owner.operation.name != "tensor.dim" for use in value.uses) == 1
 
 
 def _initial_state(op: Any) -> ir.Value:
