@@ -95,6 +95,12 @@ def raise_recurrences(module: fx.GraphModule, keep_detach: bool) -> list[Recurre
     written = scans(module.graph)
     reports = [_carry_out(module, verdict, i) for i, verdict in enumerate(analyse(neutral, forms=True))]
     reports += [_carry_out_scan(module, node, keep_detach) for node in written]
+    for node in module.graph.nodes:
+        if node.target is torch.ops.higher_order.while_loop:
+            reason = (
+                "a while_loop, whose steps are not known to be those of a sequence; a scan over it is raised"
+            )
+            reports.append(RecurrenceReport("unrolled", "", str(user_line(node) or ""), reason))
     if any(r.status != "unrolled" for r in reports):
         _sort(module.graph)
         module.graph.eliminate_dead_code(
