@@ -40,6 +40,8 @@ def _value(module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Value], 
     shape = tuple(meta.shape) if isinstance(meta, torch.Tensor) else None
     if by_hints and shape is not None:
         shape = tuple(map(_hint, shape))
+    if shape is not None and not _static(shape):  # the value will be opaque; symbols are no keys
+        shape = tuple(s if type(s) is int else str(s) for s in shape)
     dtype = str(meta.dtype).removeprefix("torch.") if isinstance(meta, torch.Tensor) else ""
     if node.op == "placeholder":
         return Value("input" if _static(shape) else "opaque", [], (node.name,), shape, dtype, node)

@@ -97,8 +97,9 @@ class Expander:
         Returns the node, or tree of nodes, of its result. Raises NotExpandable where the call is not a composition of
         functional, deterministic ATen ops on tensors of known sizes.
         """
+        spec: Any
         if not kwargs and not any(isinstance(x, (list, tuple, dict)) for x in args):
-            leaves, spec = list(args), len(args)  # the common case, without the cost of trees
+            leaves, spec = list(args), None  # the common case, without the cost of trees
         else:
             leaves, spec = pytree.tree_flatten((args, kwargs))
         nodes = [x for x in leaves if isinstance(x, fx.Node)]

@@ -265,7 +265,7 @@ class _Functionaliser:
         dtype, shape = value.dtype, tuple(value.shape)
 
         def written(*a: Any, **k: Any) -> torch.Tensor:
-            result = function(*a, **k)
+            result: torch.Tensor = function(*a, **k)
             return result if result.dtype == dtype else result.to(dtype)
 
         try:

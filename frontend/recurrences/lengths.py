@@ -128,7 +128,7 @@ def name_outputs(program: torch.export.ExportedProgram) -> None:
     returned = program.graph.output_node().args[0]
     for spec, node in zip(program.graph_signature.output_specs, returned, strict=True):
         if isinstance(node, fx.Node):
-            spec.arg.name = node.name  # type: ignore[union-attr]
+            spec.arg.name = node.name
 
 
 # The check

@@ -201,7 +201,7 @@ class _Linear(_State):
         for factor in read.query.factors:
             for label, size in zip(factor.axes, factor.value.shape or (), strict=True):
                 if label in own:
-                    self.sizes[label] = size  # type: ignore[index]
+                    self.sizes[label] = size
         return self.product([*row, own, ["k"]], read.query), own
 
     def _joined(self, queries: Sequence[fx.Node]) -> tuple[fx.Node, list[int]]:

@@ -28,6 +28,7 @@ from spikingbrain.frontend.recurrences.linear import Steps, emit_recurrence
 from spikingbrain.frontend.recurrences.loops import emit_scan
 from spikingbrain.frontend.recurrences.report import RecurrenceReport
 from spikingbrain.frontend.recurrences.symbolic import at_sizes, is_symbolic, sizes_of
+from spikingbrain.frontend.recurrences.unify import NotUnified, unify
 from spikingbrain.passes.recurrence.analysis import analyse
 from spikingbrain.passes.recurrence.classify import classify
 from spikingbrain.passes.recurrence.form import Form, Loop, Recurrence, Stacked, Verdict
@@ -55,11 +56,6 @@ def raise_in_dynamo_graph(module: fx.GraphModule) -> tuple[fx.GraphModule, list[
 
 def _raise_at_symbols(module: fx.GraphModule) -> tuple[fx.GraphModule, list[RecurrenceReport]]:
     """Raises in a graph with symbolic sizes, by way of several graphs whose sizes are known."""
-    from spikingbrain.frontend.recurrences.lengths import (
-        NotUnified,
-        unify,
-    )  # which traces, and so needs this module
-
     try:
         sizes = sizes_of(module.graph)
         points = sizes.points()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from spikingbrain.frontend.recurrences.unify import SHORTEST, NotUnified, Sizes
 
@@ -72,7 +73,7 @@ class _Concrete(fx.Interpreter):  # type: ignore[misc]
         self.point = dict(point)
         self.graph_copy = fx.Graph()
         self.new: dict[fx.Node, fx.Node] = {}
-        self.mode = FakeTensorMode()
+        self.mode = FakeTensorMode(shape_env=ShapeEnv())  # while_loop draws symbols from it
 
     def copy(self) -> fx.GraphModule:
         with self.mode, torch.no_grad():

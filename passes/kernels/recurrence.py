@@ -88,7 +88,8 @@ def emit_recurrence_launch(op: Any, target: Target) -> ir.Operation:
 
 def _is_read_once(value: ir.Value) -> bool:
     """Tells whether one op reads a value; its sizes may be asked for besides."""
-    return sum(use.owner.operation.name != "tensor.dim" for use in value.uses) == 1
+    readers = [use for use in value.uses if use.owner.operation.name != "tensor.dim"]
+    return len(readers) == 1
 
 
 def _initial_state(op: Any) -> ir.Value:

@@ -1,0 +1,37 @@
+"""A loop over time in a model whose batch changes is raised once, for all sizes; gradients are eager's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from spikingbrain.frontend.dynamo.report import collect_recurrences
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+def gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    state = q.new_zeros(q.shape[0], 3, 5, 4)
+    outputs = []
+    for t in range(q.shape[1]):
+        state = state * g[:, t].exp()[..., None] + k[:, t, ..., None] * v[:, t, :, None]
+        outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], state))
+    return torch.stack(outputs, 1), state
+
+
+def test_a_batch_that_changes() -> None:
+    torch.manual_seed(0)
+    fast = torch.compile(gla, backend="spikingbrain")
+    with collect_recurrences() as found:
+        for batch in (2, 3, 5, 1):
+            shapes = [(batch, 9, 3, 5)] * 2 + [(batch, 9, 3, 4), (batch, 9, 3, 5)]
+            q, k, v, g = (torch.randn(s) for s in shapes)
+            inputs = [x.requires_grad_() for x in (q, k, v, -g.abs())]
+            results, expected = fast(*inputs), gla(*inputs)
+            gradients = torch.autograd.grad(sum(r.sin().sum() for r in results), inputs)
+            wanted = torch.autograd.grad(sum(r.sin().sum() for r in expected), inputs)
+            for a, e in zip([*results, *gradients], [*expected, *wanted], strict=True):
+                torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+    assert len(found) <= 3  # for the first size, for any size, and for a batch of one
+    assert {(r.status, r.op) for r in found} == {("raised", "linear_recurrence")}
