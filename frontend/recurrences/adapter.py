@@ -37,7 +37,7 @@ def adapt(
 
 def _value(module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Value], by_hints: bool) -> Value:
     meta = node.meta.get("val", node.meta.get("example_value"))
-    shape = tuple(meta.shape) if isinstance(meta, torch.Tensor) else None
+    shape: tuple[Any, ...] | None = tuple(meta.shape) if isinstance(meta, torch.Tensor) else None
     if by_hints and shape is not None:
         shape = tuple(map(_hint, shape))
     if shape is not None and not _static(shape):  # the value will be opaque; symbols are no keys
