@@ -30,7 +30,7 @@ from spikingbrain.models.recurrences.blockwise import (
     products,
     scores,
 )
-from spikingbrain.models.recurrences.linear_recurrence import Blocks, block, cut, join, run
+from spikingbrain.models.recurrences.linear_recurrence import SEGMENT, Blocks, block, cut, join, run
 
 Grads = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -77,10 +77,11 @@ def linear_recurrence_backward(
         decay_axis == "value",
         exclusive,
     )
-    if k.shape[1]:
-        grads = _gradients(problem, do_.unflatten(2, (k.shape[2], -1)), dlast)
-    else:
-        grads = _nothing(problem, dlast)
+    grads = (
+        _by_segments(problem, do_.unflatten(2, (k.shape[2], -1)), dlast)
+        if k.shape[1]
+        else _nothing(problem, dlast)
+    )
     *of_steps, of_bonus, of_state = grads
     of_q, of_k, of_v, of_decay, of_erase, of_predict = (
         q.new_empty(0) if x is None or g is None else _as_given(g, x, reverse)
@@ -156,6 +157,30 @@ _Parts = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | No
 def _nothing(x: _Problem, dlast: Tensor) -> _Parts:
     of_steps = [None if t is None else torch.zeros_like(t) for t in (x.decay, x.erase, x.predict, x.bonus)]
     return torch.zeros_like(x.q), torch.zeros_like(x.k), torch.zeros_like(x.v), *of_steps, up(dlast).clone()
+
+
+def _by_segments(x: _Problem, do: Tensor, dlast: Tensor) -> _Parts:
+    """The gradients, a stretch of time after the other from the end, so that little is held at a time."""
+    state, segments = x.state, []
+    for start in range(0, x.k.shape[1], SEGMENT):
+        span = slice(start, start + SEGMENT)
+        parts = (None if t is None else t[:, span] for t in (x.q, x.k, x.v, x.decay, x.erase, x.predict))
+        segment = _Problem(*parts, x.bonus, state, x.on_values, x.exclusive)
+        segments.append((segment, do[:, span]))
+        if start + SEGMENT < x.k.shape[1]:
+            blocks = cut(
+                segment.q, segment.k, segment.v, segment.decay, x.on_values, segment.erase, segment.predict
+            )
+            state = run(blocks, state)[1]
+    found: list[_Parts] = []
+    for segment, of_outputs in reversed(segments):
+        found.append(_gradients(segment, of_outputs, dlast))
+        dlast = found[-1][-1]
+    if len(found) == 1:
+        return found[0]
+    *of_steps, of_bonus, of_state = zip(*reversed(found), strict=True)
+    whole = [None if part[0] is None else torch.cat(part, 1) for part in of_steps]
+    return *whole, None if x.bonus is None else sum(of_bonus), of_state[0]
 
 
 def _gradients(x: _Problem, do: Tensor, dlast: Tensor) -> _Parts:
