@@ -88,9 +88,19 @@ def functionalise(module: fx.GraphModule) -> fx.GraphModule:
     """Returns a module that computes the same, of ATen ops without in-place writes wherever that can be shown.
 
     Its nodes carry ``meta["val"]`` (a fake tensor) and the user's stack trace; nodes copied as they are have
-    ``meta["opaque"]``. Raises NotFunctional where views of a tensor are read after it was written in place.
+    ``meta["opaque"]``. Raises NotFunctional where views of a tensor are read after it was written in place, or where
+    values belong to a transform.
     """
+    refuse_transforms(module.graph)
     return _Functionaliser(module).run()
+
+
+def refuse_transforms(graph: fx.Graph) -> None:
+    """Raises NotFunctional where values are what only a transform of torch.func knows, such as a row inside vmap."""
+    for node in graph.nodes:
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value):
+            raise NotFunctional("inside a transform of torch.func", node)
 
 
 class _Functionaliser:

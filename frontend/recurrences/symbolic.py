@@ -14,6 +14,7 @@ from torch import fx
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from spikingbrain.frontend.recurrences.functional import refuse_transforms
 from spikingbrain.frontend.recurrences.unify import SHORTEST, NotUnified, Sizes
 
 _MOST_SYMBOLS = 3
@@ -27,8 +28,10 @@ def is_symbolic(graph: fx.Graph) -> bool:
 def sizes_of(graph: fx.Graph) -> Sizes:
     """Returns the symbols of a graph with three values each, that no known size equals, and where each can be read.
 
-    Raises NotUnified where there are many, or one is not to be had from a single argument.
+    Raises NotUnified where there are many, or one is not to be had from a single argument; NotFunctional inside a
+    transform of torch.func.
     """
+    refuse_transforms(graph)
     placeholders = graph.find_nodes(op="placeholder")
     symbols = list(dict.fromkeys(s for n in placeholders for s in _symbols_of(n)))
     if len(symbols) > _MOST_SYMBOLS:

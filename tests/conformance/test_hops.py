@@ -105,3 +105,51 @@ def test_backward(name: str) -> None:
         f(leaf).sum().backward()
         gradients.append(leaf.grad)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
+
+
+def _scan_of_selected(x: Tensor) -> Tensor:
+    return _scan(x[x[:, 0] > -0.6])
+
+
+def _scan_beside_positions(x: Tensor) -> tuple[Tensor, Tensor]:
+    return _scan(x), (x > 0.5).nonzero()
+
+
+@pytest.mark.parametrize("function", [_scan_of_selected, _scan_beside_positions])
+@pytest.mark.parametrize("dynamic", [False, True])
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_sizes_known_at_run_time(function: Callable[[Tensor], Any], dynamic: bool) -> None:
+    torch._dynamo.reset()
+    x = torch.linspace(-1, 1, 32).reshape(4, 8)
+    compiled = torch.compile(
+        function, backend="spikingbrain", fullgraph=True, dynamic=dynamic, options=OPTIONS
+    )
+    torch.testing.assert_close(compiled(x), function(x), rtol=1e-4, atol=1e-5)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return torch.vmap(lambda row: torch.where(row > 0, row.cumsum(0), 0.0))(x)
+
+
+def _gradient(x: Tensor) -> Tensor:
+    return torch.func.grad(lambda y: torch.where(y > 0, y.cumsum(0), 0.0).sum())(x)
+
+
+@pytest.mark.parametrize("function", [_rows, _gradient, FORWARD["flex_attention"]])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_transforms(function: Callable[[Tensor], Tensor], dynamic: bool) -> None:
+    torch._dynamo.reset()
+    x = torch.linspace(-1, 1, 32).reshape(4, 8)
+    compiled = torch.compile(
+        function, backend="spikingbrain", fullgraph=True, dynamic=dynamic, options=OPTIONS
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), function(x), rtol=1e-4, atol=1e-5)
+
+
+def test_while_loop_at_any_size() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(_while, backend="spikingbrain", fullgraph=True, dynamic=True, options=OPTIONS)
+    for rows in (4, 6):
+        x = torch.linspace(-1, 1, 8 * rows).reshape(rows, 8)
+        torch.testing.assert_close(compiled(x), _while(x), rtol=1e-4, atol=1e-5)
