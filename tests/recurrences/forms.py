@@ -5,16 +5,19 @@ What a form is stands in ``written.py``; the forms themselves in ``forms_*.py``,
 
 from __future__ import annotations
 
-import forms_cells
-import forms_decay
-import forms_delta
-import forms_gated
+# isort: off  (the order of the table)
 import forms_linear
-import forms_negative
-import forms_public
+import forms_decay
+import forms_gated
+import forms_delta
 import forms_quadratic
 import forms_scan
+import forms_cells
 import forms_torch_loops
+import forms_public
+import forms_negative
+
+# isort: on
 from written import FORMS, LENGTH, OUTCOMES, SIZES, Form
 
 __all__ = ["FORMS", "LENGTH", "OUTCOMES", "SIZES", "Form"]
@@ -23,9 +26,9 @@ FAMILIES = (
     forms_linear,
     forms_decay,
     forms_gated,
-    forms_scan,
     forms_delta,
     forms_quadratic,
+    forms_scan,
     forms_cells,
     forms_torch_loops,
     forms_public,

@@ -49,7 +49,7 @@ def lif_hard(x: Tensor) -> tuple[Tensor, Tensor]:
     return out, v
 
 
-@form("LIF", "surrogate gradient, learned leak and threshold", "x:BTD:drive", POINTWISE)
+@form("LIF", "surrogate gradient, learned leak and threshold", "x:BTD:drive", "loop")
 class LifSurrogate(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class RecurrentLif(nn.Module):
         return torch.stack(spikes)
 
 
-@form("spiking layer", "a linear layer for each step, then LIF", "x:TBD:drive", POINTWISE)
+@form("spiking layer", "a linear layer for each step, then LIF", "x:TBD:drive", "loop")
 class LinearThenLif(nn.Module):
     def __init__(self) -> None:
         super().__init__()

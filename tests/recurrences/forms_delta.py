@@ -185,7 +185,7 @@ def comba(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, p: Tensor, g: Tensor) -
     "DeltaProduct",
     "two delta steps for each token",
     "q:BTHK k:BPHK:unit v:BPHV beta:BPH:factor g:BTH:log",
-    RAISED,
+    "loop",
 )
 def delta_product(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor) -> Tensor:
     state = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3])

@@ -66,7 +66,7 @@ def scan_lif(x: Tensor) -> tuple[Tensor, Tensor]:
     return spikes, v
 
 
-@form("linear attention", "torch while_loop", "q:TBHK k:TBHK v:TBHV", RAISED, gradients=False)
+@form("linear attention", "torch while_loop", "q:TBHK k:TBHK v:TBHV", "unrolled", gradients=False)
 def while_linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     length = q.shape[0]
 
