@@ -322,7 +322,8 @@ class _Normaliser:
         piece = self.of_source(raw.inputs[1])
         if end - start == shape[dim] and step == 1:
             return piece
-        if end - start == 1:
+        goes_on = isinstance(source, Pending) and source.writes.width and source.accepts(dim, start, 1)
+        if end - start == 1 and not goes_on:
             return self.write(raw, source, dim, start, 0, self.select(self.settled(piece), dim, 0))
         if step != 1:
             x = [self.settled(source), self.settled(piece)]

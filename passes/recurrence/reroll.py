@@ -13,7 +13,14 @@ from itertools import product
 
 from spikingbrain.passes.recurrence.form import Carry, Loop, Stacked, Token, Verdict
 from spikingbrain.passes.recurrence.graph import Graph, Slot, Value
-from spikingbrain.passes.recurrence.template import NoTemplate, Role, Search, Template, varying_number
+from spikingbrain.passes.recurrence.template import (
+    LONGEST_DELAY,
+    NoTemplate,
+    Role,
+    Search,
+    Template,
+    varying_number,
+)
 from spikingbrain.passes.recurrence.tokens import Component, Key, find_components
 
 PERIODS = (1, 2, 3, 4)
@@ -63,7 +70,7 @@ def _looks_like_a_loop(component: Component) -> bool:
 def _roll(component: Component, users: dict[Value, list[Value]], outputs: set[Value]) -> Loop | Verdict:
     reason = "its steps differ"
     found: list[Loop] = []
-    for base, reverse, late in product(component.bases(), (False, True), (False, True)):
+    for base, reverse, late in product(component.bases(), (False, True), (True, False)):
         time = component.times(base, reverse, late)
         for period in PERIODS:
             step_of = {v: t // period for v, t in time.items()}
@@ -135,9 +142,10 @@ class _Run:
             if wrong is None:
                 return self._emit(first, end)
             step, why = wrong
-            if step - first < TRIMMED:
+            most = TRIMMED // self.period
+            if step - first < most:
                 first = step + 1
-            elif end - step <= TRIMMED:
+            elif end - step <= most:
                 end = step
             else:
                 raise NoTemplate(why)
@@ -228,7 +236,7 @@ class _Run:
                 before=self.before[j, delay],
                 after=made[j] if delay == 1 else self.before[j, delay - 1],
                 initial=self._at(j, first - delay),
-                final=self.search.value(j, end - delay),
+                final=self._final(j, end - delay, first, end),
             )
             for j, delay in self._all_delays()
         ]
@@ -277,6 +285,15 @@ class _Run:
         v = self.search.value(role, step)
         assert v is not None
         return v
+
+    def _final(self, role: int, step: int, first: int, end: int) -> Value | None:
+        """Returns a last value if anything but the loop and its joins reads it."""
+        v = self.search.value(role, step)
+        if v is None or v in self.outputs or step < first:
+            return v
+        own = {u for s in range(max(first, end - LONGEST_DELAY), end) for u in self.search.steps[s]}
+        own |= {u for u, _ in self.joins}
+        return v if any(u not in own for u in self.users[v]) else None
 
     def _all_delays(self) -> list[tuple[int, int]]:
         """Returns (role, delay) of everything carried; a value of d steps before is handed on d times."""

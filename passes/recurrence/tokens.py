@@ -41,6 +41,7 @@ class Component:
         tokens: those of them that are tokens: family and position.
         places: every token of the graph by family and position.
         fixed: values that depend on a token but are the same for all steps.
+        joined: values of ``mixed`` that something else reads as well.
     """
 
     mixed: list[Value]
@@ -48,6 +49,7 @@ class Component:
     tokens: dict[Value, tuple[Key, int]]
     places: dict[tuple[Key, int], Value]
     fixed: set[Value] = field(default_factory=set)
+    joined: set[Value] = field(default_factory=set)
 
     def bases(self) -> list[int]:
         """Returns the numbers of steps worth trying, the fewest first: sequences may be read several entries per step."""
@@ -81,7 +83,7 @@ class Component:
         first_use: dict[Value, int] = {}
         for v in reversed(self.mixed):
             fed = any(x in time and x not in mixed for x in v.inputs)
-            if not fed and first_use.get(v, time[v]) > time[v]:
+            if not fed and v not in self.joined and first_use.get(v, time[v]) > time[v]:
                 time[v] = first_use[v]
             for x in v.inputs:
                 if x in mixed:
@@ -113,11 +115,15 @@ def find_components(graph: Graph, consumed: set[Value], barred: set[Key]) -> lis
     places = {at: v for v, at in tokens.items()}
     span = _spans(graph, consumed, tokens)
     mixed = [v for v in graph.values if v in span and span[v][0] != span[v][1]]
-    users: dict[Value, set[Value]] = defaultdict(set)
     mixed_set = set(mixed)
-    for v in mixed:
-        for x in v.inputs:
-            users[x].add(v)
+    users: dict[Value, set[Value]] = defaultdict(set)
+    read_outside = mixed_set.intersection(graph.outputs)
+    for v in graph.values:
+        if v in mixed_set:
+            for x in v.inputs:
+                users[x].add(v)
+        else:
+            read_outside |= mixed_set.intersection(v.inputs)
     found: list[Component] = []
     for members in _connected(mixed, mixed_set):
         inside = _with_feeders(members, span, mixed_set)
@@ -127,6 +133,7 @@ def find_components(graph: Graph, consumed: set[Value], barred: set[Key]) -> lis
         component = Component(members, inside, own, places)
         steps = len({position for _, position in own.values()})
         own_members = set(members)
+        component.joined = own_members & read_outside
         component.fixed = {
             v
             for v in inside
