@@ -266,8 +266,11 @@ def _of_log_decay(
     rowsum(S_t * D_t) = q_t * dq_t + e_(t+1). So e is a sum from the end, where rowsum(S_T * dS_T) stands. With exclusive
     reads D_t = q_(t+1) do_(t+1)^T + ..., so that q_t * dq_t counts from the step before on. Where a_t = 0, e_t is 0.
     """
-    sums = towards - away
-    sums = (sums.cumsum(1) if reverse else sums.flip(1).cumsum(1).flip(1)) + at_end.unsqueeze(1)
+    steps = (towards - away).flatten(2)
+    sums, _ = torch.ops.spikingbrain.linear_scan(
+        torch.zeros_like(steps), steps, at_end.flatten(1), True, not reverse
+    )
+    sums = sums.view_as(towards)
     return (sums - towards if exclusive else sums).masked_fill(decay == -torch.inf, 0.0)
 
 

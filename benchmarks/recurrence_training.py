@@ -1,0 +1,168 @@
+"""Forward and backward of gated linear attention, called from PyTorch on one thread, and the memory that they take.
+
+    python benchmarks/recurrence_training.py                 # speed: 1024 and 4096 steps
+    python benchmarks/recurrence_training.py --memory        # peak memory above the inputs, a process for each form
+
+Time is that of the thread, which other processes disturb less. Candidates: the op under ``torch.compile(backend="spikingbrain")``, chunks of 64 in plain torch (eager, and compiled by inductor),
+and the loop over time. Every round runs each; a ratio is the median over rounds of one round's ratio. Allocators keep memory,
+for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import spikingbrain.frontend.ops  # noqa: F401  (registers the op)
+
+HEADS, SIZE, CHUNK = 8, 128, 64
+KEPT_MEMORY = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "2000000000",
+    "MALLOC_TOP_PAD_": "200000000",
+}
+Form = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def op(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    none = None
+    made = torch.ops.spikingbrain.linear_recurrence(
+        q, k, v, g, none, none, none, none, "key", True, False, False
+    )
+    return made[0]  # type: ignore[no-any-return]
+
+
+def chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """Everything but the states for all chunks at once."""
+    q, k, v, g = (x.transpose(1, 2).unflatten(2, (-1, CHUNK)) for x in (q, k, v, g))
+    total = g.cumsum(-2)
+    last = total[..., -1:, :]
+    query, key = q * total.exp(), k * (-total).exp()
+    scores = (query @ key.transpose(-1, -2)).tril()
+    update = (k * (last - total).exp()).transpose(-1, -2) @ v
+    decay = last.exp().transpose(-1, -2)
+    state, states = torch.zeros_like(update[:, :, 0]), []
+    for n in range(update.shape[2]):
+        states.append(state)
+        state = state * decay[:, :, n] + update[:, :, n]
+    return (query @ torch.stack(states, 2) + scores @ v).flatten(2, 3).transpose(1, 2)
+
+
+def loop(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    state, outputs = q.new_zeros(q.shape[0], HEADS, SIZE, SIZE), []
+    for t in range(q.shape[1]):
+        state = state * g[:, t].exp()[..., None] + k[:, t, ..., None] * v[:, t, :, None]
+        outputs.append((q[:, t, :, None] @ state).squeeze(-2))
+    return torch.stack(outputs, 1)
+
+
+def forms(names: list[str]) -> dict[str, Form]:
+    made: dict[str, Callable[[], Form]] = {
+        "spikingbrain": lambda: torch.compile(op, backend="spikingbrain"),
+        "chunks, eager": lambda: chunks,
+        "chunks, inductor": lambda: torch.compile(chunks),
+        "loop, eager": lambda: loop,
+    }
+    return {name: made[name]() for name in names}
+
+
+def inputs(steps: int) -> list[Tensor]:
+    torch.manual_seed(0)
+    q, k, v, g = (torch.randn(1, steps, HEADS, SIZE) for _ in range(4))
+    tensors = [q / SIZE**0.5, k, v, torch.nn.functional.logsigmoid(g) / 16]
+    return [t.requires_grad_() for t in tensors]
+
+
+def step(form: Form, tensors: list[Tensor], backward: bool) -> None:
+    if backward:
+        out = form(*tensors)
+        torch.autograd.grad(out, tensors, tensors[2].detach())
+    else:
+        with torch.no_grad():
+            form(*tensors)
+
+
+def speed(steps: int, backward: bool, rounds: int) -> None:
+    names = ["spikingbrain", "chunks, eager", "chunks, inductor"]
+    if steps <= 1024:
+        names.append("loop, eager")
+    candidates, tensors = forms(names), inputs(steps)
+    for form in candidates.values():
+        step(form, tensors, backward)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for name, form in candidates.items():
+            best, begin = float("inf"), time.thread_time()
+            while best == float("inf") or time.thread_time() - begin < 0.5:
+                start = time.thread_time()
+                step(form, tensors, backward)
+                best = min(best, time.thread_time() - start)
+            times[name].append(best)
+    what = "forward + backward" if backward else "forward"
+    ours = np.array(times["spikingbrain"])
+    print(f"{what}, {steps} steps")
+    for name in names:
+        values = np.array(times[name])
+        print(f"  {name:18} {values.min() * 1e3:9.1f} ms   x{np.median(values / ours):6.2f}")
+
+
+def memory(steps: int) -> None:
+    print(f"peak memory of forward + backward, {steps} steps, above inputs and libraries")
+    for name in ("spikingbrain", "chunks, eager", "chunks, inductor"):
+        command = [sys.executable, __file__, "--peak", name, "--steps", str(steps)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        print(f"  {name:18} {done.stdout.strip()} MB")
+
+
+def peak(name: str, steps: int) -> None:
+    """Prints by how much one step raises the process's peak memory, after a first one on a shorter text."""
+    form = forms([name])[name]
+    step(form, inputs(4 * CHUNK), True)
+    tensors = inputs(steps)
+    if "inductor" in name or name == "spikingbrain":
+        step(form, tensors, True)  # compiles
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _status("VmRSS")
+    step(form, tensors, True)
+    print(round((_status("VmHWM") - before) / 1024))
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--peak")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1024, 4096])
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.peak:
+        peak(arguments.peak, arguments.steps[-1])
+    elif arguments.memory:
+        memory(arguments.steps[-1])
+    else:
+        if "MALLOC_MMAP_MAX_" not in os.environ:
+            os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEPT_MEMORY})
+        for steps in arguments.steps:
+            for backward in (False, True):
+                torch._dynamo.reset()
+                speed(steps, backward, arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()
