@@ -3,9 +3,9 @@
     python benchmarks/recurrence_training.py                 # speed: 1024 and 4096 steps
     python benchmarks/recurrence_training.py --memory        # peak memory above the inputs, a process for each form
 
-Time is that of the thread, which other processes disturb less. Candidates: the op under ``torch.compile(backend="spikingbrain")``, chunks of 64 in plain torch (eager, and compiled by inductor),
-and the loop over time. Every round runs each; a ratio is the median over rounds of one round's ratio. Allocators keep memory,
-for all.
+Time is that of the thread, which other processes disturb less. Candidates: the op under
+``torch.compile(backend="spikingbrain")``, chunks of 64 in plain torch (eager, and compiled by inductor), and the loop over time.
+Every round runs each; a ratio is the median over rounds of one round's ratio. Allocators keep memory, for all.
 """
 
 from __future__ import annotations
