@@ -28,6 +28,7 @@ from spikingbrain.passes.recurrence.monomials import (
 
 MOST_TERMS = 64
 WIDTH = {"float16": 1, "bfloat16": 1, "float32": 2, "float64": 3}
+REASONS = {"detach": "the gradient is cut here"}
 RELABELS = {"unsqueeze", "squeeze", "permute", "expand", "view"}
 
 
@@ -121,7 +122,7 @@ class Algebra:
         rule = RULES.get(v.op)
         try:
             if rule is None:
-                raise NonAffine(v.op, "not a linear operation")
+                raise NonAffine(v.op, REASONS.get(v.op, "not a linear operation"))
             return rule(self, v)
         except NonAffine:
             if moves:

@@ -21,7 +21,7 @@ from spikingbrain.passes.recurrence.template import (
     Template,
     varying_number,
 )
-from spikingbrain.passes.recurrence.tokens import Component, Key, find_components
+from spikingbrain.passes.recurrence.tokens import LATE, Component, Key, find_components
 
 PERIODS = (1, 2, 3, 4)
 TRIMMED = 4  # how many steps at an end of a run may stay outside for what else reads their values
@@ -70,7 +70,7 @@ def _looks_like_a_loop(component: Component) -> bool:
 def _roll(component: Component, users: dict[Value, list[Value]], outputs: set[Value]) -> Loop | Verdict:
     reason = "its steps differ"
     found: list[Loop] = []
-    for base, reverse, late in product(component.bases(), (False, True), (True, False)):
+    for base, reverse, late in product(component.bases(), (False, True), LATE):
         time = component.times(base, reverse, late)
         for period in PERIODS:
             step_of = {v: t // period for v, t in time.items()}

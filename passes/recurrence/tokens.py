@@ -15,6 +15,7 @@ from math import gcd
 from spikingbrain.passes.recurrence.graph import Graph, Value
 
 FEWEST = 4
+LATE = ("not joined", "none", "all")
 
 Key = tuple[Value, int, int]  # source, dim, width
 
@@ -56,10 +57,11 @@ class Component:
         counts = {count for _, _, count in self._families().values() if count >= FEWEST}
         return sorted(counts)[:3]
 
-    def times(self, base: int, reverse: bool, late: bool) -> dict[Value, int]:
+    def times(self, base: int, reverse: bool, late: str) -> dict[Value, int]:
         """Returns the step of every value inside, in order of processing (from 0), when there are about ``base`` steps.
 
-        What is computed of carried values alone belongs to the step that made them, or ``late`` to the one that reads it.
+        What is computed of carried values alone belongs to the step that made them, or to the one that reads it: ``late`` is
+        one of `LATE`, which of them are put off.
         """
         families = self._families()
         step: dict[Value, int] = {}
@@ -74,16 +76,16 @@ class Component:
                 time[v] = last - step[v] if reverse else step[v]
             elif v not in self.fixed:
                 time[v] = max((time[x] for x in v.inputs if x in time), default=0)
-        if late:
-            self._put_off(time)
+        if late != "none":
+            self._put_off(time, set() if late == "all" else self.joined)
         return time
 
-    def _put_off(self, time: dict[Value, int]) -> None:
+    def _put_off(self, time: dict[Value, int], kept: set[Value]) -> None:
         mixed = set(self.mixed)
         first_use: dict[Value, int] = {}
         for v in reversed(self.mixed):
             fed = any(x in time and x not in mixed for x in v.inputs)
-            if not fed and v not in self.joined and first_use.get(v, time[v]) > time[v]:
+            if not fed and v not in kept and first_use.get(v, time[v]) > time[v]:
                 time[v] = first_use[v]
             for x in v.inputs:
                 if x in mixed:
