@@ -5,7 +5,8 @@ What a form is stands in ``written.py``; the forms themselves in ``forms_*.py``,
 
 from __future__ import annotations
 
-# isort: off  (the order of the table)
+# The order of the table.
+# isort: off
 import forms_linear
 import forms_decay
 import forms_gated
