@@ -163,7 +163,8 @@ def _backward(ctx: Any, do: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
     if tensors[4] is not None or of_factor:
         gradients = torch.ops.spikingbrain.linear_recurrence_backward(do, dlast, *tensors, *options)
     else:
-        gradients = _by_recurrences(do, dlast, last, *tensors, *options, wanted)
+        q, k, v, decay, _, _, bonus, state = tensors
+        gradients = _by_recurrences(do, dlast, last, q, k, v, decay, bonus, state, *options, wanted)
     return *(g if want else None for g, want in zip(gradients, wanted, strict=True)), None, None, None, None
 
 
@@ -175,8 +176,6 @@ def _by_recurrences(
     k: Tensor,
     v: Tensor,
     decay: Tensor | None,
-    erase: None,
-    predict: None,
     bonus: Tensor | None,
     state: Tensor | None,
     axis: str,
@@ -185,10 +184,11 @@ def _by_recurrences(
     reverse: bool,
     wanted: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """Returns the gradients of the eight tensors; that of a decay only if it is a logarithm."""
+    """Returns the gradients of the op's eight tensors; that of a decay only if it is a logarithm."""
     dtype, of_decay_wanted = q.dtype, decay is not None and wanted[3]
     if of_decay_wanted:  # sums of many differences follow: dq and dk are wanted unrounded
-        do, q, k, v, decay = (up(x) for x in (do, q, k, v, decay))
+        do, q, k, v = up(do), up(q), up(k), up(v)
+        decay = None if decay is None else up(decay)
     groups = q.shape[2] // k.shape[2]
     turned = {"key": "value", "value": "key"}.get(axis, axis)
 
@@ -205,7 +205,7 @@ def _by_recurrences(
 
     def summed(x: Tensor) -> Tensor:
         """[B, T, H, D] -> [B, T, S, D]"""
-        return x if groups == 1 else x.unflatten(2, (-1, groups)).sum(3)
+        return x if groups == 1 else torch.unflatten(x, 2, (-1, groups)).sum(3)
 
     following = decay if decay is None or exclusive else _shifted(decay, 0.0 if log else 1.0, reverse)
     following = None if following is None else per_query(following)
@@ -227,7 +227,7 @@ def _by_recurrences(
         of_decay = _of_log_decay(decay, towards, away, at_end, exclusive, reverse)
     if wanted[7]:
         if groups > 1:
-            carried = carried.unflatten(1, (-1, groups)).sum(2)
+            carried = torch.unflatten(carried, 1, (-1, groups)).sum(2)
         of_state = carried if exclusive or decay is None else _by_first(carried, decay, axis, log, reverse)
     if bonus is not None:
         weight = (do * per_query(v)).sum(-1, keepdim=True)
@@ -270,7 +270,7 @@ def _of_log_decay(
     sums, _ = torch.ops.spikingbrain.linear_scan(
         torch.zeros_like(steps), steps, at_end.flatten(1), True, not reverse
     )
-    sums = sums.view_as(towards)
+    sums = torch.reshape(sums, towards.shape)
     return (sums - towards if exclusive else sums).masked_fill(decay == -torch.inf, 0.0)
 
 

@@ -66,7 +66,7 @@ def linear_recurrence_backward(
     if factor is not None and decay_axis == "head":
         factor = factor.unsqueeze(-1)
     problem = _Problem(
-        q_.unflatten(2, (k.shape[2], -1)),
+        torch.unflatten(q_, 2, (k.shape[2], -1)),
         k_,
         v_,
         factor,
@@ -78,7 +78,7 @@ def linear_recurrence_backward(
         exclusive,
     )
     grads = (
-        _by_segments(problem, do_.unflatten(2, (k.shape[2], -1)), dlast)
+        _by_segments(problem, torch.unflatten(do_, 2, (k.shape[2], -1)), dlast)
         if k.shape[1]
         else _nothing(problem, dlast)
     )
@@ -155,8 +155,11 @@ _Parts = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | No
 
 
 def _nothing(x: _Problem, dlast: Tensor) -> _Parts:
-    of_steps = [None if t is None else torch.zeros_like(t) for t in (x.decay, x.erase, x.predict, x.bonus)]
-    return torch.zeros_like(x.q), torch.zeros_like(x.k), torch.zeros_like(x.v), *of_steps, up(dlast).clone()
+    zeros = torch.zeros_like
+    of_decay, of_erase, of_predict, of_bonus = (
+        None if t is None else zeros(t) for t in (x.decay, x.erase, x.predict, x.bonus)
+    )
+    return zeros(x.q), zeros(x.k), zeros(x.v), of_decay, of_erase, of_predict, of_bonus, up(dlast).clone()
 
 
 def _by_segments(x: _Problem, do: Tensor, dlast: Tensor) -> _Parts:
@@ -164,8 +167,16 @@ def _by_segments(x: _Problem, do: Tensor, dlast: Tensor) -> _Parts:
     state, segments = x.state, []
     for start in range(0, x.k.shape[1], SEGMENT):
         span = slice(start, start + SEGMENT)
-        parts = (None if t is None else t[:, span] for t in (x.q, x.k, x.v, x.decay, x.erase, x.predict))
-        segment = _Problem(*parts, x.bonus, state, x.on_values, x.exclusive)
+        segment = replace(
+            x,
+            q=x.q[:, span],
+            k=x.k[:, span],
+            v=x.v[:, span],
+            decay=None if x.decay is None else x.decay[:, span],
+            erase=None if x.erase is None else x.erase[:, span],
+            predict=None if x.predict is None else x.predict[:, span],
+            state=state,
+        )
         segments.append((segment, do[:, span]))
         if start + SEGMENT < x.k.shape[1]:
             blocks = cut(
@@ -178,9 +189,20 @@ def _by_segments(x: _Problem, do: Tensor, dlast: Tensor) -> _Parts:
         dlast = found[-1][-1]
     if len(found) == 1:
         return found[0]
-    *of_steps, of_bonus, of_state = zip(*reversed(found), strict=True)
-    whole = [None if part[0] is None else torch.cat(part, 1) for part in of_steps]
-    return *whole, None if x.bonus is None else sum(of_bonus), of_state[0]
+    found.reverse()
+    of_q, of_k, of_v, of_decay, of_erase, of_predict = (
+        _joined([part[i] for part in found]) for i in range(6)
+    )
+    assert of_q is not None and of_k is not None and of_v is not None
+    of_bonus = (
+        None if x.bonus is None else torch.stack([part[6] for part in found if part[6] is not None]).sum(0)
+    )
+    return of_q, of_k, of_v, of_decay, of_erase, of_predict, of_bonus, dlast
+
+
+def _joined(parts: list[Tensor | None]) -> Tensor | None:
+    present = [part for part in parts if part is not None]
+    return torch.cat(present, 1) if present else None
 
 
 def _gradients(x: _Problem, do: Tensor, dlast: Tensor) -> _Parts:
@@ -222,8 +244,8 @@ def _gradients(x: _Problem, do: Tensor, dlast: Tensor) -> _Parts:
         of_rows_D, reads, of_rows_S, of_columns_S, of_decay = _decayed(sides, blocks.products)
 
     groups = x.q.shape[3]
-    of_query, of_predict = join(of_rows_D, steps).split((groups, of_rows_D.shape[3] - groups), 3)
-    of_k, of_erase = join(of_rows_S, steps).split((1, of_rows_S.shape[3] - 1), 3)
+    of_query, of_predict = torch.split(join(of_rows_D, steps), [groups, of_rows_D.shape[3] - groups], 3)
+    of_k, of_erase = torch.split(join(of_rows_S, steps), [1, of_rows_S.shape[3] - 1], 3)
     of_v = join(of_columns_S, steps)[:, :, :, :1]
     if of_decay is not None:
         of_decay = join(of_decay.unsqueeze(3), steps).squeeze(3)
@@ -369,8 +391,8 @@ def _of_products(
         reversed(decay.levels), reversed(levels), strict=True
     ):
         steps = level.before.shape[-2]
-        before_0, before_1 = before.split(steps, -2)
-        after_0, after_1 = after.split(steps, -2)
+        before_0, before_1 = torch.split(before, steps, -2)
+        after_0, after_1 = torch.split(after, steps, -2)
         first = (before_1 * level.before).sum(-2) + total * level.second
         second = (after_0 * level.after).sum(-2) + total * level.first
         before = _interleaved(before_0, before_1 * level.first.unsqueeze(-2) + of_level_before)

@@ -29,12 +29,14 @@ def attend(
     ``decay`` is a logarithm. ``scale`` multiplies the queries; K ** -0.5 if None. Operands of different dtypes meet in the
     widest of them: a float32 gate beside bfloat16 keys is not rounded.
     """
-    operands = (q, k, v, decay, erase, predict, bonus)
-    dtype = common(*operands)
+    dtype, narrow = common(q, k, v, decay, erase, predict, bonus), v.dtype
     q = q.to(dtype) * (k.shape[-1] ** -0.5 if scale is None else scale)
-    k, v, decay, erase, predict, bonus = (None if x is None else x.to(dtype) for x in operands[1:])
+    k, v = k.to(dtype), v.to(dtype)
+    decay, erase, predict, bonus = (
+        None if x is None else x.to(dtype) for x in (decay, erase, predict, bonus)
+    )
     state = None if initial_state is None else initial_state.to(wide(dtype))
     o, last = linear_recurrence.linear_recurrence(
         q, k, v, decay, erase, predict, bonus, state, decay_axis, True, exclusive, reverse
     )
-    return o.to(operands[2].dtype), last if output_final_state else None
+    return o.to(narrow), last if output_final_state else None

@@ -70,7 +70,7 @@ def products(decay: Tensor) -> Products:
     total, levels = decay, []
     while total.shape[-2] > 1:
         (before_0, before_1), (after_0, after_1) = pairs(before), pairs(after)
-        first, second = total.unflatten(-2, (-1, 2)).unbind(-2)
+        first, second = torch.unflatten(total, -2, (-1, 2)).unbind(-2)
         levels.append(Level(before_1, after_0, first, second))
         before = torch.cat((before_0, before_1 * first.unsqueeze(-2)), -2)
         after = torch.cat((after_0 * second.unsqueeze(-2), after_1), -2)
@@ -80,13 +80,13 @@ def products(decay: Tensor) -> Products:
 
 def pairs(x: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the earlier and the later of each two neighbouring blocks: [..., 2P, s, D] -> twice [..., P, s, D]."""
-    first, second = x.unflatten(-3, (-1, 2)).unbind(-3)
+    first, second = torch.unflatten(x, -3, (-1, 2)).unbind(-3)
     return first, second
 
 
 def halves(x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Returns the blocks of ``steps`` steps, earlier and later: [..., M, C, D] -> twice [..., C/2/steps, M, steps, D]."""
-    first, second = x.unflatten(-2, (-1, 2, steps)).movedim(-5, -4).unbind(-3)
+    first, second = torch.unflatten(x, -2, (-1, 2, steps)).movedim(-5, -4).unbind(-3)
     return first, second
 
 
@@ -113,7 +113,7 @@ def _by_doubling(query: Tensor, key: Tensor, decay: Products) -> Tensor:
             cross = (late[..., :, :, None, None, :] * early[..., None, None, :, :, :]).sum(-1)
         else:
             cross = all_pairs(late, early)
-        first, second = out.unflatten(-5, (-1, 2)).unbind(-5)
+        first, second = torch.unflatten(out, -5, (-1, 2)).unbind(-5)
         above = torch.cat((first, torch.zeros_like(cross)), -1)
         out = torch.cat((above, torch.cat((cross, second), -1)), -3)
     return out.squeeze(-5)
@@ -122,7 +122,7 @@ def _by_doubling(query: Tensor, key: Tensor, decay: Products) -> Tensor:
 def all_pairs(query: Tensor, key: Tensor) -> Tensor:
     """Returns query[g, i] . key[m, j] for all pairs: [..., G, C, M, C]."""
     product = query.flatten(-3, -2) @ key.flatten(-3, -2).mT
-    return product.unflatten(-1, key.shape[-3:-1]).unflatten(-3, query.shape[-3:-1])
+    return torch.unflatten(torch.unflatten(product, -1, key.shape[-3:-1]), -3, query.shape[-3:-1])
 
 
 def _earlier(like: Tensor) -> Tensor:
@@ -142,13 +142,11 @@ def weighted(weight: Tensor, value: Tensor, decay: Products | None) -> Tensor:
         one = torch.ones_like(decay.before).unsqueeze(-3)
         return combine(weight * _by_doubling(one, one, decay), value)
     total = torch.zeros_like(combine(weight, value))
-    groups = weight.shape[-4]
     for level in decay.levels:
         steps = level.before.shape[-2]
         early = halves(value, steps)[0] * level.after.unsqueeze(-3)
         cross = corner(weight, steps)
-        part = (cross.flatten(-4, -3).flatten(-2) @ early.flatten(-3, -2)).unflatten(-2, (groups, steps))
-        part = (part * level.before.unsqueeze(-3)).unsqueeze(-3)
+        part = (combine(cross, early) * level.before.unsqueeze(-3)).unsqueeze(-3)
         part = torch.cat((torch.zeros_like(part), part), -3)  # [..., pairs, G, 2, s, V]
         total = total + part.movedim(-5, -4).flatten(-4, -2)
     return total
@@ -156,12 +154,14 @@ def weighted(weight: Tensor, value: Tensor, decay: Products | None) -> Tensor:
 
 def corner(weight: Tensor, steps: int) -> Tensor:
     """Returns the blocks of later rows and earlier columns: [..., G, C, M, C] -> [..., C/2/steps, G, steps, M, steps]."""
-    blocks = weight.unflatten(-1, (-1, 2, steps)).unflatten(-5, (-1, 2, steps))  # G P 2 s M P 2 s
+    blocks = torch.unflatten(
+        torch.unflatten(weight, -1, (-1, 2, steps)), -5, (-1, 2, steps)
+    )  # G P 2 s M P 2 s
     blocks = blocks[..., 1, :, :, :, 0, :]  # G P s M P s
     return blocks.diagonal(dim1=-5, dim2=-2).movedim(-1, -5)
 
 
 def combine(weight: Tensor, value: Tensor) -> Tensor:
     """Returns y[g, i] = sum over m and j of weight[g, i, m, j] value[m, j]: [..., G, C, V]."""
-    rows = weight.shape[-4:-2]
-    return (weight.flatten(-4, -3).flatten(-2) @ value.flatten(-3, -2)).unflatten(-2, rows)
+    product = weight.flatten(-4, -3).flatten(-2) @ value.flatten(-3, -2)
+    return torch.unflatten(product, -2, weight.shape[-4:-2])

@@ -40,29 +40,38 @@ def linear_recurrence(
     [B, T, S, K] if "key", [B, T, S, V] if "value"; no decay if "none". ``reverse``: time runs from T - 1 to 0. States and
     arithmetic are float32 (float64 for float64); the outputs have the dtype of q, which all operands share.
     """
-    operands = (q, k, v, decay, erase, predict)
-    if reverse:
-        operands = tuple(None if x is None else x.flip(1) for x in operands)
     if state is None:
         state = k.new_zeros(k.shape[0], k.shape[2], k.shape[3], v.shape[3], dtype=wide(k.dtype))
     if k.shape[1] == 0:
         return v.new_zeros(v.shape[0], 0, q.shape[2], v.shape[3]), state.clone()
+    starts = range(0, k.shape[1], SEGMENT)
     outputs = []
-    for start in range(0, k.shape[1], SEGMENT):
-        part = (None if x is None else x[:, start : start + SEGMENT].to(wide(x.dtype)) for x in operands)
-        query, key, value, factor, *rank_one = part
+    for start in reversed(starts) if reverse else starts:
+
+        def part(x: Tensor, start: int = start) -> Tensor:
+            x = x[:, start : start + SEGMENT].to(wide(x.dtype))
+            return x.flip(1) if reverse else x
+
+        factor = None if decay is None else part(decay)
         if factor is not None and log_decay:
             factor = factor.exp()
         if factor is not None and decay_axis == "head":
             factor = factor.unsqueeze(-1)
-        wide_bonus = None if bonus is None else bonus.to(wide(bonus.dtype))
-        assert query is not None and key is not None and value is not None
         out, state = _segment(
-            query, key, value, factor, decay_axis == "value", *rank_one, wide_bonus, state, exclusive
+            part(q),
+            part(k),
+            part(v),
+            factor,
+            decay_axis == "value",
+            None if erase is None else part(erase),
+            None if predict is None else part(predict),
+            None if bonus is None else bonus.to(wide(bonus.dtype)),
+            state,
+            exclusive,
         )
-        outputs.append(out.to(q.dtype))
+        outputs.append((out.flip(1) if reverse else out).to(q.dtype))
     if reverse:
-        outputs = [out.flip(1) for out in reversed(outputs)]
+        outputs.reverse()
     return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0], state
 
 
@@ -80,7 +89,7 @@ def _segment(
 ) -> tuple[Tensor, Tensor]:
     """The same for some steps, forward in time, the decay [B, T, S, D] a factor."""
     steps, states = k.shape[1:3]
-    q = q.unflatten(2, (states, q.shape[2] // states))
+    q = torch.unflatten(q, 2, (states, q.shape[2] // states))
     query = q
     if decay is not None and not exclusive and not on_values:
         query = q * decay.unsqueeze(3)
@@ -167,7 +176,7 @@ def cut(
 def block(x: Tensor, size: int, fill: float = 0.0) -> Tensor:
     """[B, T, S, *, D] -> [B, S, N, *, C, D], where C is ``size`` and the last block is filled up."""
     x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, -x.shape[1] % size), value=fill)
-    return x.unflatten(1, (-1, size)).movedim(2, -2).movedim(2, 1)
+    return torch.unflatten(x, 1, (-1, size)).movedim(2, -2).movedim(2, 1)
 
 
 def join(x: Tensor, steps: int) -> Tensor:
@@ -213,7 +222,7 @@ def _predictions(blocks: Blocks, offset: Tensor | None) -> tuple[Tensor, Tensor]
     known = torch.cat((known, blocks.before(blocks.predict, rows=True)), -1).squeeze(3)
     from_erase = score[..., -1, :].squeeze(3)
     solved = torch.linalg.solve_triangular(-from_erase, known, upper=False, unitriangular=True)
-    constant, linear = solved.split((blocks.value.shape[-1], blocks.predict.shape[-1]), -1)
+    constant, linear = torch.split(solved, [blocks.value.shape[-1], blocks.predict.shape[-1]], -1)
     return constant, linear
 
 
@@ -230,7 +239,7 @@ def _run_by_steps(blocks: Blocks, state: Tensor, offset: Tensor | None) -> tuple
             p = predict @ state
             predicted.append(p if offset is None else p + offset[:, :, n, :, i])
             state = state * blocks.decay[:, :, n, i].unsqueeze(-2) + erase.mT @ predicted[-1] + key.mT @ value
-    p = torch.cat(predicted, 2).unflatten(2, (len(starts), -1)).unsqueeze(3)
+    p = torch.unflatten(torch.cat(predicted, 2), 2, (len(starts), -1)).unsqueeze(3)
     return torch.stack(starts, 2), state, p
 
 

@@ -36,8 +36,8 @@ def linear_scan(
         return torch.zeros_like(update, dtype=dtype), state.clone()
     size = math.isqrt(steps - 1) + 1
     padding = -steps % size
-    a = F.pad(decay, (0, 0, 0, padding), value=1.0).unflatten(1, (-1, size))  # [B, blocks, size, C]
-    b = F.pad(update, (0, 0, 0, padding)).unflatten(1, (-1, size))
+    a = torch.unflatten(F.pad(decay, (0, 0, 0, padding), value=1.0), 1, (-1, size))  # [B, blocks, size, C]
+    b = torch.unflatten(F.pad(update, (0, 0, 0, padding)), 1, (-1, size))
     h, through = [b[:, :, 0]], [a[:, :, 0]]
     for i in range(1, size):
         h.append(torch.addcmul(b[:, :, i], a[:, :, i], h[-1]))

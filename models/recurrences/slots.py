@@ -30,10 +30,13 @@ def gsa(
     R [B, S, M, V]. ``scale`` defaults to K ** -0.5.
     """
     keys, values = (None, None) if initial_state is None else initial_state
-    options = {"output_final_state": output_final_state}
-    score, keys = attend(q, k, s, g, "value", scale=scale, initial_state=keys, **options)
+    score, keys = attend(
+        q, k, s, g, "value", scale=scale, initial_state=keys, output_final_state=output_final_state
+    )
     weight = score.softmax(-1, dtype=wide(score.dtype)).to(score.dtype)
-    o, values = attend(weight, s, v, g, "key", scale=1.0, initial_state=values, **options)
+    o, values = attend(
+        weight, s, v, g, "key", scale=1.0, initial_state=values, output_final_state=output_final_state
+    )
     return o, None if keys is None or values is None else (keys, values)
 
 
