@@ -20,9 +20,11 @@ from spikingbrain.frontend.dynamo.options import CompileOptions, parse
 from spikingbrain.frontend.dynamo.partition import Region, Step
 from spikingbrain.frontend.dynamo.plan import carry_out, plan
 from spikingbrain.frontend.dynamo.program import GraphProgram, assemble
+from spikingbrain.frontend.ops.substitutions import register_for_dynamo
 from spikingbrain.frontend.recurrences.raising import raise_in_dynamo_graph
 
 _numbers = itertools.count()
+register_for_dynamo()  # before the first model is traced: torch looks for this module when it is asked for the backend
 
 
 def spikingbrain(

@@ -12,6 +12,7 @@ from torch import nn
 
 from spikingbrain.errors import CompileError
 from spikingbrain.frontend.decompose import decompose
+from spikingbrain.frontend.ops.substitutions import substituted
 from spikingbrain.frontend.recurrences.lengths import (
     AnyLength,
     export_any_length,
@@ -19,7 +20,7 @@ from spikingbrain.frontend.recurrences.lengths import (
     name_outputs,
     shortened,
 )
-from spikingbrain.frontend.recurrences.raising import promising, raise_recurrences, would_raise
+from spikingbrain.frontend.recurrences.raising import calls, promising, raise_recurrences, would_raise
 from spikingbrain.frontend.recurrences.report import RecurrenceReport
 from spikingbrain.frontend.recurrences.unify import Dims, NotUnified
 
@@ -67,7 +68,8 @@ def export_program(model: nn.Module, tensors: Sequence[torch.Tensor], dims: Dims
 
 
 def _export(model: nn.Module, tensors: Sequence[torch.Tensor], dims: Dims) -> torch.export.ExportedProgram:
-    return torch.export.export(model, tuple(tensors), dynamic_shapes=(tuple(dims),), strict=False)
+    with substituted():
+        return torch.export.export(model, tuple(tensors), dynamic_shapes=(tuple(dims),), strict=False)
 
 
 def _of_looped(
@@ -103,6 +105,7 @@ def _raised(
     exported: Exported, model: nn.Module, tensors: Sequence[torch.Tensor], dims: Dims, name: str
 ) -> Exported:
     """Raises what a program without Python loops over dynamic sizes holds: scans and written forms."""
+    exported.recurrences += calls(exported.program.graph)
     symbols = any(isinstance(s, torch.SymInt) for n in _inputs(exported.program) for s in n.meta["val"].shape)
     if not symbols:
         _raise(exported)
@@ -130,7 +133,7 @@ def _raise(exported: Exported) -> None:
     if any(_mutates(n) for n in program.graph.nodes):
         program = program.run_decompositions({})
     found = raise_recurrences(program.graph_module, keep_detach=False)
-    exported.recurrences += found
+    exported.recurrences = found or exported.recurrences
     if any(r.status != "unrolled" for r in found):
         exported.program = program
         name_outputs(program)

@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from spikingbrain.frontend.ops.substitutions import substituted
 from spikingbrain.frontend.recurrences.raising import promising, raise_recurrences
 from spikingbrain.frontend.recurrences.report import RecurrenceReport
 from spikingbrain.frontend.recurrences.unify import Dims, NotUnified, Sizes, root_of, step_of, unify
@@ -116,7 +117,8 @@ def _traced(
     model: nn.Module, tensors: tuple[torch.Tensor, ...]
 ) -> tuple[fx.GraphModule, list[RecurrenceReport]]:
     """Returns the model as a functional graph of ATen ops with its recurrences raised."""
-    program = torch.export.export(model, tensors, strict=False).run_decompositions({})
+    with substituted():
+        program = torch.export.export(model, tensors, strict=False).run_decompositions({})
     reports = raise_recurrences(program.graph_module, False) if promising(program.graph) else []
     name_outputs(program)
     module = program.module(check_guards=False)

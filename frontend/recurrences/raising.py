@@ -89,6 +89,7 @@ def raise_recurrences(module: fx.GraphModule, keep_detach: bool) -> list[Recurre
     """Raises in place, in a functional graph of ATen ops; returns what was found."""
     neutral, _ = adapt(module, keep_detach)
     written = scans(module.graph)
+    called = calls(module.graph)
     reports = [_carry_out(module, verdict, i) for i, verdict in enumerate(analyse(neutral, forms=True))]
     reports += [_carry_out_scan(module, node, keep_detach) for node in written]
     for node in module.graph.nodes:
@@ -97,6 +98,7 @@ def raise_recurrences(module: fx.GraphModule, keep_detach: bool) -> list[Recurre
                 "a while_loop, whose steps are not known to be those of a sequence; a scan over it is raised"
             )
             reports.append(RecurrenceReport("unrolled", "", str(user_line(node) or ""), reason))
+    reports += called
     if any(r.status != "unrolled" for r in reports):
         _sort(module.graph)
         module.graph.eliminate_dead_code(
@@ -105,6 +107,21 @@ def raise_recurrences(module: fx.GraphModule, keep_detach: bool) -> list[Recurre
         module.graph.lint()
         module.recompile()
     return reports
+
+
+_OPS = ("linear_recurrence", "linear_scan", "selective_scan")
+_CALLED = "the op, or a function that stands for it in the table of substitutions"
+
+
+def calls(graph: fx.Graph) -> list[RecurrenceReport]:
+    """Returns a report for each call of a recurrence op that a graph has from the beginning."""
+    found = [n for n in graph.nodes if n.op == "call_function" and _op_name(n) in _OPS]
+    return [RecurrenceReport("raised", _op_name(n), str(user_line(n) or ""), _CALLED) for n in found]
+
+
+def _op_name(node: fx.Node) -> str:
+    name = str(node.target)
+    return name.removeprefix("spikingbrain.").partition(".")[0] if name.startswith("spikingbrain.") else ""
 
 
 def would_raise(module: fx.GraphModule) -> bool:
@@ -147,7 +164,7 @@ def promising(graph: fx.Graph) -> bool:
     reads: Counter[Any] = Counter()
     for node in graph.nodes:
         name = str(getattr(node.target, "__name__", node.target)).partition(".")[0]
-        if name in _TELLING:
+        if name in _TELLING or _op_name(node) in _OPS:
             return True
         if name in ("getitem", "select", "narrow") and node.args:
             reads[node.args[0]] += 1
