@@ -139,6 +139,21 @@ def keep_user_frames(graph: fx.Graph) -> None:
         node.meta["stack_trace"] = "\n".join(kept) + "\n"
 
 
+def state_epsilon(graph: fx.Graph) -> int:
+    """Says the epsilon of rms_norm where it is left to torch; returns how many. torch-mlir takes none then, and 0 / 0 is NaN."""
+    changed = 0
+    for node in graph.nodes:
+        if node.op != "call_function" or node.target != aten.rms_norm.default:
+            continue
+        x, shape, weight, epsilon = [*node.args, None, None][:4]
+        if node.kwargs.get("eps", epsilon) is None:
+            wide = torch.promote_types(x.meta["val"].dtype, torch.float32)
+            node.args = (x, shape, node.kwargs.get("weight", weight), torch.finfo(wide).eps)
+            node.kwargs = {}
+            changed += 1
+    return changed
+
+
 def normalise(graph: fx.Graph) -> None:
     """Applies every rewrite in place, in the bodies of loops too."""
     for node in graph.nodes:
@@ -147,6 +162,7 @@ def normalise(graph: fx.Graph) -> None:
             normalise(body.graph)
     carry_closed_over(graph)
     make_scatter_dims_positive(graph)
+    state_epsilon(graph)
     drop_identities(graph)
     drop_idle_casts(graph)
     rename_synonyms(graph)

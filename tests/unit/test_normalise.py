@@ -21,6 +21,7 @@ from spikingbrain.frontend.normalise import (
     make_scatter_dims_positive,
     normalise,
     rename_synonyms,
+    state_epsilon,
 )
 
 aten = torch.ops.aten
@@ -57,6 +58,18 @@ def test_scatter_dims_become_positive(name: str) -> None:
     assert before < 0 and make_scatter_dims_positive(graph) == 1
     assert node.args[1] == before + 3
     assert make_scatter_dims_positive(graph) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_epsilon_of_rms_norm_is_said(dtype: torch.dtype) -> None:
+    """torch-mlir takes 0 where torch has the epsilon of the type it computes in: a row of zeros became NaN."""
+    x = torch.tensor([[0.0, 0.0], [1e-4, 2e-4]], dtype=dtype)
+    for weights in ((), (torch.ones(2, dtype=dtype),)):
+        graph = exported(lambda x, *w: torch.rms_norm(x, (2,), *w), x, *weights)
+        assert state_epsilon(graph) == 1 and state_epsilon(graph) == 0
+        module = fx.GraphModule(nn.Module(), graph)
+        assert torch.equal(module(x, *weights)[0], torch.rms_norm(x, (2,), *weights))
+    assert state_epsilon(exported(lambda x: torch.rms_norm(x, (2,), eps=1e-5), x)) == 0
 
 
 def test_identities_go() -> None:
