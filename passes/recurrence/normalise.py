@@ -79,11 +79,9 @@ class _Normaliser:
         self.made = Graph()
         self.known: dict[tuple[Any, ...], Value] = {}
         self.of: dict[Value, Source | _Cat] = {}
-        self.raw: Value | None = None
 
     def run(self) -> Graph:
         for raw in _live(self.given):
-            self.raw = raw
             result = self.rewrite(raw)
             if result is not None:
                 self.of[raw] = result
@@ -406,7 +404,7 @@ def _permutation(raw: Value, rank: int) -> tuple[int, ...] | None:
     return tuple(order)
 
 
-def _pieces(parent: Value, users: dict[Value, list[Value]]) -> int:
+def _pieces(parent: Value) -> int:
     shape = parent.inputs[0].shape
     assert shape is not None
     return int(shape[argument(parent, 1, "dim", 0) % len(shape)])

@@ -116,16 +116,23 @@ class _Run:
         steps = sorted(bodies)
         middle = len(steps) // 2
         reason: NoTemplate | None = None
-        for sample in (
-            steps[middle : middle + 1] + steps[max(0, middle - 1) : middle] + steps[middle + 1 : middle + 2]
-        ):
+        best: Loop | None = None
+        places = (middle, middle - 1, middle + 1, len(steps) // 4, 3 * len(steps) // 4)
+        for sample in dict.fromkeys(steps[k] for k in places if 0 <= k < len(steps)):
             if sample + 1 not in bodies:
                 continue
             try:
-                return self._from(Template(self.component, bodies, self.step_of, sample))
+                loop = self._from(Template(self.component, bodies, self.step_of, sample))
             except NoTemplate as why:
                 reason = reason or why
-        raise reason or NoTemplate("there are too few steps")
+                continue
+            if best is None or loop.steps > best.steps:
+                best = loop
+            if best.steps >= len(steps) - TRIMMED:
+                break
+        if best is None:
+            raise reason or NoTemplate("there are too few steps")
+        return best
 
     def _from(self, template: Template) -> Loop:
         self.roles = template.roles
