@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -36,6 +37,8 @@ from spikingbrain.passes.recurrence.graph import Value
 
 aten = torch.ops.aten
 
+log = logging.getLogger("spikingbrain.compile")
+
 _FEWEST = 4  # positions at which an axis must be read to be taken for time
 
 
@@ -43,6 +46,17 @@ def raise_in_dynamo_graph(module: fx.GraphModule) -> tuple[fx.GraphModule, list[
     """Returns a module with recurrences raised, or ``module`` itself where there are none to be raised."""
     if not promising(module.graph):
         return module, []
+    try:
+        return _raised(module)
+    except Exception as error:  # a model never fails because a part of it was not recognised
+        reason = f"the compiler failed: {type(error).__name__}: {error}"
+        log.warning(
+            "recurrences stay as they are written: %s", reason, exc_info=log.isEnabledFor(logging.DEBUG)
+        )
+        return module, [RecurrenceReport("unrolled", "", "", reason)]
+
+
+def _raised(module: fx.GraphModule) -> tuple[fx.GraphModule, list[RecurrenceReport]]:
     with _no_collection():
         if is_symbolic(module.graph):
             return _raise_at_symbols(module)
@@ -262,7 +276,7 @@ def _emit(
     """Emits what takes a loop's place, after ``last``: by default the last node of its last step."""
     if last is None:
         position = {n: i for i, n in enumerate(module.graph.nodes)}
-        nodes = [n for v in _last_values(loop) for n in nodes_of(v)[:1]]
+        nodes = [n for v in _last_values(loop) for n in _nearest(v)]
         if not nodes:
             raise NotEmitted("its values are not in the graph")
         last = max(nodes, key=position.__getitem__)
@@ -294,6 +308,12 @@ def _emit_in_turn(steps: Steps, recurrences: Sequence[Recurrence]) -> None:
         if len(later) == len(waiting):
             raise stop
         waiting = later
+
+
+def _nearest(value: Value) -> list[fx.Node]:
+    """Returns the node of a value, or of what it is made from where the analysis made it."""
+    own = nodes_of(value)
+    return own[:1] if own or value.op == "input" else [n for v in value.inputs for n in _nearest(v)]
 
 
 def _last_values(loop: Loop) -> list[Value]:

@@ -270,9 +270,7 @@ class _Normaliser:
         x = self.value(parent)
         if parent.op == "unbind":
             assert x.shape is not None
-            return self.select(
-                x, argument(parent, 1, "dim", 0) % len(x.shape), index % _pieces(parent, self.users)
-            )
+            return self.select(x, argument(parent, 1, "dim", 0) % len(x.shape), index % _pieces(parent))
         if parent.op not in ("split", "split_with_sizes", "chunk"):
             return self.make("getitem", [x], raw.literals, raw.shape, raw.dtype)
         assert x.shape is not None
