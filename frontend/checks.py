@@ -47,6 +47,13 @@ def _check_node(node: fx.Node) -> None:
             why="a compiled program has no random state of its own, and would not follow torch.manual_seed",
             hint="draw them outside and pass them in; call model.eval() to switch dropout off",
         )
+    if target == torch.ops.aten.logcumsumexp.default:
+        raise UnsupportedOp(
+            f"no exact lowering for {target}",
+            where=user_line(node),
+            why="torch-mlir sums the exponentials as they are, which overflow",
+            hint="write the recurrence as a loop over time, h = a * h + b; it becomes one op",
+        )
     values = node.meta.get("val")
     for value in values if isinstance(values, (list, tuple)) else [values]:
         if isinstance(value, torch.Tensor) and value.dtype.is_complex:

@@ -11,6 +11,8 @@ import operator
 import torch
 from torch_mlir.extras.fx_decomp_util import get_decomposition_table
 
+from spikingbrain.frontend.dynamo.exact import EXACT
+
 aten = torch.ops.aten
 
 # Kept whole: `linear` because its decomposition flattens batch and time into one dimension; attention because it is raised.
@@ -74,6 +76,8 @@ def decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedPro
     if all(_is_direct(node.target) for node in program.graph.nodes if node.op == "call_function"):
         return program
     table = {op: f for op, f in get_decomposition_table().items() if op not in KEPT}
+    # torch-mlir takes negative padding for none: a token shift, F.pad(x, (0, 0, 1, -1)), shifted nothing
+    table[aten.constant_pad_nd.default] = EXACT[aten.constant_pad_nd.default]
     decomposed: torch.export.ExportedProgram = program.run_decompositions(table)
     return decomposed
 
