@@ -27,12 +27,14 @@ def table() -> str:
     others = [f for f in listed.values() if f["negative"]]
     counts = Counter(_outcome(f) for f in forms)
     summary = f"{len(forms)} forms: " + ", ".join(f"{n} {name}" for name, n in counts.most_common()) + "."
-    lines = [summary, "", "| recurrence | written as | becomes |", "| --- | --- | --- |"]
+    lines = [summary, "", "| recurrence | written as | becomes | any length |", "| --- | --- | --- | :-: |"]
     family = ""
     for form in sorted(forms, key=lambda f: [g["family"] for g in forms].index(f["family"])):
         told, family = ("" if form["family"] == family else form["family"]), form["family"]
         note = f": {_plain(form['reason'])}" if form["found"] == "unrolled" and form["reason"] else ""
-        lines.append(f"| {told} | {_plain(form['writing'])} | {_outcome(form)}{note} |")
+        lines.append(
+            f"| {told} | {_plain(form['writing'])} | {_outcome(form)}{note} | {'●' if form['any_length'] else ''} |"
+        )
     lines += ["", f"{len(others)} loops and forms that resemble one and are none:", ""]
     lines += ["| resembles | but | becomes | reason |", "| --- | --- | --- | --- |"]
     for form in others:

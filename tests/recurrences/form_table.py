@@ -18,17 +18,24 @@ HEADER = """\
 
 @dataclass(frozen=True)
 class Found:
-    """What became of one form: an outcome (see ``written.py``), or "wrong" or "error", which are never expected."""
+    """What became of one form: an outcome (see ``written.py``), or "wrong" or "error", which are never expected.
+
+    ``any_length``: whether ``export`` makes a program of any length of it, which ``test_forms_export.py`` tries.
+    """
 
     family: str
     writing: str
     negative: bool
+    any_length: bool
     found: str
     reason: str
 
     @staticmethod
     def of(form: Form, found: str, reason: str) -> Found:
-        return Found(form.family, form.writing, form.negative, found, " ".join(reason.split())[:300])
+        any_length = form.dynamic and not form.export
+        return Found(
+            form.family, form.writing, form.negative, any_length, found, " ".join(reason.split())[:300]
+        )
 
 
 def read() -> dict[str, Found]:

@@ -26,7 +26,14 @@ class Surrogate(torch.autograd.Function):
         return gradient * 4 * s * (1 - s)
 
 
-@form("LIF", "soft reset, list and stack, time first", "x:TBD:drive", POINTWISE, quick=True)
+@form(
+    "LIF",
+    "soft reset, list and stack, time first",
+    "x:TBD:drive",
+    POINTWISE,
+    quick=True,
+    export="Constraints violated",
+)
 def lif_soft(x: Tensor) -> tuple[Tensor, Tensor]:
     v = torch.zeros_like(x[0])
     spikes = []
@@ -100,7 +107,13 @@ def ternary_lif(x: Tensor) -> Tensor:
     return out
 
 
-@form("adaptive threshold", "the threshold rises with every spike", "x:TBD:drive", POINTWISE)
+@form(
+    "adaptive threshold",
+    "the threshold rises with every spike",
+    "x:TBD:drive",
+    POINTWISE,
+    export="Constraints violated",
+)
 def adaptive_threshold(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     v = torch.zeros_like(x[0])
     a = torch.zeros_like(x[0])
@@ -115,7 +128,13 @@ def adaptive_threshold(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.stack(spikes), v, a
 
 
-@form("RWKV-4", "running maximum, numerator and denominator", "k:BTD v:BTD w:D:positive u:D", POINTWISE)
+@form(
+    "RWKV-4",
+    "running maximum, numerator and denominator",
+    "k:BTD v:BTD w:D:positive u:D",
+    POINTWISE,
+    export="Constraints violated",
+)
 def rwkv4(k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
     numerator = denominator = torch.zeros_like(k[:, 0])
     highest = torch.full_like(k[:, 0], -1e38)

@@ -46,7 +46,13 @@ def retnet_read_changes(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.stack(outputs, 1)
 
 
-@form("Lightning attention", "slices of one token, slopes, cat", LINEAR_HEADS_FIRST + " state:BHKV", RAISED)
+@form(
+    "Lightning attention",
+    "slices of one token, slopes, cat",
+    LINEAR_HEADS_FIRST + " state:BHKV",
+    RAISED,
+    export="has size 64 along axis 2, expected 11",
+)
 class LightningDecode(nn.Module):
     def __init__(self) -> None:
         super().__init__()

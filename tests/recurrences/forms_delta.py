@@ -85,7 +85,14 @@ class DeltaNetLayer(nn.Module):
         return self.out(torch.stack(outputs, dim=1).flatten(2))
 
 
-@form("DeltaNet", "chunks, the inverse by solve_triangular", HEADS_FIRST, "loop", multiple=3)
+@form(
+    "DeltaNet",
+    "chunks, the inverse by solve_triangular",
+    HEADS_FIRST,
+    "loop",
+    multiple=3,
+    export="no lowering for torch.aten.linalg_solve_triangular",
+)
 def delta_chunks(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
     size = 3
     v, k_beta = v * beta[..., None], k * beta[..., None]

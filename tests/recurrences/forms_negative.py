@@ -79,7 +79,7 @@ def state_squared(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.stack(outputs, 1)
 
 
-@negative("linear attention", "float32 state rounded to bfloat16 at each step", LINEAR, "loop")
+@negative("linear attention", "float32 state rounded to bfloat16 at each step", LINEAR, "loop", longest=64)
 def state_rounded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     state, outputs = zero_state(q, v), []
     for t in range(q.shape[1]):
@@ -108,7 +108,9 @@ def state_detached_always(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
     return torch.stack(outputs, 1)
 
 
-@negative("linear attention", "one state in the middle is returned", LINEAR, "unrolled", quick=True)
+@negative(
+    "linear attention", "one state in the middle is returned", LINEAR, "unrolled", quick=True, dynamic=False
+)
 def state_in_the_middle(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     state, outputs, kept = zero_state(q, v), [], None
     for t in range(q.shape[1]):
@@ -179,7 +181,13 @@ def index_by_data(v: Tensor, i: Tensor, q: Tensor) -> Tensor:
     return torch.stack(outputs, 1)
 
 
-@negative("linear attention", "the order of the axes of the state changes", "q:BTHK k:BTHK v:BTHK", "loop")
+@negative(
+    "linear attention",
+    "the order of the axes of the state changes",
+    "q:BTHK k:BTHK v:BTHK",
+    "loop",
+    export="Expected init and carry to have same metadata",
+)
 def state_turned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     state, outputs = zero_state(q, v), []
     for t in range(q.shape[1]):
@@ -272,7 +280,12 @@ def cumsum_over_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bthk,bthkv->bthv", q, states)
 
 
-@negative("linear attention", "cumulative maximum of outer products", LINEAR)
+@negative(
+    "linear attention",
+    "cumulative maximum of outer products",
+    LINEAR,
+    export="no lowering for torch.aten.cummax",
+)
 def cummax_outer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     states = torch.cummax(k[..., :, None] * v[..., None, :], dim=1).values
     return torch.einsum("bthk,bthkv->bthv", q, states)

@@ -54,7 +54,14 @@ def qwen3_next(f: Function, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Te
     return f(q, k, v, g, beta, output_final_state=True, use_qk_l2norm_in_kernel=True)
 
 
-@public("Gated DeltaNet", "Qwen3-Next, in chunks", f"{MODELING}:torch_chunk_gated_delta_rule", DELTA, "loop")
+@public(
+    "Gated DeltaNet",
+    "Qwen3-Next, in chunks",
+    f"{MODELING}:torch_chunk_gated_delta_rule",
+    DELTA,
+    "loop",
+    export="Constraints violated",
+)
 def qwen3_next_chunks(f: Function, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor) -> Any:
     return f(q, k, v, g, beta, chunk_size=2, output_final_state=True, use_qk_l2norm_in_kernel=True)
 
@@ -89,6 +96,7 @@ def mamba_transformers(
     "mamba2.modeling_mamba2:mamba2_chunk_scan",
     "x:BTHV dt:BTH a:H:rate b:BTHK c:BTHK d:H",
     "unrolled",
+    export="Constraints violated",
 )
 def mamba2_transformers(
     f: Function, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor

@@ -109,7 +109,7 @@ def quadratic_gate_where(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
     return torch.einsum("bhts,bshv->bthv", scores * decay, v)
 
 
-@form("GLA", "quadratic: gates moved onto q and k", LINEAR_HEADS_FIRST + " g:BHTK:log", RAISED)
+@form("GLA", "quadratic: gates moved onto q and k", LINEAR_HEADS_FIRST + " g:BHTK:log", RAISED, longest=64)
 def quadratic_gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
     c = g.cumsum(2)
     return ((q * c.exp()) @ (k * (-c).exp()).transpose(-1, -2)).tril() @ v

@@ -147,20 +147,20 @@ def mingru_loop(z: Tensor, h: Tensor) -> Tensor:
     return torch.stack(outputs, dim=1)
 
 
-@form("minGRU", "cumprod(a) * cumsum(b / cumprod(a))", "z:BTD h:BTD", RAISED)
+@form("minGRU", "cumprod(a) * cumsum(b / cumprod(a))", "z:BTD h:BTD", RAISED, longest=64)
 def mingru_cumprod(z: Tensor, h: Tensor) -> Tensor:
     z = torch.sigmoid(z)
     product = torch.cumprod(1 - z, dim=1)
     return product * torch.cumsum(z * torch.tanh(h) / product, dim=1)
 
 
-@form("minGRU", "cumsum of logs: exp(c) * cumsum(b * exp(-c))", "g:BTD:log x:BTD", RAISED)
+@form("minGRU", "cumsum of logs: exp(c) * cumsum(b * exp(-c))", "g:BTD:log x:BTD", RAISED, longest=64)
 def mingru_log_cumsum(g: Tensor, x: Tensor) -> Tensor:
     c = g.cumsum(1)
     return c.exp() * (x * torch.exp(-c)).cumsum(1)
 
 
-@form("minGRU", "logcumsumexp", "z:BTD h:BTD", "unrolled")
+@form("minGRU", "logcumsumexp", "z:BTD h:BTD", "unrolled", export="no exact lowering")
 def mingru_logcumsumexp(z: Tensor, h: Tensor) -> Tensor:
     log_keep, log_take = -F.softplus(z), -F.softplus(-z)
     c = log_keep.cumsum(1)

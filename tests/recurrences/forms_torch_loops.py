@@ -66,7 +66,14 @@ def scan_lif(x: Tensor) -> tuple[Tensor, Tensor]:
     return spikes, v
 
 
-@form("linear attention", "torch while_loop", "q:TBHK k:TBHK v:TBHV", "unrolled", gradients=False)
+@form(
+    "linear attention",
+    "torch while_loop",
+    "q:TBHK k:TBHK v:TBHV",
+    "unrolled",
+    gradients=False,
+    export="prim.Loop",
+)
 def while_linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     length = q.shape[0]
 
@@ -84,7 +91,7 @@ def while_linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return while_loop(goes_on, step, start)[2]
 
 
-@form("HGRN", "torch associative_scan", "x:TBD a:TBD:factor", "unrolled")
+@form("HGRN", "torch associative_scan", "x:TBD a:TBD:factor", "unrolled", export="Constraints violated")
 def associative_hgrn(x: Tensor, a: Tensor) -> Tensor:
     def combine(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         (a1, b1), (a2, b2) = left, right

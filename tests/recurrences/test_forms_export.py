@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from forms import FORMS, Form
 from tolerances import assert_close
 
 import spikingbrain
+from spikingbrain.errors import SpikingBrainError
 
 LENGTHS = (1, 5, 64, 300)
-ANY_LENGTH = [f for f in FORMS.values() if f.dynamic]
+ANY_LENGTH = [f for f in FORMS.values() if f.dynamic and not f.export]
+REFUSED = [f for f in FORMS.values() if f.dynamic and f.export]
 
 
 def shapes(form: Form) -> Mapping[str, Mapping[int, Any]]:
@@ -31,13 +34,13 @@ def shapes(form: Form) -> Mapping[str, Mapping[int, Any]]:
     return found
 
 
-def check_export(form: Form, folder: Path) -> None:
-    """Raises AssertionError unless the exported program gives eager's results at all `LENGTHS`."""
+def check_export(form: Form, folder: Path, lengths: Sequence[int] = LENGTHS) -> None:
+    """Raises AssertionError unless the exported program gives eager's results at the lengths."""
     module = form.module().eval()
     entry = spikingbrain.Entry(form.example(), dynamic_shapes=shapes(form))
     artifact = spikingbrain.export(module, {"main": entry}, folder / "form.sba")
     program = spikingbrain.load(artifact.path)
-    for length in map(form.length, LENGTHS):
+    for length in (form.length(n) for n in lengths if n <= form.longest):
         inputs = form.example(length, seed=3)
         with torch.no_grad():
             expected = named("result", module(*inputs))
@@ -52,3 +55,11 @@ def check_export(form: Form, folder: Path) -> None:
 @pytest.mark.parametrize("form", ANY_LENGTH, ids=lambda f: f.name)
 def test_any_length(form: Form, tmp_path: Path) -> None:
     check_export(form, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", REFUSED, ids=lambda f: f.name)
+def test_refused(form: Form, tmp_path: Path) -> None:
+    """Nothing is wrong in silence: the error says what stands in the way, at export or at another length than the example's."""
+    with pytest.raises(SpikingBrainError, match=re.escape(form.export)):
+        check_export(form, tmp_path, lengths=[64])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from form_check import check
-from form_table import read
+from form_table import Found, read
 from forms import FORMS
 from torch import Tensor
 
@@ -28,8 +28,7 @@ def test_every_form_was_tried_and_is_as_expected() -> None:
         f"{n}: {table[n].found}, not {f.expected}" for n, f in FORMS.items() if table[n].found != f.expected
     ]
     assert not differ
-    told = {n: (table[n].family, table[n].writing, table[n].negative) for n in FORMS}
-    assert told == {n: (f.family, f.writing, f.negative) for n, f in FORMS.items()}
+    assert table == {n: Found.of(f, table[n].found, table[n].reason) for n, f in FORMS.items()}
 
 
 def test_nothing_that_only_resembles_a_recurrence_is_raised() -> None:

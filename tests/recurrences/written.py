@@ -55,7 +55,9 @@ class Form:
         negative: it resembles a recurrence that can be raised, and is none.
         dtype: of the inputs and parameters.
         multiple: lengths are multiples of this (loops over chunks).
-        dynamic: whether ``export`` makes a program of any length of it.
+        dynamic: whether it can be run at any length at all.
+        export: what ``export`` says where it makes no program of any length of it.
+        longest: up to this length the results are numbers, and steady ones: what people write may overflow beyond.
         gradients: whether torch itself can train it.
         quick: whether it is in the subset that every change runs.
     """
@@ -70,6 +72,8 @@ class Form:
     dtype: torch.dtype = torch.float32
     multiple: int = 1
     dynamic: bool = True
+    export: str = ""
+    longest: int = 300
     gradients: bool = True
     quick: bool = False
 
