@@ -69,6 +69,12 @@ def convolution() -> Case:
 
 
 @runs
+def token_shift() -> Case:
+    model = Function(lambda _, x: F.pad(x, (0, 0, 1, -1)) + x)
+    return model, (torch.randn(2, 7, 4),), {"x": {1: torch.export.Dim("T", min=1, max=64)}}
+
+
+@runs
 def recurrent() -> Case:
     return (
         Function(lambda self, x: self.cell(x), cell=nn.GRU(8, 16, batch_first=True)),
@@ -191,6 +197,11 @@ def writes_its_argument() -> Case:
 @refused(UnsupportedOp, "draws random numbers")
 def draws() -> Case:
     return Function(lambda _, x: x + torch.rand(3)), (torch.randn(3),), None
+
+
+@refused(UnsupportedOp, "no exact lowering for aten.logcumsumexp")
+def sums_of_exponentials() -> Case:
+    return Function(lambda _, x: torch.logcumsumexp(x, 0)), (torch.randn(8),), None
 
 
 @refused(UnsupportedOp, "complex numbers")
