@@ -239,11 +239,6 @@ def mask_one_too_many(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT).tril(1) @ v
 
 
-@negative("linear attention", "quadratic: a token doesn't see itself", LINEAR_HEADS_FIRST)
-def mask_strict(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return (q @ k.mT).tril(-1) @ v
-
-
 @negative("linear attention", "quadratic: relu of the scores", LINEAR_HEADS_FIRST)
 def scores_relu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT).relu().tril() @ v

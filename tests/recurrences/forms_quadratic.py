@@ -24,6 +24,11 @@ def quadratic_ones_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhij,bjhv->bihv", scores, v)
 
 
+@form("linear attention", "quadratic: a token doesn't see itself", LINEAR_HEADS_FIRST, RAISED)
+def mask_strict(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).tril(-1) @ v
+
+
 @form(
     "linear attention, normalised",
     "quadratic: masked_fill, divided by the sums of rows",
