@@ -4,12 +4,17 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 PYTEST_FLAGS ?=
+# Test processes at a time; each takes up to 4 GB.
+JOBS ?= 2
 FILES ?= .
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Tests and benchmarks call tools of the environment (iree-compile) by name.
 RUN := PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python
+# A file stays in one process, for its fixtures. Threads that wait must sleep: spinning, they take the cores of the other
+# processes (a test of training took seven times as long).
+PYTEST = OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest -n $(JOBS) --dist loadfile
 PROMPT ?= Once upon a time
 SETTINGS := pyproject.toml
 
@@ -31,7 +36,7 @@ help:
 	@echo "make docs       write the pages that are generated from code"
 	@echo "make clean      remove what was built; $(VENV) stays"
 	@echo
-	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH) PYTEST_FLAGS=... PROMPT=..."
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH) PYTEST_FLAGS=... JOBS=$(JOBS) PROMPT=..."
 
 demo: $(VENV)/.ready-demo
 	@echo "==> spikingbrain run smollm2 \"$(PROMPT)\" --window 256 --sinks 1"
@@ -54,13 +59,13 @@ types: $(VENV)/.ready-dev
 	$(BIN)/mypy
 
 test: lint types
-	$(RUN) -m pytest -m "not slow or gate" --durations=10 $(PYTEST_FLAGS)
+	$(PYTEST) -m "not slow or gate" --durations=10 $(PYTEST_FLAGS)
 
 test-fast: $(VENV)/.ready-dev
-	$(RUN) -m pytest -m "not slow and not gate and not weights" $(PYTEST_FLAGS)
+	$(PYTEST) -m "not slow and not gate and not weights" $(PYTEST_FLAGS)
 
 test-all: lint types
-	$(RUN) -m pytest --durations=20 $(PYTEST_FLAGS)
+	$(PYTEST) --durations=20 $(PYTEST_FLAGS)
 
 bench: $(VENV)/.ready-dev
 	@for file in benchmarks/*.py; do echo "==> $$file"; $(RUN) "$$file" || exit 1; done

@@ -39,8 +39,11 @@ COMPILER = tuple(  # packages whose sources shape code
         "",
         ".passes",
         ".passes.kernels",
+        ".passes.recurrence",
         ".frontend",
         ".frontend.dynamo",
+        ".frontend.ops",
+        ".frontend.recurrences",
         ".backend_iree",
         ".backend_maca",
     )
