@@ -5,6 +5,7 @@ Each rewrite names the upstream defect it avoids and can go when the minimal cas
 
 from __future__ import annotations
 
+import operator
 from pathlib import Path
 
 import torch
@@ -122,6 +123,26 @@ def drop_shape_checks(graph: fx.Graph) -> int:
     return len(doomed)
 
 
+def spell_out_remainders(graph: fx.Graph) -> int:
+    """Writes ``a % b`` of sizes as ``a - a // b * b``; returns how many. torch-mlir imports % as an op that it does not lower."""
+    found = [n for n in graph.nodes if n.op == "call_function" and n.target is operator.mod]
+    for node in found:
+        a, b = node.args
+        with graph.inserting_before(node):
+            whole = graph.call_function(operator.mul, (graph.call_function(operator.floordiv, (a, b)), b))
+            rest = graph.call_function(operator.sub, (a, whole))
+        for new in (whole.args[0], whole, rest):
+            new.meta = {**node.meta, "val": _size(new)}
+        node.replace_all_uses_with(rest)
+        graph.erase_node(node)
+    return len(found)
+
+
+def _size(node: fx.Node) -> object:
+    """Computes what a node on sizes gives, from its arguments' values."""
+    return node.target(*[a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args])
+
+
 def keep_user_frames(graph: fx.Graph) -> None:
     """Removes this package's own capture frames from the source locations of nodes."""
     own = f'File "{Path(__file__).parent}'
@@ -167,6 +188,7 @@ def normalise(graph: fx.Graph) -> None:
     drop_idle_casts(graph)
     rename_synonyms(graph)
     drop_shape_checks(graph)
+    spell_out_remainders(graph)
     keep_user_frames(graph)
     graph.eliminate_dead_code()
     graph.lint()
@@ -176,5 +198,6 @@ def normalise_region(graph: fx.Graph) -> None:
     """Applies in place what a region of a graph from AOTAutograd needs."""
     make_scatter_dims_positive(graph)
     rename_synonyms(graph)
+    spell_out_remainders(graph)
     keep_user_frames(graph)
     graph.lint()

@@ -13,6 +13,7 @@ from torch import nn
 from spikingbrain.errors import CompileError
 from spikingbrain.frontend.decompose import decompose
 from spikingbrain.frontend.ops.substitutions import substituted
+from spikingbrain.frontend.recurrences.all_sizes import export_all_sizes
 from spikingbrain.frontend.recurrences.lengths import (
     AnyLength,
     export_any_length,
@@ -55,7 +56,7 @@ def export_program(model: nn.Module, tensors: Sequence[torch.Tensor], dims: Dims
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         examples = shortened(tensors, dims)
         try:
-            exported = Exported(_export(model, examples, dims))
+            exported = _export(model, examples, dims)
         except Exception as error:
             looped = looped_dimensions(error)
             if not looped:
@@ -67,9 +68,10 @@ def export_program(model: nn.Module, tensors: Sequence[torch.Tensor], dims: Dims
     return exported
 
 
-def _export(model: nn.Module, tensors: Sequence[torch.Tensor], dims: Dims) -> torch.export.ExportedProgram:
+def _export(model: nn.Module, tensors: Sequence[torch.Tensor], dims: Dims) -> Exported:
     with substituted():
-        return torch.export.export(model, tuple(tensors), dynamic_shapes=(tuple(dims),), strict=False)
+        program, compared = export_all_sizes(model, tensors, dims, lambda dims: (tuple(dims),), model)
+    return Exported(program, verified=compared)
 
 
 def _of_looped(
@@ -90,15 +92,17 @@ def _of_looped(
         kept = [
             {a: d for a, d in (by or {}).items() if getattr(d, "__name__", "") not in looped} for by in dims
         ]
-        exported = Exported(_export(model, tensors, kept), fixed=dict.fromkeys(looped, str(reason)))
+        exported = _export(model, tensors, kept)
+        exported.fixed = dict.fromkeys(looped, str(reason))
         _raise(exported)
         return exported
-    return _of_any_length(found, dims)
+    return _of_any_length(model, found, dims)
 
 
-def _of_any_length(found: AnyLength, dims: Dims) -> Exported:
-    program = torch.export.export(found.module, found.tensors, dynamic_shapes=tuple(dims), strict=False)
-    return Exported(program, found.recurrences, found.verified)
+def _of_any_length(model: nn.Module, found: AnyLength, dims: Dims) -> Exported:
+    program, compared = export_all_sizes(found.module, found.tensors, dims, tuple, model)
+    verified = {n: sorted({*sizes, *compared.get(n, ())}) for n, sizes in found.verified.items()}
+    return Exported(program, found.recurrences, verified)
 
 
 def _raised(
@@ -115,7 +119,7 @@ def _raised(
         except NotUnified as reason:
             log.info("entry %r: its recurrences are not raised: %s", name, reason)
             return exported
-        return _of_any_length(found, dims)
+        return _of_any_length(model, found, dims)
     return exported
 
 

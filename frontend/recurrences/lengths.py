@@ -45,8 +45,11 @@ class AnyLength:
 def looped_dimensions(error: Exception) -> list[str]:
     """Returns the names of dimensions that tracing fixed, by the words of torch.export's refusal."""
     found = re.findall(
-        r"You marked (\w+) as dynamic but your code specialized it to be a constant", str(error)
+        r"You marked (?:\d+\*)?(\w+) as dynamic but your code specialized it to be a constant"
+        r"|solving the guards generated for (\w+) = .* resulted in a specialized value",
+        str(error),
     )
+    found = [first or second for first, second in found]
     return list(dict.fromkeys(found))
 
 
@@ -99,7 +102,8 @@ def export_any_length(
         module, reports = _traced(model, resized(tensors, dims, point))
         graphs.append(module)
     if not any(r.status != "unrolled" for r in reports):
-        raise NotUnified("".join(f"the loop at {r.where} is not raised: {r.reason}" for r in reports[:1]))
+        told = [f"the loop at {r.where} is not raised: {r.reason}" for r in reports]
+        raise NotUnified(told[0] if told else "no recurrence over it is recognised")
     try:
         unified = unify(graphs, sizes, points)
     except NotUnified as stop:
@@ -108,7 +112,7 @@ def export_any_length(
         raise NotUnified(f"{stop}{why}") from None
     own = {n: tensors[i].shape[a or 0] for n, (i, a) in sizes.places.items()}
     progress("check " + ", ".join(f"{n} = {size}" for n, size in own.items()))
-    _verify(model, unified, tensors, ", ".join(f"{n} = {size}" for n, size in own.items()))
+    same_results(model, unified, tensors, ", ".join(f"{n} = {size}" for n, size in own.items()))
     verified = {n: sorted({*(c * sizes.steps[n] for c in sizes.counts[n]), own[n]}) for n in sizes.counts}
     return AnyLength(unified, resized(tensors, dims, points[0]), reports, verified)
 
@@ -136,7 +140,8 @@ def name_outputs(program: torch.export.ExportedProgram) -> None:
 # The check
 
 
-def _verify(model: nn.Module, unified: nn.Module, tensors: Sequence[torch.Tensor], sizes: str) -> None:
+def same_results(model: nn.Module, unified: nn.Module, tensors: Sequence[torch.Tensor], sizes: str) -> None:
+    """Raises NotUnified unless both give the same for tensors of certain ``sizes``, up to rounding."""
     generator = torch.Generator().manual_seed(0)
 
     def drawn(t: torch.Tensor) -> torch.Tensor:

@@ -57,10 +57,12 @@ def emit_scan(steps: Steps, module: fx.GraphModule, name: str) -> None:
 
 
 def _copy_results(body: fx.GraphModule) -> None:
-    """Gives every result of the body memory of its own, which ``scan`` asks for."""
+    """Gives every result of the body memory of its own, laid out like the initial values, which ``scan`` asks for."""
     output = body.graph.output_node()
+    dense = {"memory_format": torch.contiguous_format}
     with body.graph.inserting_before(output):
-        output.args = ([body.graph.call_function(aten.clone.default, (n,)) for n in output.args[0]],)
+        copies = [body.graph.call_function(aten.clone.default, (n,), dense) for n in output.args[0]]
+        output.args = (copies,)
     body.recompile()
 
 

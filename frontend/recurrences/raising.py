@@ -115,6 +115,8 @@ def raise_recurrences(module: fx.GraphModule, keep_detach: bool) -> list[Recurre
     reports += called
     if any(r.status != "unrolled" for r in reports):
         _sort(module.graph)
+        for view in module.graph.find_nodes(op="call_function", target=aten.view.default):
+            view.target = aten.reshape.default  # what was raised may lie otherwise in memory
         module.graph.eliminate_dead_code(
             lambda n: bool(n.meta.get("opaque")) or n.op in ("placeholder", "output")
         )
@@ -180,7 +182,7 @@ def promising(graph: fx.Graph) -> bool:
         name = str(getattr(node.target, "__name__", node.target)).partition(".")[0]
         if name in _TELLING or _op_name(node) in _OPS:
             return True
-        if name in ("getitem", "select", "narrow") and node.args:
+        if name in ("getitem", "select", "slice", "narrow") and node.args:
             reads[node.args[0]] += 1
             if reads[node.args[0]] >= _FEWEST:
                 return True

@@ -32,7 +32,6 @@ class Surrogate(torch.autograd.Function):
     "x:TBD:drive",
     POINTWISE,
     quick=True,
-    export="Constraints violated",
 )
 def lif_soft(x: Tensor) -> tuple[Tensor, Tensor]:
     v = torch.zeros_like(x[0])
@@ -112,7 +111,6 @@ def ternary_lif(x: Tensor) -> Tensor:
     "the threshold rises with every spike",
     "x:TBD:drive",
     POINTWISE,
-    export="Constraints violated",
 )
 def adaptive_threshold(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     v = torch.zeros_like(x[0])
@@ -133,7 +131,6 @@ def adaptive_threshold(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     "running maximum, numerator and denominator",
     "k:BTD v:BTD w:D:positive u:D",
     POINTWISE,
-    export="Constraints violated",
 )
 def rwkv4(k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
     numerator = denominator = torch.zeros_like(k[:, 0])

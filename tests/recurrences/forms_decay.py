@@ -51,7 +51,6 @@ def retnet_read_changes(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     "slices of one token, slopes, cat",
     LINEAR_HEADS_FIRST + " state:BHKV",
     RAISED,
-    export="has size 64 along axis 2, expected 11",
 )
 class LightningDecode(nn.Module):
     def __init__(self) -> None:

@@ -97,7 +97,6 @@ def gla_bfloat16(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Te
     LINEAR_HEADS_FIRST + " g:BHTK:log",
     "linear_scan",
     multiple=3,
-    export="Constraints violated",
 )
 def gla_chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
     size = 3
@@ -146,7 +145,7 @@ class SpikingBrainGla(nn.Module):
         return self.out(self.norm(out.transpose(1, 2)).flatten(2))
 
 
-@form("GLA", "two layers in a row", GLA, RAISED, export="Constraints violated")
+@form("GLA", "two layers in a row", GLA, RAISED)
 def gla_two_layers(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
     for _ in range(2):
         state = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
@@ -229,7 +228,6 @@ class Rwkv6TimeFirst(nn.Module):
     "constant decay of each channel, matmul",
     "r:BHTK k:BHTK v:BHTV",
     RAISED,
-    export="has size 64 along axis 2, expected 11",
 )
 class Rwkv5(nn.Module):
     def __init__(self) -> None:

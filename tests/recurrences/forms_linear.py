@@ -39,9 +39,7 @@ def linear_preallocated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     return out, state
 
 
-@form(
-    "linear attention", "state is None before the first step", LINEAR, RAISED, export="Constraints violated"
-)
+@form("linear attention", "state is None before the first step", LINEAR, RAISED)
 def linear_state_none(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     state, outputs = None, []
     for t in range(q.size(1)):
@@ -51,7 +49,7 @@ def linear_state_none(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.stack(outputs, 1)
 
 
-@form("linear attention", "state is 0.0 before the first step", LINEAR, RAISED, export="Constraints violated")
+@form("linear attention", "state is 0.0 before the first step", LINEAR, RAISED)
 def linear_state_zero(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     state, outputs = 0.0, []
     for t in range(q.size(1)):
@@ -65,7 +63,6 @@ def linear_state_zero(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     "slices of one token, matmul, cat",
     LINEAR_HEADS_FIRST,
     RAISED,
-    export="has size 64 along axis 2, expected 11",
 )
 def linear_slices_cat(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     state = torch.zeros(*k.shape[:2], k.shape[-1], v.shape[-1]).to(k)
@@ -282,7 +279,6 @@ def normalised_ones(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     LINEAR_HEADS_FIRST,
     "linear_scan",
     multiple=3,
-    export="Constraints violated",
 )
 def linear_chunks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     size = 3

@@ -186,7 +186,6 @@ def index_by_data(v: Tensor, i: Tensor, q: Tensor) -> Tensor:
     "the order of the axes of the state changes",
     "q:BTHK k:BTHK v:BTHK",
     "loop",
-    export="Expected init and carry to have same metadata",
 )
 def state_turned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     state, outputs = zero_state(q, v), []

@@ -60,7 +60,7 @@ def qwen3_next(f: Function, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Te
     f"{MODELING}:torch_chunk_gated_delta_rule",
     DELTA,
     "loop",
-    export="Constraints violated",
+    export="has size 64 along axis 1, expected 11",
 )
 def qwen3_next_chunks(f: Function, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor) -> Any:
     return f(q, k, v, g, beta, chunk_size=2, output_final_state=True, use_qk_l2norm_in_kernel=True)
@@ -96,7 +96,7 @@ def mamba_transformers(
     "mamba2.modeling_mamba2:mamba2_chunk_scan",
     "x:BTHV dt:BTH a:H:rate b:BTHK c:BTHK d:H",
     "unrolled",
-    export="Constraints violated",
+    export="a dynamic size was assumed",
 )
 def mamba2_transformers(
     f: Function, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor

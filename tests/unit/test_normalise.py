@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from spikingbrain.frontend.normalise import (
     make_scatter_dims_positive,
     normalise,
     rename_synonyms,
+    spell_out_remainders,
     state_epsilon,
 )
 
@@ -107,6 +109,11 @@ def test_synonyms_get_one_name() -> None:
     assert targets(graph) == [aten.bitwise_and.Tensor, aten.bitwise_or.Tensor, aten.add.Tensor]
 
 
+class Padding(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.pad(x, (0, 0, 0, (4 - x.shape[0] % 4) % 4))
+
+
 def test_size_checks_go() -> None:
     """The artifact checks its arguments against the declared ranges itself."""
     graph = fx.Graph()
@@ -116,6 +123,19 @@ def test_size_checks_go() -> None:
     graph.output(graph.call_function(aten.neg.default, (x,)))
     assert drop_shape_checks(graph) == 2
     assert targets(graph) == [aten.neg.default]
+
+
+def test_remainders_of_sizes_are_spelled_out() -> None:
+    """torch-mlir imports % as aten.fmod.int, which it does not lower."""
+    dims = {0: torch.export.Dim("T", min=1, max=99)}
+    program = torch.export.export(Padding(), (torch.randn(7, 3),), dynamic_shapes=(dims,))
+    assert spell_out_remainders(program.graph) == 2
+    assert operator.mod not in targets(program.graph)
+    program.graph_module.recompile()
+    for length in (1, 4, 6, 7):
+        x = torch.randn(length, 3)
+        (found,) = torch.fx.Interpreter(program.graph_module).run(x)
+        assert torch.equal(found, Padding()(x))
 
 
 def test_bodies_of_loops_are_normalised_too() -> None:
