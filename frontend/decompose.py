@@ -12,8 +12,10 @@ import torch
 from torch_mlir.extras.fx_decomp_util import get_decomposition_table
 
 from spikingbrain.frontend.dynamo.exact import EXACT
+from spikingbrain.frontend.ops.unit_lower_inverse import inverse
 
 aten = torch.ops.aten
+_INVERSE = torch.ops.spikingbrain.unit_lower_inverse.default  # the one op of ours that is written in others
 
 # Kept whole: `linear` because its decomposition flattens batch and time into one dimension; attention because it is raised.
 KEPT = {aten.linear.default, aten.scaled_dot_product_attention.default}
@@ -77,11 +79,12 @@ def decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedPro
         return program
     table = {op: f for op, f in get_decomposition_table().items() if op not in KEPT}
     # torch-mlir takes negative padding for none: a token shift, F.pad(x, (0, 0, 1, -1)), shifted nothing
+    table[_INVERSE] = inverse
     table[aten.constant_pad_nd.default] = EXACT[aten.constant_pad_nd.default]
     decomposed: torch.export.ExportedProgram = program.run_decompositions(table)
     return decomposed
 
 
 def _is_direct(target: object) -> bool:
-    """Returns whether the importer or one of our passes takes an op as it is; our own ops have no decomposition."""
-    return target in DIRECT or getattr(target, "namespace", "") == "spikingbrain"
+    """Returns whether the importer or one of our passes takes an op as it is."""
+    return target in DIRECT or (getattr(target, "namespace", "") == "spikingbrain" and target != _INVERSE)

@@ -11,6 +11,7 @@ from torch._decomp import core_aten_decompositions, get_decompositions
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from spikingbrain.frontend.dynamo.exact import EXACT
+from spikingbrain.frontend.ops.unit_lower_inverse import inverse
 
 aten = torch.ops.aten
 
@@ -69,7 +70,7 @@ def table() -> dict[Any, Callable[..., Any]]:
         for op, f in found.items()
         if not (isinstance(op, torch._ops.OpOverload) and op._schema.name.removeprefix("aten::") in _KEPT)
     }
-    return kept | EXACT
+    return kept | EXACT | {torch.ops.spikingbrain.unit_lower_inverse.default: inverse}
 
 
 def aot_settings(compiler: Callable[[str], Callable[..., Any]]) -> dict[str, Any]:

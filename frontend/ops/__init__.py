@@ -8,6 +8,7 @@ from spikingbrain.frontend.ops.linear_recurrence import linear_recurrence
 from spikingbrain.frontend.ops.linear_recurrence_backward import linear_recurrence_backward
 from spikingbrain.frontend.ops.linear_scan import linear_scan
 from spikingbrain.frontend.ops.selective_scan import selective_scan, selective_scan_backward
+from spikingbrain.frontend.ops.unit_lower_inverse import unit_lower_inverse
 
 __all__ = [
     "linear_recurrence",
@@ -15,4 +16,5 @@ __all__ = [
     "linear_scan",
     "selective_scan",
     "selective_scan_backward",
+    "unit_lower_inverse",
 ]

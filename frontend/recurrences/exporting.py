@@ -14,6 +14,7 @@ from spikingbrain.errors import CompileError
 from spikingbrain.frontend.decompose import decompose
 from spikingbrain.frontend.ops.substitutions import substituted
 from spikingbrain.frontend.recurrences.all_sizes import export_all_sizes
+from spikingbrain.frontend.recurrences.inverses import may_invert, raise_inverses
 from spikingbrain.frontend.recurrences.lengths import (
     AnyLength,
     export_any_length,
@@ -110,6 +111,10 @@ def _raised(
 ) -> Exported:
     """Raises what a program without Python loops over dynamic sizes holds: scans and written forms."""
     exported.recurrences += calls(exported.program.graph)
+    if may_invert(exported.program.graph):
+        exported.program = _functional(exported.program)
+        exported.recurrences += raise_inverses(exported.program.graph_module)
+        name_outputs(exported.program)
     symbols = any(isinstance(s, torch.SymInt) for n in _inputs(exported.program) for s in n.meta["val"].shape)
     if not symbols:
         _raise(exported)
@@ -134,13 +139,16 @@ def _raise(exported: Exported) -> None:
     program = exported.program
     if not promising(program.graph):
         return
-    if any(_mutates(n) for n in program.graph.nodes):
-        program = program.run_decompositions({})
+    program = _functional(program)
     found = raise_recurrences(program.graph_module, keep_detach=False)
     exported.recurrences = found or exported.recurrences
     if any(r.status != "unrolled" for r in found):
         exported.program = program
         name_outputs(program)
+
+
+def _functional(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    return program.run_decompositions({}) if any(_mutates(n) for n in program.graph.nodes) else program
 
 
 def _mutates(node: torch.fx.Node) -> bool:

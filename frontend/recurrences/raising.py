@@ -25,6 +25,7 @@ from spikingbrain.frontend.recurrences.emit import Emitter, NotEmitted, nodes_of
 from spikingbrain.frontend.recurrences.forms import emit_form
 from spikingbrain.frontend.recurrences.functional import NotFunctional, functionalise
 from spikingbrain.frontend.recurrences.hops import NotALoop, loop_of_scan, scans
+from spikingbrain.frontend.recurrences.inverses import raise_inverses
 from spikingbrain.frontend.recurrences.linear import Steps, emit_recurrence
 from spikingbrain.frontend.recurrences.loops import emit_scan
 from spikingbrain.frontend.recurrences.report import RecurrenceReport
@@ -101,6 +102,7 @@ def _no_collection() -> Iterator[None]:
 
 def raise_recurrences(module: fx.GraphModule, keep_detach: bool) -> list[RecurrenceReport]:
     """Raises in place, in a functional graph of ATen ops; returns what was found."""
+    inverses = raise_inverses(module)
     neutral, _ = adapt(module, keep_detach)
     written = scans(module.graph)
     called = calls(module.graph)
@@ -112,7 +114,7 @@ def raise_recurrences(module: fx.GraphModule, keep_detach: bool) -> list[Recurre
                 "a while_loop, whose steps are not known to be those of a sequence; a scan over it is raised"
             )
             reports.append(RecurrenceReport("unrolled", "", str(user_line(node) or ""), reason))
-    reports += called
+    reports += called + inverses
     if any(r.status != "unrolled" for r in reports):
         _sort(module.graph)
         for view in module.graph.find_nodes(op="call_function", target=aten.view.default):
@@ -190,7 +192,8 @@ def promising(graph: fx.Graph) -> bool:
 
 
 _TELLING_TEXT = (
-    "unbind split chunk scan while_loop tril triu cumsum cumprod logcumsumexp where masked_fill ge gt le lt"
+    "unbind split chunk scan while_loop tril triu cumsum cumprod logcumsumexp where masked_fill ge gt le lt "
+    "solve_triangular linalg_solve_triangular"
 )
 _TELLING = frozenset(_TELLING_TEXT.split())
 
