@@ -118,6 +118,7 @@ def _dispatch(module: str, context: StageContext) -> str:
     from spikingbrain.backend_iree.loop_sizes import bound_sizes
     from spikingbrain.backend_iree.narrowing import narrow_by_f32
     from spikingbrain.backend_iree.parameters import emit_globals, protect_arguments
+    from spikingbrain.backend_iree.rounding import keep_roundings
     from spikingbrain.passes import dialect
 
     with dialect.load(), ir.Location.unknown():
@@ -126,6 +127,7 @@ def _dispatch(module: str, context: StageContext) -> str:
         protect_arguments(parsed)
         bound_sizes(parsed)
         narrow_by_f32(parsed)
+        keep_roundings(parsed)
         wrap_kernels(parsed)
         emit_globals(parsed)
         if context.target.arch == "spirv":

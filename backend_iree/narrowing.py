@@ -16,21 +16,24 @@ def narrow_by_f32(module: ir.Module) -> int:
     found = 0
     for op in torch_ir.operations(module, "arith.truncf"):
         source, result = op.operands[0], op.results[0]
-        if not (_element(source.type) == ir.F64Type.get() and _element(result.type) == ir.F16Type.get()):
+        if not (element_of(source.type) == ir.F64Type.get() and element_of(result.type) == ir.F16Type.get()):
             continue
         found += 1
         with ir.InsertionPoint(op), op.location:
-            between = ir.Operation.create("arith.truncf", [_of_f32(source.type)], [source])
+            between = ir.Operation.create(
+                "arith.truncf", [with_element(source.type, ir.F32Type.get())], [source]
+            )
         op.operands[0] = between.result
     return found
 
 
-def _element(kind: ir.Type) -> ir.Type:
+def element_of(kind: ir.Type) -> ir.Type:
+    """Returns the type of the elements of a vector or tensor type; any other type is its own."""
     return ir.ShapedType(kind).element_type if isinstance(kind, ir.ShapedType) else kind
 
 
-def _of_f32(kind: ir.Type) -> ir.Type:
-    f32 = ir.F32Type.get()
+def with_element(kind: ir.Type, element: ir.Type) -> ir.Type:
+    """Returns a scalar, vector or tensor type like ``kind`` with other elements."""
     if isinstance(kind, ir.VectorType):
-        return ir.VectorType.get(kind.shape, f32)
-    return ir.RankedTensorType.get(kind.shape, f32) if isinstance(kind, ir.RankedTensorType) else f32
+        return ir.VectorType.get(kind.shape, element)
+    return ir.RankedTensorType.get(kind.shape, element) if isinstance(kind, ir.RankedTensorType) else element

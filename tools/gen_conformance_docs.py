@@ -38,6 +38,8 @@ sorting and the like are left to torch's kernels even where they could be compil
 Some things hold for all ops. Tensors without elements, complex numbers, sparse and quantised tensors are left to torch, as are
 random numbers (so `torch.manual_seed` holds) and shapes that depend on values. Compiled code takes denormal numbers for zero.
 The sign of a zero and the conversion to integer types of numbers that do not fit them may differ from eager.
+On a CPU, fused ops in bfloat16 round once, at their end, as inductor's do by default (`emulate_precision_casts=False`). A
+conversion, `x.bfloat16()` or autocast's, rounds wherever it stands, which inductor's does not; float16 rounds after each op.
 `torch._dynamo`'s graph breaks come before all this; `spikingbrain.explain` shows what becomes of a model.
 """
 HIGHER_ORDER = """\
