@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch_mlir import ir
@@ -28,7 +29,7 @@ _ADDS = ("arith.addf", "arith.addi")
 
 @dataclass
 class _Sum:
-    """A carried value that only sums: which, the op that adds, the ops from the reduction to it, what they reduce."""
+    """A carried value that only sums: which, the op that adds, the ops of the sum up to it, what they sum."""
 
     number: int
     adds: ir.Operation
@@ -42,6 +43,7 @@ def defer_sums(loop: ir.Operation) -> ir.Operation:
     Raises NotPointwise where a reduction is left, which makes deferring useless.
     """
     block, carried = loop.regions[0].blocks[0], loop.attributes["carried"].value
+    _merge(block)
     found = [s for i in range(carried) if (s := _find(loop, block, i))]
     inside = [o.operation for o in block.operations]
     deferred = [op for s in found for op in s.chain]
@@ -88,26 +90,64 @@ def _find(loop: ir.Operation, block: ir.Block, number: int) -> _Sum | None:
         return None
     if any(m != maps_of(adds)[-1] for m in maps_of(adds)):
         return None
-    chain, user = [adds], adds
     value = next((v for v in inputs_of(adds) if v != argument), argument)
-    while True:
-        op = torch_ir.defining(value)
-        if op is None or not is_inside(value, block) or not _only(value, user):
-            return None
-        chain.insert(0, op)
-        if op.name == GENERIC:
+    chain = _chain(value, adds, block)
+    if not chain or not is_inside(chain[0].operands[0], block):
+        return None
+    return _Sum(number, adds, [*chain, adds], chain[0].operands[0])
+
+
+def _merge(block: ir.Block) -> None:
+    """Makes the sum of two sums taken alike one sum: of a value that a step uses twice, the gradient comes in two parts."""
+    for op in [o.operation for o in block.operations]:
+        if op.name != GENERIC or len(inputs_of(op)) != 2 or not _is_addition(op):
+            continue
+        if set(iterators(op)) - {"parallel"} or any(m != maps_of(op)[-1] for m in maps_of(op)):
+            continue
+        kept, other = (_chain(v, op, block) for v in inputs_of(op))
+        if not kept or not _alike(kept, other):
+            continue
+        with ir.InsertionPoint(op), op.location:
+            kept[0].operands[0] = _added(kept[0].operands[0], other[0].operands[0])
+        for part in kept:
+            part.move_before(op)
+        op.results[0].replace_all_uses_with(kept[-1].results[0])
+        for part in [op, *reversed(other)]:
+            part.erase()
+
+
+def _chain(value: ir.Value, user: ir.Operation, block: ir.Block) -> list[ir.Operation]:
+    """Returns the ops that make ``value`` by summing over axes and reshaping, each read by the next alone; none without a sum."""
+    chain: list[ir.Operation] = []
+    while (op := torch_ir.defining(value)) is not None and is_inside(value, block) and _only(value, user):
+        if op.name not in RESHAPES and not _sums(op):
             break
-        if op.name not in RESHAPES:
-            return None
+        chain.insert(0, op)
         value, user = op.operands[0], op
-    if len(inputs_of(op)) != 1 or "reduction" not in iterators(op) or not _is_addition(op):
-        return None
+    return chain if any(op.name == GENERIC for op in chain) else []
+
+
+def _sums(op: ir.Operation) -> bool:
+    """Returns whether an op sums the elements of a tensor along some axes."""
+    if op.name != GENERIC or len(inputs_of(op)) != 1 or "reduction" not in iterators(op):
+        return False
     first = uniform(op.operands[1])
-    if first is None or first.value != 0 or maps_of(op)[0] != ir.AffineMap.get_identity(len(iterators(op))):
-        return None
-    if not is_inside(op.operands[0], block):
-        return None
-    return _Sum(number, adds, chain, op.operands[0])
+    whole = maps_of(op)[0] == ir.AffineMap.get_identity(len(iterators(op)))
+    return _is_addition(op) and first is not None and first.value == 0 and whole
+
+
+def _alike(chain: Sequence[ir.Operation], other: Sequence[ir.Operation]) -> bool:
+    """Returns whether two chains do the same to tensors of one type."""
+    return len(chain) == len(other) and all(map(_same, chain, other))
+
+
+def _same(a: ir.Operation, b: ir.Operation) -> bool:
+    if a.name != b.name or a.operands[0].type != b.operands[0].type or a.results[0].type != b.results[0].type:
+        return False
+    if a.name == GENERIC:
+        return maps_of(a) == maps_of(b)
+    sizes = list(a.operands)[1:] == list(b.operands)[1:]
+    return bool(a.attributes["reassociation"] == b.attributes["reassociation"]) and sizes
 
 
 def _only(value: ir.Value, user: ir.Operation) -> bool:
@@ -130,8 +170,13 @@ def _known_sizes(value: ir.Value, block: ir.Block) -> list[ir.Value] | None:
     if all(n >= 0 for n in shape):
         return []
     op = torch_ir.defining(value, GENERIC)
-    empty = torch_ir.defining(op.operands[len(op.operands) - len(op.results)], "tensor.empty") if op else None
-    if empty is None or any(is_inside(v, block) for v in empty.operands):
+    if op is None:
+        return None
+    out = op.operands[len(op.operands) - len(op.results)]
+    empty = torch_ir.defining(out, "tensor.empty")
+    if empty is None:
+        return _known_sizes(out, block)
+    if any(is_inside(v, block) for v in empty.operands):
         return None
     return list(empty.operands)
 

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from spikingbrain.frontend.checks import draws_random_numbers
+from spikingbrain.passes.recurrence.classify import ELEMENTWISE
 from spikingbrain.passes.recurrence.graph import Graph, Slot, Value
 
 _SMALL = 1 << 20  # elements of a constant whose numbers the analysis may look at
@@ -92,13 +93,12 @@ def _name(node: fx.Node, shape: tuple[Any, ...] | None) -> str:
     return name.removeprefix("aten::")
 
 
-_POINTWISE_TEXT = """
-abs add and_ ceil clamp clamp_max clamp_min cos div eq erf exp float floor ge gt iadd imul isub le log logical_and logical_not
-logical_or lt max maximum min minimum mul ne neg ones_like pow reciprocal relu round rsqrt rsub sigmoid sign sin softplus sqrt
-square sub tanh to truediv type_as where zeros_like _set_grad_enabled bool double half bfloat16 clone detach exp2 erfc atan tan
-cosh sinh log1p expm1 heaviside mul_ add_ sub_ div_
+# What Dynamo writes down in other words than ATen's, or what only the gradient of a function computes.
+_PYTHON_TEXT = """
+and_ bfloat16 bool clone double erfc float half iadd imul invert isub itruediv ipow max min or_ tan to truediv type type_as xor
+_set_grad_enabled
 """
-_POINTWISE = frozenset(_POINTWISE_TEXT.split())
+_POINTWISE = frozenset(_PYTHON_TEXT.split()) | ELEMENTWISE - {"expand", "getitem", "squeeze", "unsqueeze"}
 
 
 def _code(graph: fx.Graph) -> str:
@@ -118,7 +118,8 @@ def _pointwise(node: fx.Node) -> bool:
     calls = [
         n for n in body.graph.nodes if n.op in ("call_function", "call_method", "call_module", "get_attr")
     ]
-    return all(str(getattr(n.target, "__name__", n.target)) in _POINTWISE for n in calls)
+    names = [str(getattr(n.target, "__name__", n.target)) for n in calls]
+    return all(name in _POINTWISE or name.removesuffix("_") in _POINTWISE for name in names)
 
 
 def _hint(size: Any) -> Any:

@@ -147,6 +147,8 @@ class Emitter:
         outside: dict[Value, fx.Node],
     ) -> list[fx.Node]:
         values = _within(wanted, loop, known)
+        if any(v.op == "pointwise_function" for v in values):
+            raise NotEmitted("a function with a gradient of its own, for all steps at once")
         mapped = [v for v in values if v in known]
         body = _body(loop)
         fixed = [v for v in values if v not in known and v not in body and v.op != "module"]

@@ -1,14 +1,19 @@
-"""Loops that are not affine, as one ``scan`` over a body that is there once."""
+"""Loops that are not affine, as one ``scan`` over a body that is there once.
+
+What a step computes of its tokens alone by more than elementwise ops, such as a linear layer, is computed for all steps at once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import fx
 
 from spikingbrain.frontend.recurrences.emit import NotEmitted, step_graph
 from spikingbrain.frontend.recurrences.linear import Steps, item
+from spikingbrain.passes.recurrence.classify import ELEMENTWISE
+from spikingbrain.passes.recurrence.form import Loop
 from spikingbrain.passes.recurrence.graph import Value
 
 aten = torch.ops.aten
@@ -21,10 +26,12 @@ def emit_scan(steps: Steps, module: fx.GraphModule, name: str) -> None:
     hands on.
     """
     loop, emit = steps.loop, steps.emit
-    tokens = list(loop.tokens)
     before = [c.before for c in loop.carried]
     results = [c.after for c in loop.carried] + [s.value for s in loop.stacked]
-    body_values = [v for v in loop.body if v not in loop.tokens and v not in before]
+    ahead = _compute_ahead(steps, before, results)
+    needed = _needed(results, {*loop.tokens, *ahead}, loop)
+    tokens = [v for v in (*loop.tokens, *ahead) if v in needed] or list(loop.tokens)
+    body_values = [v for v in loop.body if v in needed and v not in tokens and v not in before]
     inside = {*tokens, *before, *body_values}
     read = [i for v in [*body_values, *results] for i in [*v.inputs, v]]
     fixed = list(dict.fromkeys(i for i in read if i not in inside and i.op != "module"))
@@ -54,6 +61,35 @@ def emit_scan(steps: Steps, module: fx.GraphModule, name: str) -> None:
     for i, stacked in enumerate(loop.stacked, len(loop.carried)):
         node = item(emit, call, i)
         steps.known[stacked.value] = emit.op(aten.flip.default, node, [0]) if loop.reverse else node
+
+
+def _compute_ahead(steps: Steps, before: Sequence[Value], results: Sequence[Value]) -> list[Value]:
+    """Computes for all steps at once what needs no state and is not elementwise, as far as it changes; returns its values."""
+    loop = steps.loop
+    moving = set(before)
+    for v in loop.body:
+        if any(i in moving for i in v.inputs):
+            moving.add(v)
+    heavy = [v for v in loop.body if not (v in moving or v in loop.tokens or v.op in ELEMENTWISE)]
+    changing = [v for v in heavy if steps.emit.varies(v, loop, steps.known)]
+    needed = _needed(results, {*loop.tokens, *changing}, loop)
+    ahead = [v for v in changing if v in needed]
+    try:
+        steps.known.update(zip(ahead, steps.values(ahead), strict=True))
+    except NotEmitted:
+        return []
+    return ahead
+
+
+def _needed(results: Sequence[Value], given: Collection[Value], loop: Loop) -> set[Value]:
+    """Returns the body's values that ``results`` take, down to those given."""
+    body, seen, todo = set(loop.body), set(), list(results)
+    while todo:
+        v = todo.pop()
+        if v in body and v not in seen:
+            seen.add(v)
+            todo += () if v in given else v.inputs
+    return seen
 
 
 def _copy_results(body: fx.GraphModule) -> None:

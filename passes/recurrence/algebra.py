@@ -28,7 +28,10 @@ from spikingbrain.passes.recurrence.monomials import (
 
 MOST_TERMS = 64
 WIDTH = {"float16": 1, "bfloat16": 1, "float32": 2, "float64": 3}
-REASONS = {"detach": "the gradient is cut here"}
+REASONS = {
+    "detach": "the gradient is cut here",
+    "getitem": "a function with a gradient of its own",  # its result
+}
 RELABELS = {"unsqueeze", "squeeze", "permute", "expand", "view"}
 
 

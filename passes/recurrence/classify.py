@@ -222,6 +222,8 @@ ELEMENTWISE = {
         "trunc",
         "cast",
         "detach",
+        "pointwise_function",
+        "getitem",
         "unsqueeze",
         "squeeze",
         "expand",

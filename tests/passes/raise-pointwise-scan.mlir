@@ -126,3 +126,89 @@ func.func @cell(%s0: tensor<2x4xf32>, %xs: tensor<?x2x4xf32>, %w: tensor<4x4xf32
   }) {carried = 1 : i64, reverse = false} : (tensor<2x4xf32>, tensor<?x2x4xf32>) -> tensor<2x4xf32>
   return %s : tensor<2x4xf32>
 }
+
+// -----
+
+// Two sums taken alike, the parts of the gradient of a number that a step reads twice, are one; so is a sum over axes joined before.
+// CHECK-LABEL: func.func @gradient_in_parts(
+// CHECK:         %[[SCAN:.+]] = "spikingbrain_control.pointwise_scan"(%{{.+}}, %{{.+}}) ({
+// CHECK-NEXT:    ^bb0(%[[SUM:.+]]: f32, %[[X:.+]]: f32):
+// CHECK-NEXT:      %[[SQUARE:.+]] = arith.mulf %[[X]], %[[X]]
+// CHECK-NEXT:      %[[MINUS:.+]] = arith.negf %[[X]]
+// CHECK-NEXT:      %[[BOTH:.+]] = arith.addf %[[SQUARE]], %[[MINUS]]
+// CHECK-NEXT:      arith.addf %[[SUM]], %[[BOTH]]
+// CHECK:         tensor.collapse_shape %[[SCAN]]
+// CHECK-COUNT-1: iterator_types = ["reduction"]
+// CHECK-NOT:     iterator_types = ["reduction"]
+#plane = affine_map<(d0, d1) -> (d0, d1)>
+#line = affine_map<(d0) -> (d0)>
+#total = affine_map<(d0) -> ()>
+#none = affine_map<() -> ()>
+func.func @gradient_in_parts(%s0: tensor<f32>, %xs: tensor<?x2x3xf32>) -> tensor<f32> {
+  %s = "spikingbrain_control.time_loop"(%s0, %xs) ({
+  ^bb0(%before: tensor<f32>, %x: tensor<2x3xf32>):
+    %zero = arith.constant 0.0 : f32
+    %e = tensor.empty() : tensor<2x3xf32>
+    %square = linalg.generic {indexing_maps = [#plane, #plane], iterator_types = ["parallel", "parallel"]} ins(%x : tensor<2x3xf32>) outs(%e : tensor<2x3xf32>) {
+    ^bb1(%a: f32, %o: f32):
+      %y = arith.mulf %a, %a : f32
+      linalg.yield %y : f32
+    } -> tensor<2x3xf32>
+    %minus = linalg.generic {indexing_maps = [#plane, #plane], iterator_types = ["parallel", "parallel"]} ins(%x : tensor<2x3xf32>) outs(%e : tensor<2x3xf32>) {
+    ^bb1(%a: f32, %o: f32):
+      %y = arith.negf %a : f32
+      linalg.yield %y : f32
+    } -> tensor<2x3xf32>
+    %e0 = tensor.empty() : tensor<f32>
+    %z = linalg.fill ins(%zero : f32) outs(%e0 : tensor<f32>) -> tensor<f32>
+    %flat = tensor.collapse_shape %square [[0, 1]] : tensor<2x3xf32> into tensor<6xf32>
+    %first = linalg.generic {indexing_maps = [#line, #total], iterator_types = ["reduction"]} ins(%flat : tensor<6xf32>) outs(%z : tensor<f32>) {
+    ^bb1(%a: f32, %o: f32):
+      %y = arith.addf %a, %o : f32
+      linalg.yield %y : f32
+    } -> tensor<f32>
+    %flat1 = tensor.collapse_shape %minus [[0, 1]] : tensor<2x3xf32> into tensor<6xf32>
+    %second = linalg.generic {indexing_maps = [#line, #total], iterator_types = ["reduction"]} ins(%flat1 : tensor<6xf32>) outs(%z : tensor<f32>) {
+    ^bb1(%a: f32, %o: f32):
+      %y = arith.addf %a, %o : f32
+      linalg.yield %y : f32
+    } -> tensor<f32>
+    %sum = linalg.generic {indexing_maps = [#none, #none, #none], iterator_types = []} ins(%first, %second : tensor<f32>, tensor<f32>) outs(%e0 : tensor<f32>) {
+    ^bb1(%a: f32, %b: f32, %o: f32):
+      %y = arith.addf %a, %b : f32
+      linalg.yield %y : f32
+    } -> tensor<f32>
+    %after = linalg.generic {indexing_maps = [#none, #none, #none], iterator_types = []} ins(%before, %sum : tensor<f32>, tensor<f32>) outs(%e0 : tensor<f32>) {
+    ^bb1(%a: f32, %b: f32, %o: f32):
+      %y = arith.addf %a, %b : f32
+      linalg.yield %y : f32
+    } -> tensor<f32>
+    "spikingbrain_control.yield"(%after) : (tensor<f32>) -> ()
+  }) {carried = 1 : i64, reverse = false} : (tensor<f32>, tensor<?x2x3xf32>) -> tensor<f32>
+  return %s : tensor<f32>
+}
+
+// -----
+
+// An assertion about one element, as torch-mlir writes one for a reciprocal, stays behind.
+// CHECK-LABEL: func.func @reciprocal(
+// CHECK:         "spikingbrain_control.pointwise_scan"
+// CHECK-NOT:     cf.assert
+// CHECK:         arith.divf
+#line = affine_map<(d0) -> (d0)>
+func.func @reciprocal(%s0: tensor<9xf32>, %xs: tensor<?x9xf32>) -> tensor<9xf32> {
+  %s = "spikingbrain_control.time_loop"(%s0, %xs) ({
+  ^bb0(%before: tensor<9xf32>, %x: tensor<9xf32>):
+    %e = tensor.empty() : tensor<9xf32>
+    %after = linalg.generic {indexing_maps = [#line, #line, #line], iterator_types = ["parallel"]} ins(%before, %x : tensor<9xf32>, tensor<9xf32>) outs(%e : tensor<9xf32>) {
+    ^bb1(%a: f32, %b: f32, %o: f32):
+      %zero = arith.constant 0.0 : f32
+      %nonzero = arith.cmpf one, %b, %zero : f32
+      cf.assert %nonzero, "tensor with zero element"
+      %y = arith.divf %a, %b : f32
+      linalg.yield %y : f32
+    } -> tensor<9xf32>
+    "spikingbrain_control.yield"(%after) : (tensor<9xf32>) -> ()
+  }) {carried = 1 : i64, reverse = false} : (tensor<9xf32>, tensor<?x9xf32>) -> tensor<9xf32>
+  return %s : tensor<9xf32>
+}

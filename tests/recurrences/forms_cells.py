@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -24,6 +25,37 @@ class Surrogate(torch.autograd.Function):
         (over,) = ctx.saved_tensors
         s = torch.sigmoid(4 * over)
         return gradient * 4 * s * (1 - s)
+
+
+class FastSigmoid(torch.autograd.Function):
+    """1 where the potential is over zero; the gradient is that of a fast sigmoid, as in snnTorch."""
+
+    @staticmethod
+    def forward(ctx: Any, over: Tensor, slope: float) -> Tensor:
+        ctx.save_for_backward(over)
+        ctx.slope = slope
+        return (over > 0).float()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (over,) = ctx.saved_tensors
+        return gradient.clone() / (ctx.slope * torch.abs(over) + 1.0) ** 2, None
+
+
+class Arctan(torch.autograd.Function):
+    """1 where the potential is not under zero; the gradient is that of an arctangent, as in SpikingJelly."""
+
+    @staticmethod
+    def forward(ctx: Any, over: Tensor, alpha: float) -> Tensor:
+        if over.requires_grad:
+            ctx.save_for_backward(over)
+            ctx.alpha = alpha
+        return (over >= 0).to(over)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (over,) = ctx.saved_tensors
+        return ctx.alpha / 2 / (1 + (math.pi / 2 * ctx.alpha * over).pow_(2)) * gradient, None
 
 
 @form(
@@ -55,7 +87,7 @@ def lif_hard(x: Tensor) -> tuple[Tensor, Tensor]:
     return out, v
 
 
-@form("LIF", "surrogate gradient, learned leak and threshold", "x:BTD:drive", "loop")
+@form("LIF", "surrogate gradient, learned leak and threshold", "x:BTD:drive", POINTWISE)
 class LifSurrogate(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -69,6 +101,34 @@ class LifSurrogate(nn.Module):
             v = v - s.detach() * self.threshold
             spikes.append(s)
         return torch.stack(spikes, dim=1)
+
+
+@form("LIF", "surrogate of a fast sigmoid, the reset of the step before detached", "x:TBD:drive", POINTWISE)
+def lif_fast_sigmoid(x: Tensor) -> tuple[Tensor, Tensor]:
+    v = torch.zeros_like(x[0])
+    spikes, potentials = [], []
+    for t in range(x.shape[0]):
+        reset = FastSigmoid.apply(v - 1.0, 25.0).clone().detach()
+        v = 0.9 * v + x[t] - reset * 1.0
+        spikes.append(FastSigmoid.apply(v - 1.0, 25.0))
+        potentials.append(v)
+    return torch.stack(spikes), torch.stack(potentials)
+
+
+@form("LIF", "surrogate of an arctangent, hard reset detached, learned tau", "x:TBD:drive", POINTWISE)
+class LifArctan(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        v, spikes = torch.zeros_like(x[0]), []
+        for x_t in x:
+            v = v + (x_t - v) * self.w.sigmoid()
+            s = Arctan.apply(v - 0.6, 2.0)
+            v = (1.0 - s.detach()) * v
+            spikes.append(s)
+        return torch.stack(spikes)
 
 
 @form("LIF", "the reset of the step before, straight-through spikes", "x:TBD:drive", POINTWISE)
@@ -173,7 +233,7 @@ class RecurrentLif(nn.Module):
         return torch.stack(spikes)
 
 
-@form("spiking layer", "a linear layer for each step, then LIF", "x:TBD:drive", "loop")
+@form("spiking layer", "a linear layer for each step, then LIF", "x:TBD:drive", POINTWISE)
 class LinearThenLif(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -28,8 +28,6 @@ OTHERWISE = {
     "mask_strict": ["linear_recurrence"],  # it reads the state before the step
     "retnet_read_changes": ["linear_recurrence", "unrolled"],  # the steps after the change
     "index_by_data": ["loop"],
-    "LifSurrogate": ["pointwise"],  # in an exported graph, which has no autograd.Function
-    "LinearThenLif": ["pointwise"],
     "MambaStatesStacked": ["linear_scan"],  # all states are asked for
     "state_in_the_middle": ["unrolled"],
 }
