@@ -9,6 +9,7 @@ thousands of others. A program that fails either is refused still.
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,8 +22,10 @@ from torch.export import Dim, ExportedProgram
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from spikingbrain.errors import CompileError
-from spikingbrain.frontend.recurrences.lengths import looped_dimensions, resized, same_results
+from spikingbrain.frontend.recurrences.lengths import Narrowed, looped_dimensions, resized, same_results
 from spikingbrain.frontend.recurrences.unify import Dims, NotUnified, Sizes, root_of, step_of
+
+log = logging.getLogger("spikingbrain.compile")
 
 _FREE = 3  # from here on a size is none of those that torch treats as special
 _COMPARED = 12  # small sizes of each dimension at which the program is compared with the model
@@ -43,7 +46,9 @@ def export_all_sizes(
     Raises what torch.export raises, and CompileError where the program holds for some of the sizes only.
     """
     try:
-        return _exported(model, tensors, shapes(dims)), {}
+        program = _exported(model, tensors, shapes(dims))
+        _require_ranges(program, dims)
+        return program, {}
     except Exception as error:
         if "Constraints violated" not in str(error) or looped_dimensions(error):
             raise
@@ -65,7 +70,11 @@ def export_all_sizes(
         told = ", ".join(f"{n} = {size * sizes.steps[n]}" for n, size in point.items())
         try:
             same_results(reference, module, resized(tensors, dims, point), told)
-        except NotUnified as reason:
+        except IndexError:
+            if not program.graph.find_nodes(op="call_function", target=torch.ops.higher_order.scan):
+                raise
+            log.debug("not compared at %s: torch's scan has no steps there, which it cannot run", told)
+        except (NotUnified, RuntimeError) as reason:
             raise _refused(str(reason)) from refusal
     names = _symbols(program, dims)
     _evaluate(questions, names, lengths, highest)
@@ -87,6 +96,22 @@ def _exported(
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=defer,
         )
+
+
+def _require_ranges(program: ExportedProgram, dims: Dims) -> None:
+    """Raises Narrowed where the program holds for fewer sizes than were asked for.
+
+    torch 2.13 forgets to refuse: a loop over ``x.unflatten(1, (-1, 3)).shape[1]`` with a dimension of ``3 * Dim(...)`` is
+    unrolled for the example's length, and only the lower end of the range tells.
+    """
+    lowest, highest = _bounds(dims)
+    narrowed = []
+    for symbol, name in _symbols(program, dims).items():
+        held = program.range_constraints[symbol]
+        if held.lower > max(2, lowest[name]) or held.upper < highest[name]:
+            narrowed.append(name)
+    if narrowed:
+        raise Narrowed(narrowed)
 
 
 def _refused(why: str) -> CompileError:
@@ -165,8 +190,7 @@ def _symbols(program: ExportedProgram, dims: Dims) -> dict[sympy.Symbol, str]:
         for axis, dim in (by_axis or {}).items():
             size = nodes[str(argument)].meta["val"].shape[axis]
             if step_of(dim) and isinstance(size, torch.SymInt):
-                (symbol,) = size.node.expr.free_symbols
-                names[symbol] = root_of(dim)
+                names |= dict.fromkeys(size.node.expr.free_symbols, root_of(dim))
     return {symbol: names[symbol] for symbol in program.range_constraints if symbol in names}
 
 

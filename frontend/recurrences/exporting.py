@@ -24,7 +24,7 @@ from spikingbrain.frontend.recurrences.lengths import (
 )
 from spikingbrain.frontend.recurrences.raising import calls, promising, raise_recurrences, would_raise
 from spikingbrain.frontend.recurrences.report import RecurrenceReport
-from spikingbrain.frontend.recurrences.unify import Dims, NotUnified
+from spikingbrain.frontend.recurrences.unify import Dims, NotUnified, root_of, step_of
 
 log = logging.getLogger("spikingbrain.compile")
 
@@ -91,7 +91,7 @@ def _of_looped(
             ) from None
         log.warning("entry %r: %s is fixed at its example's length: %s", name, ", ".join(looped), reason)
         kept = [
-            {a: d for a, d in (by or {}).items() if getattr(d, "__name__", "") not in looped} for by in dims
+            {a: d for a, d in (by or {}).items() if not (step_of(d) and root_of(d) in looped)} for by in dims
         ]
         exported = _export(model, tensors, kept)
         exported.fixed = dict.fromkeys(looped, str(reason))

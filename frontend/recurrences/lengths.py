@@ -42,8 +42,18 @@ class AnyLength:
     verified: dict[str, list[int]] = field(default_factory=dict)
 
 
+class Narrowed(Exception):
+    """Raised where torch.export has silently narrowed the range of dimensions; ``names`` them."""
+
+    def __init__(self, names: Sequence[str]):
+        super().__init__(f"torch.export narrowed the range of {', '.join(names)}")
+        self.names = list(names)
+
+
 def looped_dimensions(error: Exception) -> list[str]:
     """Returns the names of dimensions that tracing fixed, by the words of torch.export's refusal."""
+    if isinstance(error, Narrowed):
+        return error.names
     found = re.findall(
         r"You marked (?:\d+\*)?(\w+) as dynamic but your code specialized it to be a constant"
         r"|solving the guards generated for (\w+) = .* resulted in a specialized value",

@@ -91,7 +91,6 @@ class DeltaNetLayer(nn.Module):
     HEADS_FIRST,
     "loop",
     multiple=3,
-    export="a dynamic size was assumed",
 )
 def delta_chunks(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
     size = 3

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from spikingbrain.frontend.recurrences.all_sizes import export_all_sizes
+from spikingbrain.frontend.recurrences.lengths import Narrowed
 
 T = Dim("T", min=1, max=1 << 20)
 
@@ -37,6 +38,14 @@ class Even(nn.Module):
 class Long(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * 2 if x.shape[0] > 1000 else x
+
+
+class Unrolled(nn.Module):
+    """torch forgets to refuse this loop; see `_require_ranges`, which can go when torch.export raises here."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        chunks = x.unflatten(0, (-1, 3))
+        return torch.cat([chunks[i] * i for i in range(chunks.shape[0])])
 
 
 def exported(model: nn.Module, *dims: Any) -> tuple[torch.export.ExportedProgram, dict[str, list[int]]]:
@@ -75,3 +84,10 @@ def test_what_torch_exports_is_left_to_it() -> None:
 def test_what_holds_for_some_sizes_is_refused(model: nn.Module, told: str) -> None:
     with pytest.raises(Exception, match=told):
         exported(model, T)
+
+
+def test_a_range_that_torch_narrows_in_silence_is_noticed() -> None:
+    shapes = {0: 3 * Dim("T", min=1, max=100)}
+    torch.export.export(Unrolled(), (torch.randn(9, 3),), dynamic_shapes=(shapes,), strict=False)
+    with pytest.raises(Narrowed, match="T"):
+        export_all_sizes(Unrolled(), [torch.randn(9, 3)], [shapes], tuple, Unrolled())
