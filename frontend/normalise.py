@@ -32,6 +32,7 @@ _IDENTITIES = {
 }
 
 
+_COMPARISONS = {getattr(aten, name).Scalar for name in ("gt", "ge", "lt", "le", "eq", "ne")}
 # Operator spellings that only the decomposition table would turn into the ops torch-mlir lowers.
 _SYNONYMS = {
     aten.__and__.Tensor: aten.bitwise_and.Tensor,
@@ -143,6 +144,31 @@ def _size(node: fx.Node) -> object:
     return node.target(*[a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args])
 
 
+def compare_alike(graph: fx.Graph) -> int:
+    """Lets comparisons with a number be with one of the tensor's own kind; returns how many were not.
+
+    torch-mlir folds a comparison of a constant with a number of another kind by reading the wrong bits: other results from
+    run to run, or a crash.
+    """
+    changed = 0
+    for node in graph.nodes:
+        if node.op != "call_function" or node.target not in _COMPARISONS or isinstance(node.args[1], fx.Node):
+            continue
+        x, number = node.args
+        value = x.meta["val"]
+        if value.is_floating_point():
+            changed += not isinstance(number, float)
+            node.args = (x, float(number))
+        elif value.dtype == torch.bool or isinstance(number, float):
+            common = torch.result_type(value, number)
+            with graph.inserting_before(node):
+                wide = graph.call_function(aten.to.dtype, (x, common))
+            wide.meta = {"val": value.to(common), "stack_trace": node.meta.get("stack_trace")}
+            node.args = (wide, float(number) if common.is_floating_point else int(number))
+            changed += 1
+    return changed
+
+
 def keep_user_frames(graph: fx.Graph) -> None:
     """Removes this package's own capture frames from the source locations of nodes."""
     own = f'File "{Path(__file__).parent}'
@@ -189,6 +215,7 @@ def normalise(graph: fx.Graph) -> None:
     rename_synonyms(graph)
     drop_shape_checks(graph)
     spell_out_remainders(graph)
+    compare_alike(graph)
     keep_user_frames(graph)
     graph.eliminate_dead_code()
     graph.lint()
@@ -199,5 +226,6 @@ def normalise_region(graph: fx.Graph) -> None:
     make_scatter_dims_positive(graph)
     rename_synonyms(graph)
     spell_out_remainders(graph)
+    compare_alike(graph)
     keep_user_frames(graph)
     graph.lint()

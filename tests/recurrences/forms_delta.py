@@ -89,7 +89,7 @@ class DeltaNetLayer(nn.Module):
     "DeltaNet",
     "chunks, the inverse by solve_triangular",
     HEADS_FIRST,
-    "loop",
+    "loop + unit_lower_inverse",
     multiple=3,
 )
 def delta_chunks(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Tensor:

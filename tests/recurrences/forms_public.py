@@ -59,7 +59,7 @@ def qwen3_next(f: Function, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Te
     "Qwen3-Next, in chunks",
     f"{MODELING}:torch_chunk_gated_delta_rule",
     DELTA,
-    "loop",
+    "loop + unit_lower_inverse",
     export="has size 64 along axis 1, expected 11",
 )
 def qwen3_next_chunks(f: Function, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor) -> Any:

@@ -23,7 +23,15 @@ from torch import Tensor, nn
 SIZES = {"B": 2, "H": 3, "Q": 6, "K": 5, "V": 4, "D": 10, "N": 7, "M": 8}
 LENGTH = 11
 
-OUTCOMES = ("linear_recurrence", "linear_scan", "selective_scan", "pointwise", "loop", "unrolled")
+OUTCOMES = (
+    "linear_recurrence",
+    "linear_scan",
+    "selective_scan",
+    "pointwise",
+    "loop",
+    "unit_lower_inverse",
+    "unrolled",
+)
 
 # What the values of an input look like; the third part of its description.
 KINDS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from torch._higher_order_ops import scan
 import spikingbrain
 from spikingbrain.frontend.capture import Entry, capture
 from spikingbrain.frontend.normalise import (
+    compare_alike,
     drop_identities,
     drop_idle_casts,
     drop_shape_checks,
@@ -107,6 +111,54 @@ def test_synonyms_get_one_name() -> None:
     graph.output(graph.call_function(aten.add.Tensor, (either, b)))
     assert rename_synonyms(graph) == 2
     assert targets(graph) == [aten.bitwise_and.Tensor, aten.bitwise_or.Tensor, aten.add.Tensor]
+
+
+_FOLDED = """
+from torch_mlir import ir
+from torch_mlir.dialects import torch
+from torch_mlir.passmanager import PassManager
+for _ in range(100):
+    with ir.Context() as context:
+        torch.register_dialect(context)
+        module = ir.Module.parse('''
+            func.func @main() -> !torch.vtensor<[2],i1> {
+              %zero = torch.vtensor.literal(dense<0.0> : tensor<2xf32>) : !torch.vtensor<[2],f32>
+              %int0 = torch.constant.int 0
+              %0 = torch.aten.gt.Scalar %zero, %int0 : !torch.vtensor<[2],f32>, !torch.int -> !torch.vtensor<[2],i1>
+              return %0 : !torch.vtensor<[2],i1>
+            }''')
+        PassManager.parse("builtin.module(canonicalize)").run(module.operation)
+        assert "dense<false>" in str(module)
+"""
+
+
+def test_torch_mlir_still_folds_comparisons_wrong() -> None:
+    """If it does not, `compare_alike` can go."""
+    assert subprocess.run([sys.executable, "-c", _FOLDED], capture_output=True).returncode != 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
+def test_comparisons_of_constants(dtype: torch.dtype) -> None:
+    compared = [torch.gt, torch.ge, torch.lt, torch.le, torch.eq, torch.ne]
+
+    def model(x: Tensor) -> tuple[Tensor, ...]:
+        cases = itertools.product(compared, (0, 1), (0, 1, 0.5, 1.0))
+        return tuple(x + f(torch.full((2,), i, dtype=dtype), number) for f, i, number in cases)
+
+    torch._dynamo.reset()
+    x = torch.zeros(2)
+    options = {"strict": True, "cache": False}
+    for found, expected in zip(
+        torch.compile(model, backend="spikingbrain", options=options)(x), model(x), strict=True
+    ):
+        assert torch.equal(found, expected)
+
+
+def test_comparisons_are_of_one_kind() -> None:
+    graph = exported(lambda x, i: (x > 0, i > 0.5, x > 0.5, i > 1), torch.randn(3), torch.arange(3))
+    assert compare_alike(graph) == 2
+    numbers = [n.args[1] for n in graph.find_nodes(op="call_function", target=aten.gt.Scalar)]
+    assert [type(n) for n in numbers] == [float, float, float, int]
 
 
 class Padding(nn.Module):
