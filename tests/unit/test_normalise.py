@@ -132,9 +132,9 @@ for _ in range(100):
 """
 
 
-def test_torch_mlir_still_folds_comparisons_wrong() -> None:
-    """If it does not, `compare_alike` can go."""
-    assert subprocess.run([sys.executable, "-c", _FOLDED], capture_output=True).returncode != 0
+@pytest.mark.xfail(reason="torch-mlir; if it passes time and again, compare_alike can go")
+def test_torch_mlir_folds_comparisons() -> None:
+    assert subprocess.run([sys.executable, "-c", _FOLDED], capture_output=True).returncode == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])

@@ -80,7 +80,7 @@ REFUSED: dict[str, tuple[str, Mask]] = {
     "empty window": ("the window is empty", lambda i, j: (j >= 0) & (j <= i) & ((j > i) | (j < 2))),
     "keys only": ("the mask does not compare key positions with query positions", lambda i, j: j >= 0),
     "a fraction": (
-        "a position is compared with a value that is not a constant integer",
+        "a position is not an int64 tensor",
         lambda i, j: (j >= 0.5) & (j <= i),
     ),
     "bound on the query": (
