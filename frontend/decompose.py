@@ -78,8 +78,8 @@ def decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedPro
     if all(_is_direct(node.target) for node in program.graph.nodes if node.op == "call_function"):
         return program
     table = {op: f for op, f in get_decomposition_table().items() if op not in KEPT}
-    # torch-mlir takes negative padding for none: a token shift, F.pad(x, (0, 0, 1, -1)), shifted nothing
     table[_INVERSE] = inverse
+    # torch-mlir takes negative padding for none: a token shift, F.pad(x, (0, 0, 1, -1)), shifted nothing
     table[aten.constant_pad_nd.default] = EXACT[aten.constant_pad_nd.default]
     decomposed: torch.export.ExportedProgram = program.run_decompositions(table)
     return decomposed

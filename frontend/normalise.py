@@ -160,7 +160,7 @@ def compare_alike(graph: fx.Graph) -> int:
             changed += not isinstance(number, float)
             node.args = (x, float(number))
         elif value.dtype == torch.bool or isinstance(number, float):
-            common = torch.result_type(value, number)
+            common = torch.result_type(value, 0 if isinstance(number, bool) else number)
             with graph.inserting_before(node):
                 wide = graph.call_function(aten.to.dtype, (x, common))
             wide.meta = {"val": value.to(common), "stack_trace": node.meta.get("stack_trace")}

@@ -9,7 +9,6 @@ thousands of others. A program that fails either is refused still.
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,8 +23,6 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from spikingbrain.errors import CompileError
 from spikingbrain.frontend.recurrences.lengths import Narrowed, looped_dimensions, resized, same_results
 from spikingbrain.frontend.recurrences.unify import Dims, NotUnified, Sizes, root_of, step_of
-
-log = logging.getLogger("spikingbrain.compile")
 
 _FREE = 3  # from here on a size is none of those that torch treats as special
 _COMPARED = 12  # small sizes of each dimension at which the program is compared with the model
@@ -66,6 +63,7 @@ def export_all_sizes(
     unchecked = program.module(check_guards=False)
     module = fx.GraphModule(unchecked, unchecked.graph)  # without the hooks that check sizes
     lengths = {n: _small(lowest[n], highest[n]) for n in sizes.counts}
+    skipped: set[tuple[str, int]] = set()
     for point in _points(lengths):
         told = ", ".join(f"{n} = {size * sizes.steps[n]}" for n, size in point.items())
         try:
@@ -73,7 +71,7 @@ def export_all_sizes(
         except IndexError:
             if not program.graph.find_nodes(op="call_function", target=torch.ops.higher_order.scan):
                 raise
-            log.debug("not compared at %s: torch's scan has no steps there, which it cannot run", told)
+            skipped.update(point.items())  # torch cannot run a scan of no steps
         except (NotUnified, RuntimeError) as reason:
             raise _refused(str(reason)) from refusal
     names = _symbols(program, dims)
@@ -81,7 +79,8 @@ def export_all_sizes(
     for symbol, name in names.items():
         held = program.range_constraints[symbol]
         program.range_constraints[symbol] = ValueRanges(lengths[name][0], held.upper)
-    return program, {n: [size * sizes.steps[n] for size in found] for n, found in lengths.items()}
+    compared = {n: [s for s in found if (n, s) not in skipped] for n, found in lengths.items()}
+    return program, {n: [size * sizes.steps[n] for size in found] for n, found in compared.items()}
 
 
 def _exported(
@@ -176,7 +175,7 @@ def _taken_out(graph: fx.Graph) -> list[sympy.Basic]:
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_scalar.default):
         value = node.args[0].meta.get("val") if isinstance(node.args[0], fx.Node) else None
         if isinstance(value, torch.SymBool):
-            found.append(value.node.expr)
+            found.append(value.node.shape_env.replace(value.node.expr))
             graph.erase_node(node)
     graph.eliminate_dead_code()
     return found
@@ -205,8 +204,10 @@ def _evaluate(
     ranges = {n: (sizes[-1] + 1, highest[n]) for n, sizes in compared.items()}
     for question in questions:
         free = [s for s in question.free_symbols if s in names]
-        if len(free) != len(question.free_symbols) or not free:
-            continue  # of a symbol that equals another, of which the same is asked
+        if len(free) != len(question.free_symbols) or question is sympy.false:
+            raise _refused(f"tracing took for granted that {question}")
+        if not free:
+            continue
         small = itertools.product(*[compared[names[s]] for s in free])
         if len(free) == 1 and not all(_holds(question, free, values) for values in small):
             continue  # the program was right all the same

@@ -111,14 +111,15 @@ def _raised(
 ) -> Exported:
     """Raises what a program without Python loops over dynamic sizes holds: scans and written forms."""
     exported.recurrences += calls(exported.program.graph)
+    symbols = any(isinstance(s, torch.SymInt) for n in _inputs(exported.program) for s in n.meta["val"].shape)
+    if not symbols:
+        _raise(exported)
+        return exported
     if may_invert(exported.program.graph):
         exported.program = _functional(exported.program)
         exported.recurrences += raise_inverses(exported.program.graph_module)
         name_outputs(exported.program)
-    symbols = any(isinstance(s, torch.SymInt) for n in _inputs(exported.program) for s in n.meta["val"].shape)
-    if not symbols:
-        _raise(exported)
-    elif promising(exported.program.graph) and would_raise(exported.program.graph_module):
+    if promising(exported.program.graph) and would_raise(exported.program.graph_module):
         try:
             found = export_any_length(model, tensors, dims, lambda step: log.info("%s: %s", name, step))
         except NotUnified as reason:

@@ -151,14 +151,16 @@ def _computed(source: fx.Node, last: fx.Node) -> str | None:
     if steps is None or source.meta["val"].shape != last.meta["val"].shape:
         return None
     generator = torch.Generator().manual_seed(0)
-    size = last.meta["val"].shape[-1]
+    *leading, _, size = last.meta["val"].shape
+    if not all(_is_constant(n) or _acts_on_matrices(n, len(leading)) for n in steps):
+        return None
+    shape = [*(1 if n == 1 else 2 for n in leading), size, size]
     names = list(_KNOWN)
     for _ in range(2):
-        matrix = torch.rand(size, size, generator=generator, dtype=torch.float64) - 0.5
-        matrix = matrix.reshape([1] * (last.meta["val"].ndim - 2) + [size, size]) * 2 / size**0.5
+        matrix = (torch.rand(shape, generator=generator, dtype=torch.float64) - 0.5) * 2 / size**0.5
         try:
             found = _run(steps, source, matrix)
-        except RuntimeError:  # a constant of the full size
+        except (IndexError, RuntimeError):  # a constant of the full size
             return None
         eye = torch.eye(size, dtype=torch.float64)
         known = {n: inverse(_KNOWN[n][0] * matrix) - (eye if _KNOWN[n][1] else 0.0) for n in names}
@@ -166,6 +168,27 @@ def _computed(source: fx.Node, last: fx.Node) -> str | None:
             n for n in names if found.shape == matrix.shape and torch.allclose(found, known[n], 1e-9, 1e-9)
         ]
     return names[0] if names else None
+
+
+def _acts_on_matrices(node: fx.Node, leading: int) -> bool:
+    """Tells whether an op leaves the first ``leading`` dimensions alone, so that what holds for two matrices holds for all."""
+    name, args = _name(node), node.args
+    first = {"select_scatter": 2, "slice_scatter": 2}.get(name, 1)
+    count = 2 if name == "transpose" else 1
+    if name not in (
+        "select",
+        "slice",
+        "select_scatter",
+        "slice_scatter",
+        "unsqueeze",
+        "squeeze",
+        "transpose",
+        "sum",
+    ):
+        return True
+    given = [d for a in args[first : first + count] for d in (a if isinstance(a, (list, tuple)) else [a])]
+    rank = args[0].meta["val"].ndim + (name == "unsqueeze")
+    return bool(given) and all(isinstance(d, int) and d % rank >= leading for d in given)
 
 
 def _between(source: fx.Node, last: fx.Node) -> list[fx.Node] | None:

@@ -142,7 +142,7 @@ def test_comparisons_of_constants(dtype: torch.dtype) -> None:
     compared = [torch.gt, torch.ge, torch.lt, torch.le, torch.eq, torch.ne]
 
     def model(x: Tensor) -> tuple[Tensor, ...]:
-        cases = itertools.product(compared, (0, 1), (0, 1, 0.5, 1.0))
+        cases = itertools.product(compared, (0, 1), (0, 1, 0.5, 1.0, True))
         return tuple(x + f(torch.full((2,), i, dtype=dtype), number) for f, i, number in cases)
 
     torch._dynamo.reset()
