@@ -20,6 +20,7 @@ def unit_lower_inverse(lower: Tensor) -> Tensor:
 
     The rest of ``lower`` is not read. It is what solves the delta rules within a chunk (Yang et al. 2024, "Parallelizing
     Linear Transformers with the Delta Rule over Sequence Length", equation 10): w = (I + tril(beta k k^T, -1))^-1 (beta k).
+    It is made of products, so a NaN in one row may make others NaN, earlier ones too.
     Arithmetic is float32 (float64 for float64); the result has the dtype of ``lower``.
 
     Raises:
