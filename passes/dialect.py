@@ -19,6 +19,7 @@ from torch_mlir.passmanager import PassManager
 from spikingbrain.passes.dialect_base import SpikingBrain, after_declaration, fail, fits, shape
 from spikingbrain.passes.dialect_recurrences import LinearRecurrence, LinearScan, SelectiveScan  # noqa: F401
 from spikingbrain.passes.dialect_scans import verify_pointwise_scan
+from spikingbrain.passes.dialect_spikes import SpikeEncode, SpikeLinear  # noqa: F401
 
 _load_lock = threading.Lock()  # Dialect.load() from two threads at once crashes the process
 

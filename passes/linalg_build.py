@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from torch_mlir import ir
@@ -34,9 +35,9 @@ def empty(type_: ir.Type, sizes: Sequence[ir.Value]) -> ir.Value:
 
 
 def filled(type_: ir.Type, sizes: Sequence[ir.Value], number: float) -> ir.Value:
-    """Emits a float tensor full of ``number``."""
+    """Emits a tensor full of ``number``, an int for a tensor of integers."""
     element = ir.RankedTensorType(type_).element_type
-    value = arith.ConstantOp(element, ir.FloatAttr.get(element, number)).result
+    value = arith.constant(element, number)
     result: ir.Value = linalg.fill(value, outs=[empty(type_, sizes)])
     return result
 
@@ -87,6 +88,31 @@ def unflatten_leading(value: ir.Value, type_: ir.Type, like: ir.Value) -> ir.Val
     sizes = [size(like, d) for d, n in enumerate(ranked.shape[:-1]) if n == ir.ShapedType.get_dynamic_size()]
     groups = reassociation([list(range(rank - 1)), [rank - 1]])
     return tensor.ExpandShapeOp(ranked, value, groups, sizes, list(ranked.shape)).result
+
+
+def flatten(value: ir.Value) -> ir.Value:
+    """Returns a tensor of any rank as ``[M]``."""
+    ranked = ir.RankedTensorType(value.type)
+    rank, dynamic = len(ranked.shape), ir.ShapedType.get_dynamic_size()
+    if rank == 1:
+        return value
+    rows = dynamic if dynamic in ranked.shape else math.prod(ranked.shape)
+    type_ = ir.RankedTensorType.get([rows], ranked.element_type)
+    if rank == 0:
+        return tensor.ExpandShapeOp(type_, value, reassociation([]), [], [1]).result
+    return tensor.CollapseShapeOp(type_, value, reassociation([list(range(rank))])).result
+
+
+def unflatten(value: ir.Value, type_: ir.Type, sizes: Sequence[ir.Value]) -> ir.Value:
+    """Undoes ``flatten``: ``[M]`` as ``type_``, whose dynamic sizes are ``sizes``."""
+    ranked = ir.RankedTensorType(type_)
+    rank = len(ranked.shape)
+    if rank == 1:
+        return value
+    if rank == 0:
+        return tensor.CollapseShapeOp(ranked, value, reassociation([])).result
+    groups = reassociation([list(range(rank))])
+    return tensor.ExpandShapeOp(ranked, value, groups, list(sizes), list(ranked.shape)).result
 
 
 def reassociation(groups: Sequence[Sequence[int]]) -> ir.ArrayAttr:

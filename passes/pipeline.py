@@ -32,6 +32,7 @@ from spikingbrain.passes.raise_embedding import RaiseEmbedding
 from spikingbrain.passes.raise_linear import RaiseLinear
 from spikingbrain.passes.raise_pointwise_scan import RaisePointwiseScan
 from spikingbrain.passes.raise_recurrence import RaiseRecurrence
+from spikingbrain.passes.spike_to_int import SpikeToInt
 from spikingbrain.passes.thread_state import ThreadState
 from spikingbrain.passes.weights_to_arguments import WeightsToArguments
 
@@ -52,6 +53,8 @@ PHASES: dict[str, list[type[Any]]] = {
     "torch": [LowerTorch],
     # do together what reads the same values, steps of a loop included
     "fuse": [RaisePointwiseScan, FuseSharedInput],
+    # spiking projections become integer arithmetic
+    "spikes": [SpikeToInt],
     # choose layouts for the target and store weights in them
     "schedule": [PackWeights],
     # kernels where the target has them, linalg and loops where not
