@@ -32,7 +32,42 @@ def pack_columns(arrays: list[Array], block: int) -> list[Array]:
     return [np.ascontiguousarray(matrix.reshape(blocks, block, k).transpose(0, 2, 1))]
 
 
-STEPS: dict[str, Callable[..., list[Array]]] = {f.__name__: f for f in (concat, pack_columns)}
+def pack_dot(arrays: list[Array], lanes: int, vectors: int, width: int, offset: int) -> list[Array]:
+    """Packs codes ``[N, K]`` for dot products: ``[panels, vectors, steps, lanes * width]``.
+
+    A panel is ``lanes * vectors`` columns, a step ``width`` neighbouring channels of each. Codes are stored with ``offset`` added
+    and keep their type; columns and channels beyond the matrix hold the offset.
+    """
+    (codes,) = arrays
+    packed = _steps(codes, lanes, vectors, width, 1)
+    return [np.ascontiguousarray(packed + np.array(offset).astype(codes.dtype))]
+
+
+def pack_nibbles(arrays: list[Array], lanes: int, vectors: int, width: int, offset: int) -> list[Array]:
+    """Packs codes of 4 bits as ``pack_dot`` does, the even steps in the low halves of bytes, the odd ones in the high halves.
+
+    Raises ValueError for a code outside -8 .. 7.
+    """
+    (codes,) = arrays
+    if codes.size and not -8 <= codes.min() <= codes.max() <= 7:
+        raise ValueError(f"codes of 4 bits are -8 .. 7, got {codes.min()} .. {codes.max()}")
+    packed = _steps(codes, lanes, vectors, width, 2).astype(np.uint8) + np.uint8(offset)
+    return [np.ascontiguousarray(packed[:, :, ::2] & 15 | packed[:, :, 1::2] << 4).view(np.int8)]
+
+
+def _steps(codes: Array, lanes: int, vectors: int, width: int, multiple: int) -> Array:
+    """Returns ``[N, K]`` as ``[panels, vectors, steps, lanes * width]``, zeros beyond it; ``multiple`` divides the steps."""
+    n, k = codes.shape
+    panels, steps = -(-n // (lanes * vectors)), -(-k // (width * multiple)) * multiple
+    padded = np.zeros((panels * vectors * lanes, steps * width), codes.dtype)
+    padded[:n, :k] = codes
+    cut = padded.reshape(panels, vectors, lanes, steps, width).transpose(0, 1, 3, 2, 4)
+    return cut.reshape(panels, vectors, steps, lanes * width)
+
+
+STEPS: dict[str, Callable[..., list[Array]]] = {
+    f.__name__: f for f in (concat, pack_columns, pack_dot, pack_nibbles)
+}
 
 
 def apply(recipe: Sequence[str], sources: Sequence[Array]) -> Array:

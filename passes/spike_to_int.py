@@ -8,36 +8,105 @@ from typing import ClassVar
 from torch_mlir import ir
 
 from spikingbrain.passes import linalg_build as build
-from spikingbrain.passes import torch_ir
+from spikingbrain.passes import parameters, torch_ir
 from spikingbrain.passes.base import PassContext
 from spikingbrain.passes.kernels import spike_portable as portable
+from spikingbrain.passes.kernels.spike_dot import Dot, choose
+from spikingbrain.passes.kernels.spike_encode import (
+    LARGEST_CHANNELS,
+    Encoding,
+    Spikes,
+    emit_spike_encode,
+    encoding,
+)
+from spikingbrain.passes.kernels.spike_linear import Shape, emit_spike_linear, scale_recipe
+from spikingbrain.target import Target
+
+_Encoded = dict[tuple[int, Encoding], Spikes]
 
 
 @dataclass(frozen=True)
 class SpikeToInt:
     """Lowers ``spikingbrain.spike_linear`` and ``spikingbrain.spike_encode``.
 
-    In: our dialect on builtin tensors. Out: linalg.
+    A stored weight is packed for the target's dot products, and its counts come as bytes or words from a kernel that all
+    projections of one input share. Where there is no such instruction, and for weights that the model computes and groups of
+    other sizes than the instruction's, linear algebra. Counts and thresholds that something else asks for are computed too.
+    In: our dialect on builtin tensors. Out: ``spikingbrain_control.launch`` and kernel functions, or linalg.
     """
 
     name: ClassVar[str] = "spike-to-int"
 
     def run(self, module: ir.Module, context: PassContext) -> None:
+        encoded: _Encoded = {}
         for op in torch_ir.operations(module, "spikingbrain.spike_linear"):
+            dot = choose(context.target, op.attributes["bits"].value)
+            reason = _refusal(op, dot)
             with ir.InsertionPoint(op), op.location:
-                y = _portable_linear(op, context)
+                y = _kernel(op, dot, context.target, encoded) if dot and not reason else _linalg(op, context)
             op.results[0].replace_all_uses_with(y)
-            context.record(self, "lowered", op, "linalg")
+            context.record(self, "lowered", op, f"linalg: {reason}" if reason else "kernel")
             op.erase()
         for op in torch_ir.operations(module, "spikingbrain.spike_encode"):
             if any(list(result.uses) for result in op.results):
                 with ir.InsertionPoint(op), op.location:
-                    _portable_encode(op)
+                    _counts(op)
                 context.record(self, "lowered", op, "linalg")
             op.erase()
 
 
-def _portable_linear(op: ir.Operation, context: PassContext) -> ir.Value:
+def _refusal(op: ir.Operation, dot: Dot | None) -> str:
+    """Returns why a projection has no kernel, or an empty text."""
+    counts, threshold, weight, scale, *_ = op.operands
+    if dot is None:
+        return "the target has no dot products of such integers"
+    source = torch_ir.defining(counts, "spikingbrain.spike_encode")
+    if source is None or counts != source.results[0] or threshold != source.results[1]:
+        return "counts and threshold are not one encoder's"
+    if parameters.parameter(weight) is None or parameters.parameter(scale) is None:
+        return "weight and scale are computed by the model, not stored"
+    channels = ir.RankedTensorType(weight.type).shape[1]
+    groups = ir.RankedTensorType(scale.type).shape[1]
+    chunk = dot.width * dot.steps_per_vector
+    if groups > 1 and channels // groups % chunk:
+        return f"groups of {channels // groups} channels; a step takes {chunk}"
+    if channels > LARGEST_CHANNELS:
+        return f"{channels} channels; sums may exceed 32 bits"
+    return ""
+
+
+def _kernel(op: ir.Operation, dot: Dot, target: Target, encoded: _Encoded) -> ir.Value:
+    counts, _, weight, scale, *bias = op.operands
+    columns, channels = ir.RankedTensorType(weight.type).shape
+    groups = ir.RankedTensorType(scale.type).shape[1]
+    encode = torch_ir.defining(counts)
+    assert encode is not None
+    settings = [encode.attributes[name].value for name in ("k", "lower", "upper")]
+    cut = encoding(dot, channels, groups, target, *settings)
+    key = (hash(encode), cut)
+    if key not in encoded:
+        with ir.InsertionPoint(encode), encode.location:
+            encoded[key] = emit_spike_encode(build.flatten_leading(encode.operands[0]), cut)
+    spikes = encoded[key]
+    m = ir.RankedTensorType(spikes.x.type).shape[0]
+    shape = Shape(cut, columns, None if m == ir.ShapedType.get_dynamic_size() else m, bool(bias))
+    panels = -(-columns // dot.block)
+    scales = ir.RankedTensorType.get([panels, groups, dot.block], ir.F32Type.get())
+    packed = _with_step(weight, dot.recipe(), dot.stored_type(columns, channels))
+    packed_scale = _with_step(scale, scale_recipe(dot), scales)
+    y = emit_spike_linear(spikes, packed, packed_scale, bias[0] if bias else None, dot, shape, target)
+    return build.unflatten_leading(y, op.results[0].type, counts)
+
+
+def _with_step(value: ir.Value, step: str, type_: ir.Type) -> ir.Value:
+    """Returns a stored tensor with one more step in its recipe."""
+    op = parameters.parameter(value)
+    assert op is not None
+    old = parameters.stored(op)
+    return parameters.create(old.sources, [*old.recipe, step], type_)
+
+
+def _linalg(op: ir.Operation, context: PassContext) -> ir.Value:
     counts, threshold, weight, scale, *bias = op.operands
     y = portable.spike_linear(
         build.flatten_leading(counts),
@@ -51,7 +120,8 @@ def _portable_linear(op: ir.Operation, context: PassContext) -> ir.Value:
     return build.unflatten_leading(y, op.results[0].type, counts)
 
 
-def _portable_encode(op: ir.Operation) -> None:
+def _counts(op: ir.Operation) -> None:
+    """Emits counts and threshold themselves, in linear algebra."""
     (x,) = op.operands
     k, lower, upper = (op.attributes[name].value for name in ("k", "lower", "upper"))
     rows = build.flatten_leading(x)

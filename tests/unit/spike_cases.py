@@ -135,6 +135,7 @@ def compile_text(text: str, target: Target, flags: Sequence[str] = ()) -> tuple[
         wrap_kernels(module)
         flags = [
             f"--iree-llvmcpu-target-cpu={target.cpu}",
+            f"--iree-llvmcpu-target-cpu-features={','.join(f'+{f}' for f in sorted(target.features))}",
             "--iree-input-demote-f64-to-f32=false",
             *flags,
         ]

@@ -18,7 +18,15 @@ from spikingbrain.target import Target
 
 V3_FEATURES = frozenset({"avx", "avx2", "fma"})
 PORTABLE = Target("portable", "cpu", "iree", "x86-64", "x86-64-v3", V3_FEATURES)
-TARGETS = [PORTABLE]
+V4_FEATURES = V3_FEATURES | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+
+
+def _x86(name: str, cpu: str, features: frozenset[str], bits: int, registers: int) -> Target:
+    return Target(name, "cpu", "iree", "x86-64", cpu, features, bits, registers)
+
+
+VNNI = _x86("avx512-vnni", "x86-64-v4", V4_FEATURES | {"avx512vnni"}, 512, 32)
+TARGETS = [PORTABLE, VNNI]
 
 CASES = {
     "odd": Case(37, 70),

@@ -23,6 +23,33 @@ def test_joined_then_packed_equals_packed_whole() -> None:
     np.testing.assert_array_equal(joined, recipes.apply(["pack_columns block=4"], [np.concatenate(parts)]))
 
 
+@pytest.mark.parametrize(("offset", "element"), [(128, np.int8), (0, np.int8), (0, np.int16)])
+def test_packing_for_dot_products(offset: int, element: type) -> None:
+    codes = np.random.default_rng(0).integers(-128, 128, (5, 6)).astype(element)
+    step = f"pack_dot lanes=2 vectors=2 width=4 offset={offset}"
+    packed = recipes.apply([step], [codes])
+    assert packed.shape == (2, 2, 2, 8)
+    assert packed.dtype == element
+    for n, k in np.ndindex(8, 8):
+        code = codes[n, k] if n < 5 and k < 6 else 0
+        stored = packed[n // 4, n // 2 % 2, k // 4, n % 2 * 4 + k % 4]
+        assert (int(stored) - code - offset) % 256 == 0
+
+
+def test_packing_nibbles() -> None:
+    codes = np.random.default_rng(0).integers(-8, 8, (3, 9)).astype(np.int8)
+    packed = recipes.apply(["pack_nibbles lanes=4 vectors=1 width=2 offset=8"], [codes]).view(np.uint8)
+    assert packed.shape == (1, 1, 3, 8)
+    for n, k in np.ndindex(3, 9):
+        byte = packed[0, 0, k // 4, n * 2 + k % 2]
+        assert (byte >> 4 if k // 2 % 2 else byte & 15) - 8 == codes[n, k]
+
+
+def test_nibbles_are_not_cut() -> None:
+    with pytest.raises(ValueError, match=r"codes of 4 bits are -8 .. 7, got 0 .. 8"):
+        recipes.apply(["pack_nibbles lanes=4 vectors=1 width=2 offset=8"], [np.arange(9).reshape(1, 9)])
+
+
 def test_an_empty_recipe_is_the_tensor_itself() -> None:
     tensor = np.ones(3)
     assert recipes.apply([], [tensor]) is tensor

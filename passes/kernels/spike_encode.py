@@ -1,0 +1,320 @@
+"""CPU kernel for ``spikingbrain.spike_encode``: rows of floats become rows of small integers, nothing clamped.
+
+Where dot products take bytes, a row is the plane of its counts' low bytes, and a list of the few groups of 4 channels in which a
+count needs more: their index and their high bytes, ``(count - low) / 256``. Where they take words, the plane holds whole counts.
+A row that does not fit is marked, and computed from x by whoever reads it: one with NaN or infinity, with a count of more
+than 16 bits, or so large in all that its products could exceed 32 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch_mlir import ir
+from torch_mlir.dialects import arith, func, math, memref, scf, tensor, vector
+
+from spikingbrain.passes.kernels.builders import (
+    add,
+    ceil_div,
+    compare,
+    f32,
+    folded,
+    greater,
+    i32,
+    i32_type,
+    index,
+    larger,
+    launch,
+    less,
+    load,
+    loop,
+    minimum,
+    mul,
+    no_larger,
+    put,
+    reduced,
+    reduced_float,
+    root_module,
+    splat,
+    store,
+)
+from spikingbrain.passes.kernels.spike_dot import Dot
+from spikingbrain.target import Target
+
+WORKGROUP_ROWS = 8
+MARKED = -1
+LARGEST_CHANNELS = 1 << 16  # so that sums of words fit 32 bits
+SUM_VECTORS = 4  # accumulators of the mean, to hide the latency of an addition
+
+
+@dataclass(frozen=True)
+class Spikes:
+    """Rows of counts as kernels read them; all but x and the threshold are integers of 32 bits.
+
+    Attributes:
+        x: the floats, ``[M, K]``.
+        plane: ``[M, steps]``, each the counts (or their low bytes) of one step.
+        threshold: ``[M]`` f32.
+        sums: ``[M, G]``, the sum of a group's counts.
+        ends: ``[M, 1 + G]``: MARKED or 0, then where each group ends in the list.
+        wide: ``[M, steps, 2]``, the list: step and high bytes.
+    """
+
+    x: ir.Value
+    plane: ir.Value
+    threshold: ir.Value
+    sums: ir.Value
+    ends: ir.Value
+    wide: ir.Value
+
+    def values(self) -> list[ir.Value]:
+        return [self.x, self.plane, self.threshold, self.sums, self.ends, self.wide]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What a kernel is made for.
+
+    Attributes:
+        channels, groups: K and G; with more than one group, each is a whole number of steps.
+        lanes: floats in a vector.
+        width: channels in a step, 4 (bytes) or 2 (words).
+        steps: in a row.
+        largest_count: magnitude of counts that fit.
+        largest_sum: of the magnitudes in a row, so that products fit 32 bits.
+        k, lower, upper: of the op.
+    """
+
+    channels: int
+    groups: int
+    lanes: int
+    width: int
+    steps: int
+    largest_count: int
+    largest_sum: int
+    k: float
+    lower: float
+    upper: float
+
+    @property
+    def name(self) -> str:
+        numbers = [self.channels, self.groups, self.lanes, self.width, self.steps, self.largest_sum]
+        settings = "_".join(float(v).hex() for v in (self.k, self.lower, self.upper))
+        text = "_".join(map(str, numbers)) + "_" + settings
+        return "spike_encode_" + text.replace("-", "m").replace("+", "").replace(".", "d")
+
+    def types(self, rows: int) -> list[tuple[list[int], ir.Type]]:
+        """Returns shape and element of x and of each result."""
+        i32s = i32_type()
+        return [
+            ([rows, self.channels], ir.F32Type.get()),
+            ([rows, self.steps], i32s),
+            ([rows], ir.F32Type.get()),
+            ([rows, self.groups], i32s),
+            ([rows, 1 + self.groups], i32s),
+            ([rows, self.steps if self.width == 4 else 1, 2], i32s),
+        ]
+
+
+def encoding(
+    dot: Dot, channels: int, groups: int, target: Target, k: float, lower: float, upper: float
+) -> Encoding:
+    """Returns the encoding that ``dot`` reads; one for all codes of up to 8 bits."""
+    largest_code = 1 << (max(dot.bits, 8) - 1)
+    steps = -(-channels // 8) * (8 // dot.width)  # even, as nibbles want it, whatever the codes
+    return Encoding(
+        channels,
+        groups,
+        target.vector_lanes_f32,
+        dot.width,
+        steps,
+        dot.largest_count,
+        (2**31 - 1) // largest_code,
+        k,
+        lower,
+        upper,
+    )
+
+
+def emit_spike_encode(x: ir.Value, cut: Encoding) -> Spikes:
+    """Emits a launch of the kernel on ``[M, K]`` at the insertion point; the module gets it unless it has it already."""
+    x_type = ir.RankedTensorType(x.type)
+    is_dynamic = x_type.is_dynamic_dim(0)
+    m = x_type.shape[0]
+    name = cut.name + ("_m" if is_dynamic else f"_m{m}")
+    module = root_module()
+    if name not in ir.SymbolTable(module.operation):
+        with ir.InsertionPoint.at_block_begin(module.regions[0].blocks[0]):
+            build_spike_encode(name, cut, m)
+    types = [ir.RankedTensorType.get(shape, kind) for shape, kind in cut.types(m)[1:]]
+    rows = tensor.dim(x, index(0)) if is_dynamic else index(m)
+    sizes = [rows] * len(types) if is_dynamic else []
+    grid = [ceil_div(rows, WORKGROUP_ROWS), index(1), index(1)]
+    return Spikes(x, *launch(name, types, grid, [x], sizes, [-1] * len(types)).results)
+
+
+def build_spike_encode(name: str, cut: Encoding, rows: int) -> func.FuncOp:
+    """Builds the kernel function: x, then the results in the order of ``Spikes``; some rows for each workgroup."""
+    memrefs = [ir.MemRefType.get(shape, kind) for shape, kind in cut.types(rows)]
+    function = func.FuncOp(name, ([ir.IndexType.get()] * 3 + memrefs, []), visibility="private")
+    entry = function.add_entry_block()
+    with ir.InsertionPoint(entry):
+        group, _, _, *buffers = entry.arguments
+        first = mul(group, WORKGROUP_ROWS)
+        end = minimum(add(first, WORKGROUP_ROWS), memref.dim(buffers[0], index(0)))
+        kernel = _Kernel(cut, Spikes(*buffers))
+        loop(first, end, 1, kernel.row)
+        func.ReturnOp([])
+    return function
+
+
+class _Kernel:
+    def __init__(self, cut: Encoding, to: Spikes) -> None:
+        self.cut, self.to = cut, to
+        self.floats = ir.VectorType.get([cut.lanes], ir.F32Type.get())
+        self.integers = ir.VectorType.get([cut.lanes], i32_type())
+        self.zeros = splat(0.0, cut.lanes)
+
+    def row(self, row: ir.Value) -> None:
+        cut, to = self.cut, self.to
+        threshold = self.threshold(row)
+        put(threshold, to.threshold, [row])
+        width = cut.channels // cut.groups
+        by = splat(threshold, cut.lanes)
+
+        def group(g: ir.Value, *carried: ir.Value) -> list[ir.Value]:
+            return self.group(row, g, width, by, list(carried))
+
+        none, zero = i32(0), splat(0, cut.lanes)
+        largest, total, _ = loop(0, cut.groups, 1, group, [self.zeros, zero, none])
+        fits = folded(
+            arith.andi,
+            [
+                no_larger(reduced_float(larger, largest), f32(float(cut.largest_count))),
+                compare("ule", reduced("add", total), i32(cut.largest_sum)),
+                no_larger(threshold, threshold),  # not NaN
+            ],
+        )
+        put(arith.select(fits, none, i32(MARKED)), to.ends, [row, 0])
+        for step in range(-(-cut.channels // cut.width), cut.steps):
+            put(none, to.plane, [row, step])
+
+    def threshold(self, row: ir.Value) -> ir.Value:
+        cut, f64 = self.cut, ir.F64Type.get()
+        kind = ir.VectorType.get([cut.lanes], f64)
+        zero = arith.constant(kind, ir.DenseElementsAttr.get_splat(kind, ir.FloatAttr.get(f64, 0.0)))
+
+        def added(at: ir.Value, total: ir.Value, count: int | None = None) -> ir.Value:
+            return arith.addf(total, arith.extf(kind, math.absf(self.x(row, at, count))))
+
+        def several(at: ir.Value, *totals: ir.Value) -> list[ir.Value]:
+            return [added(add(at, i * cut.lanes), t) for i, t in enumerate(totals)]
+
+        chunk = SUM_VECTORS * cut.lanes
+        whole, vectors = cut.channels // chunk * chunk, cut.channels // cut.lanes * cut.lanes
+        totals = loop(0, whole, chunk, several, [zero] * SUM_VECTORS)
+        (total,) = loop(whole, vectors, cut.lanes, lambda at, t: [added(at, t)], [folded(arith.addf, totals)])
+        if cut.channels > vectors:
+            total = added(index(vectors), total, cut.channels - vectors)
+        mean = arith.divf(reduced_float(arith.addf, total), arith.constant(f64, float(cut.channels)))
+        value = arith.divf(arith.truncf(ir.F32Type.get(), mean), f32(cut.k))
+        lower, upper = f32(cut.lower), f32(cut.upper)
+        value = arith.select(less(value, lower), lower, value)  # NaN stays
+        return arith.select(greater(value, upper), upper, value)
+
+    def group(
+        self, row: ir.Value, g: ir.Value, width: int, by: ir.Value, carried: list[ir.Value]
+    ) -> list[ir.Value]:
+        """Writes the counts of one group; carries the largest, the sum of magnitudes and the list's end."""
+        cut, to = self.cut, self.to
+        first = mul(g, width)
+        whole = width // cut.lanes * cut.lanes
+
+        def vector_of(at: ir.Value, *state: ir.Value, count: int | None = None) -> list[ir.Value]:
+            largest, total, end, total_signed = state
+            spikes = math.roundeven(arith.divf(self.x(row, add(first, at), count), by))
+            largest = larger(math.absf(spikes), largest)
+            spikes = self.clamped(spikes)
+            counts = arith.fptosi(self.integers, spikes)
+            end = self.write(row, add(first, at), counts, end, count)
+            return [
+                largest,
+                arith.addi(total, math.absi(counts)),
+                end,
+                arith.addi(total_signed, counts),
+            ]
+
+        state = [*carried, splat(0, cut.lanes)]
+        state = loop(0, whole, cut.lanes, vector_of, state)
+        if whole < width:
+            state = vector_of(index(whole), *state, count=width - whole)
+        *carried, total_signed = state
+        put(reduced("add", total_signed), to.sums, [row, g])
+        put(carried[2], to.ends, [row, add(g, 1)])
+        return carried
+
+    def clamped(self, spikes: ir.Value) -> ir.Value:
+        """Returns counts within words, a NaN as a number: conversion is undefined outside, and such rows are marked."""
+        low, high = splat(-32767.0, self.cut.lanes), splat(32767.0, self.cut.lanes)
+        spikes = larger(spikes, low)
+        return arith.select(less(spikes, high), spikes, high)
+
+    def x(self, row: ir.Value, at: ir.Value, count: int | None = None) -> ir.Value:
+        """Returns floats of x, the first ``count`` of a vector or all; zeros behind them."""
+        if count is None:
+            return load(self.to.x, [row, at], self.cut.lanes)
+        return vector.maskedload(self.floats, self.to.x, [row, at], self.mask(count), self.zeros)
+
+    def mask(self, count: int) -> ir.Value:
+        kind = ir.VectorType.get([self.cut.lanes], ir.IntegerType.get_signless(1))
+        return vector.constant_mask(kind, [count])
+
+    def write(
+        self, row: ir.Value, at: ir.Value, counts: ir.Value, end: ir.Value, count: int | None
+    ) -> ir.Value:
+        """Writes the counts of some channels to the plane, and what does not fit to the list; returns its end."""
+        cut, to = self.cut, self.to
+        step = arith.divui(at, index(cut.width))
+        used = cut.lanes // cut.width if count is None else -(-count // cut.width)
+        self.put_steps(self.packed(counts), row, step, used, last=count is not None)
+        if cut.width == 2:
+            return end
+        high = arith.shrsi(arith.addi(counts, splat(128, cut.lanes)), splat(8, cut.lanes))
+        wide = arith.cmpi(arith.CmpIPredicate.ne, high, splat(0, cut.lanes))
+
+        def listed() -> list[ir.Value]:
+            last = end
+            packed = self.packed(high)
+            for i in range(used):
+                bytes_ = vector.extract(packed, [], [i])
+                place = [row, arith.index_cast(ir.IndexType.get(), last)]
+                put(arith.index_cast(i32_type(), add(step, i)), to.wide, [*place, 0])
+                put(bytes_, to.wide, [*place, 1])
+                last = arith.addi(last, arith.extui(i32_type(), compare("ne", bytes_, i32(0))))
+            return [last]
+
+        return _if(reduced("or", wide), listed, [end])[0]
+
+    def packed(self, counts: ir.Value) -> ir.Value:
+        """Returns the low parts of counts, ``width`` of them in each i32."""
+        cut = self.cut
+        parts = ir.VectorType.get([cut.lanes], ir.IntegerType.get_signless(32 // cut.width))
+        steps = ir.VectorType.get([cut.lanes // cut.width], i32_type())
+        return vector.bitcast(steps, arith.trunci(parts, counts))
+
+    def put_steps(self, packed: ir.Value, row: ir.Value, step: ir.Value, used: int, last: bool) -> None:
+        if not last:
+            store(packed, self.to.plane, [row, step])
+            return
+        for i in range(used):
+            put(vector.extract(packed, [], [i]), self.to.plane, [row, add(step, i)])
+
+
+def _if(condition: ir.Value, then: Callable[[], list[ir.Value]], otherwise: list[ir.Value]) -> list[ir.Value]:
+    """Emits a branch with results; without the condition they are ``otherwise``."""
+    branch = scf.IfOp(condition, [v.type for v in otherwise], has_else=True)
+    for block, emit in ((branch.then_block, then), (branch.else_block, lambda: otherwise)):
+        with ir.InsertionPoint(block):
+            scf.YieldOp(emit())
+    return list(branch.results)
