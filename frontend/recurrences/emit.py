@@ -82,6 +82,9 @@ class Emitter:
                 return [new[n] for n in node.args[0]]
             elif node.op == "get_attr":
                 raise NotEmitted(f"a constant tensor, {node.target}")
+            elif node.target is aten._to_copy.default and not isinstance(node.args[0], fx.Node):
+                # vmap's promotion of a number that meets one number of each step
+                new[node] = self.op(aten.full.default, [], node.args[0], dtype=node.kwargs["dtype"])
             else:
                 made = self.graph.node_copy(node, lambda n: new[n])
                 made.meta = {"val": node.meta.get("val")}

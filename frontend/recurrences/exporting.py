@@ -14,6 +14,7 @@ from spikingbrain.errors import CompileError
 from spikingbrain.frontend.decompose import decompose
 from spikingbrain.frontend.ops.substitutions import substituted
 from spikingbrain.frontend.recurrences.all_sizes import export_all_sizes
+from spikingbrain.frontend.recurrences.counted import note_constants
 from spikingbrain.frontend.recurrences.inverses import may_invert, raise_inverses
 from spikingbrain.frontend.recurrences.lengths import (
     AnyLength,
@@ -141,6 +142,7 @@ def _raise(exported: Exported) -> None:
     if not promising(program.graph):
         return
     program = _functional(program)
+    note_constants(program)
     found = raise_recurrences(program.graph_module, keep_detach=False)
     exported.recurrences = found or exported.recurrences
     if any(r.status != "unrolled" for r in found):

@@ -28,6 +28,7 @@ def scans(graph: fx.Graph) -> list[fx.Node]:
 
 def loop_of_scan(module: fx.GraphModule, node: fx.Node, keep_detach: bool) -> Loop:
     """Returns a ``scan`` of a functional graph as a loop whose joined and final values are its results."""
+    refuse_autocast(node)
     body_node, initial, sequences, outside = node.args
     body = getattr(module, str(body_node.target))
     if not sequences:
@@ -80,6 +81,18 @@ def loop_of_scan(module: fx.GraphModule, node: fx.Node, keep_detach: bool) -> Lo
     return Loop(
         set(), [*tokens, *copied], tokens, 0, 0, _length(sequences), False, carried, stacked, invariants
     )
+
+
+def refuse_autocast(node: fx.Node) -> None:
+    """Raises NotALoop where autocast is on around a node, which would have to be on when its body is traced."""
+    depth = 0
+    for before in node.graph.nodes:
+        if before is node:
+            break
+        name = str(getattr(before.target, "__name__", before.target))
+        depth += {"_enter_autocast": 1, "_exit_autocast": -1}.get(name, 0)
+    if depth:
+        raise NotALoop("inside autocast")
 
 
 def _body(body: fx.GraphModule, keep_detach: bool) -> tuple[list[Value], list[Value]]:

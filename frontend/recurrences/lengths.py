@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from spikingbrain.frontend.ops.substitutions import substituted
+from spikingbrain.frontend.recurrences.counted import note_constants
 from spikingbrain.frontend.recurrences.raising import promising, raise_recurrences
 from spikingbrain.frontend.recurrences.report import RecurrenceReport
 from spikingbrain.frontend.recurrences.unify import Dims, NotUnified, Sizes, root_of, step_of, unify
@@ -133,6 +134,7 @@ def _traced(
     """Returns the model as a functional graph of ATen ops with its recurrences raised."""
     with substituted():
         program = torch.export.export(model, tensors, strict=False).run_decompositions({})
+    note_constants(program)
     reports = raise_recurrences(program.graph_module, False) if promising(program.graph) else []
     name_outputs(program)
     module = program.module(check_guards=False)

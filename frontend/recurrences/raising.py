@@ -21,6 +21,8 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 import spikingbrain.frontend.ops  # noqa: F401  (registers the ops)
 from spikingbrain.frontend.checks import user_line
 from spikingbrain.frontend.recurrences.adapter import adapt
+from spikingbrain.frontend.recurrences.counted import WHILE_LOOP
+from spikingbrain.frontend.recurrences.counted_scan import raise_counted_loops
 from spikingbrain.frontend.recurrences.emit import Emitter, NotEmitted, nodes_of
 from spikingbrain.frontend.recurrences.forms import emit_form
 from spikingbrain.frontend.recurrences.functional import NotFunctional, functionalise
@@ -103,18 +105,13 @@ def _no_collection() -> Iterator[None]:
 def raise_recurrences(module: fx.GraphModule, keep_detach: bool) -> list[RecurrenceReport]:
     """Raises in place, in a functional graph of ATen ops; returns what was found."""
     inverses = raise_inverses(module)
+    uncounted = raise_counted_loops(module, Emitter(module.graph, _fake_mode(module)), keep_detach)
     neutral, _ = adapt(module, keep_detach)
     written = scans(module.graph)
     called = calls(module.graph)
     reports = [_carry_out(module, verdict, i) for i, verdict in enumerate(analyse(neutral, forms=True))]
     reports += [_carry_out_scan(module, node, keep_detach) for node in written]
-    for node in module.graph.nodes:
-        if node.target is torch.ops.higher_order.while_loop:
-            reason = (
-                "a while_loop, whose steps are not known to be those of a sequence; a scan over it is raised"
-            )
-            reports.append(RecurrenceReport("unrolled", "", str(user_line(node) or ""), reason))
-    reports += called + inverses
+    reports += uncounted + called + inverses
     if any(r.status != "unrolled" for r in reports):
         _sort(module.graph)
         for view in module.graph.find_nodes(op="call_function", target=aten.view.default):
@@ -144,7 +141,7 @@ def _op_name(node: fx.Node) -> str:
 
 def would_raise(module: fx.GraphModule) -> bool:
     """Tells whether a graph with symbolic sizes would have something raised if they were known."""
-    if scans(module.graph):
+    if scans(module.graph) or module.graph.find_nodes(op="call_function", target=WHILE_LOOP):
         return True
     neutral, _ = adapt(module, False, by_hints=True)
     return any(v.status == "raised" for v in analyse(neutral, forms=True))

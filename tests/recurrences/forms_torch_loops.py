@@ -1,10 +1,10 @@
-"""Loops that torch knows as such: scan, while_loop and associative_scan."""
+"""Loops that torch knows as such: scan and associative_scan; while_loop has a file of its own."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops import associative_scan, scan, while_loop
+from torch._higher_order_ops import associative_scan, scan
 from written import LINEAR, form
 
 RAISED = "linear_recurrence"
@@ -64,31 +64,6 @@ def scan_lif(x: Tensor) -> tuple[Tensor, Tensor]:
 
     v, spikes = scan(step, torch.zeros_like(x[0]), x)
     return spikes, v
-
-
-@form(
-    "linear attention",
-    "torch while_loop",
-    "q:TBHK k:TBHK v:TBHV",
-    "unrolled",
-    gradients=False,
-    export="prim.Loop",
-)
-def while_linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    length = q.shape[0]
-
-    def goes_on(t: Tensor, *_: Tensor) -> Tensor:
-        return t < length
-
-    def step(t: Tensor, state: Tensor, out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        q_t, k_t, v_t = (x.index_select(0, t.view(1))[0] for x in (q, k, v))
-        state = state + k_t.unsqueeze(-1) * v_t.unsqueeze(-2)
-        read = (q_t.unsqueeze(-1) * state).sum(-2)
-        out = out.index_copy(0, t.view(1), read[None])
-        return t + 1, state, out, q.clone(), k.clone(), v.clone()
-
-    start = (torch.tensor(0), q.new_zeros(*q.shape[1:], v.shape[-1]), torch.zeros_like(v), q, k, v)
-    return while_loop(goes_on, step, start)[2]
 
 
 @form("HGRN", "torch associative_scan", "x:TBD a:TBD:factor", "unrolled", export="Constraints violated")
