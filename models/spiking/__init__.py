@@ -1,0 +1,42 @@
+"""Spiking layers in plain PyTorch: the adaptive-threshold neuron, integer weights, and the codings of counts as spikes."""
+
+from spikingbrain.models.spiking.codings import CODINGS, Firing, budget, decode, encode, firing, steps_needed
+from spikingbrain.models.spiking.convert import SpikeReport, spike
+from spikingbrain.models.spiking.errors import SpikingError
+from spikingbrain.models.spiking.linear import SpikeLinear, SpikeLinearTraining, exact_dtype, spike_linear
+from spikingbrain.models.spiking.neurons import integrate_and_fire, lif
+from spikingbrain.models.spiking.quantise import (
+    check_group_size,
+    dequantise_weight,
+    quantise_weight,
+    weight_codes,
+    weight_scale,
+)
+from spikingbrain.models.spiking.threshold import spike_counts, spiking, threshold
+
+__all__ = [
+    "CODINGS",
+    "Firing",
+    "SpikeLinear",
+    "SpikeLinearTraining",
+    "SpikeReport",
+    "SpikingError",
+    "budget",
+    "check_group_size",
+    "decode",
+    "dequantise_weight",
+    "encode",
+    "exact_dtype",
+    "firing",
+    "integrate_and_fire",
+    "lif",
+    "quantise_weight",
+    "spike",
+    "spike_counts",
+    "spike_linear",
+    "spiking",
+    "steps_needed",
+    "threshold",
+    "weight_codes",
+    "weight_scale",
+]

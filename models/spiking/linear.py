@@ -1,0 +1,156 @@
+"""A linear layer of integer weights on spikes: y = V sum_c W_c s_c + bias, only additions of weights in hardware."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from spikingbrain.models.spiking.quantise import (
+    check_group_size,
+    dequantise_weight,
+    quantise_weight,
+    weight_codes,
+    weight_scale,
+)
+from spikingbrain.models.spiking.threshold import LOWER, UPPER, K, spike_counts, spiking
+
+
+class SpikeLinear(nn.Module):
+    """``nn.Linear`` whose input fires by an adaptive threshold and whose weights are integers.
+
+    Products of counts and weight codes are summed exactly, for each group of inputs that share a scale; floats come in only
+    when a sum is multiplied by its scale and the token's threshold. (A token whose threshold was clamped to ``upper`` has
+    counts of any size; its sums are rounded as floats are.) It serves inference: the weights are no parameters. To train,
+    use `SpikeLinearTraining`, which holds float weights.
+
+    Attributes:
+        codes: int8 (int16 where a scale was given that needs it) [N, C].
+        scale: float32 [N, G], G groups of C / G inputs.
+        bias: [N] or None.
+        channel_scale: what each channel is multiplied by before it fires, [C], or None; the weights are divided by it.
+        k: the firing constant: a channel of the mean size fires k times.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    channel_scale: Tensor | None
+
+    def __init__(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        bias: Tensor | None = None,
+        k: float = K,
+        lower: float = LOWER,
+        upper: float = UPPER,
+        channel_scale: Tensor | None = None,
+    ):
+        super().__init__()
+        self.k, self.lower, self.upper = k, lower, upper
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
+        self.register_buffer("channel_scale", channel_scale)
+
+    @classmethod
+    def of(
+        cls,
+        linear: nn.Linear,
+        k: float = K,
+        group_size: int | None = None,
+        bits: int = 8,
+        scale: Tensor | None = None,
+        channel_scale: Tensor | None = None,
+    ) -> SpikeLinear:
+        """Returns the spiking form of a linear layer, its weights (divided by ``channel_scale``) rounded to nearest."""
+        weight = linear.weight.detach()
+        if channel_scale is not None:
+            weight = weight / channel_scale
+        codes, scale = quantise_weight(weight, group_size, bits, scale)
+        bias = None if linear.bias is None else linear.bias.detach().clone()
+        return cls(codes, scale, bias, k, channel_scale=channel_scale)
+
+    def weight(self) -> Tensor:
+        """Returns the float weights [N, C] that the layer stands for."""
+        weight = dequantise_weight(self.codes, self.scale)
+        return weight if self.channel_scale is None else weight * self.channel_scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., C] -> [..., N], in the dtype of x."""
+        scaled = x if self.channel_scale is None else x * self.channel_scale
+        counts, v = spike_counts(scaled, self.k, self.lower, self.upper)
+        dtype = exact_dtype(self.codes.shape[1], self.k, self.codes.dtype)
+        return spike_linear(counts, v, self.codes, self.scale, self.bias, dtype).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        (outputs, inputs), groups = self.codes.shape, self.scale.shape[1]
+        return (
+            f"{inputs}, {outputs}, group_size={inputs // groups}, k={self.k:g}, bias={self.bias is not None}"
+        )
+
+
+class SpikeLinearTraining(nn.Linear):
+    """The same with float weights, rounded anew at each call; gradients pass both roundings as if they were not there."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        k: float = K,
+        group_size: int | None = None,
+        bits: int = 8,
+    ):
+        super().__init__(in_features, out_features, bias)
+        check_group_size(in_features, group_size)
+        self.k, self.group_size, self.bits = k, group_size, bits
+
+    @classmethod
+    def of(
+        cls, linear: nn.Linear, k: float = K, group_size: int | None = None, bits: int = 8
+    ) -> SpikeLinearTraining:
+        """Returns the trainable spiking form of a linear layer; it holds the layer's own parameters."""
+        with torch.device("meta"):
+            made = cls(linear.in_features, linear.out_features, False, k, group_size, bits)
+        made.weight, made.bias = linear.weight, linear.bias
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., C] -> [..., N], in the dtype of x."""
+        scale = weight_scale(self.weight.detach(), self.group_size, self.bits)
+        rounded = dequantise_weight(weight_codes(self.weight.detach(), scale), scale).to(self.weight.dtype)
+        weight = self.weight + (rounded - self.weight).detach()
+        return nn.functional.linear(spiking(x, self.k), weight, self.bias)
+
+    def frozen(self) -> SpikeLinear:
+        """Returns the layer for inference, with integer weights."""
+        return SpikeLinear.of(self, self.k, self.group_size, self.bits)
+
+
+def spike_linear(
+    counts: Tensor, threshold: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Returns V (sum over groups of scale * (sum of counts * codes)) + bias: [..., N] of the counts' dtype.
+
+    counts [..., C], threshold [..., 1], codes [N, C], scale [N, G], bias [N]. The inner sums are computed in ``dtype``.
+    """
+    groups = scale.shape[1]
+    c, w = counts.to(dtype), codes.to(dtype)
+    if groups == 1:
+        y = (c @ w.mT).to(counts.dtype) * scale.mT
+    else:
+        sums = torch.einsum("...gc,ngc->...ng", c.unflatten(-1, (groups, -1)), w.unflatten(-1, (groups, -1)))
+        y = (sums.to(counts.dtype) * scale).sum(-1)
+    y = y * threshold
+    return y if bias is None else y + bias
+
+
+def exact_dtype(channels: int, k: float, codes: torch.dtype) -> torch.dtype:
+    """Returns the dtype in which counts * codes are summed over so many channels without rounding.
+
+    The sizes of a token's counts add up to no more than (k + 1/2) C, so float32 does while that times the largest code is
+    less than 2^24, in any order of the sum. float64 holds 2^53.
+    """
+    largest = 128 if codes == torch.int8 else 2**15
+    return torch.float32 if (k + 0.5) * channels * largest < 2**24 else torch.float64

@@ -1,0 +1,72 @@
+"""Weights as integers: symmetric, rounded to nearest, with a scale for each output channel or group of inputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spikingbrain.models.spiking.errors import SpikingError
+
+BITS = (8, 4)
+
+
+def quantise_weight(
+    weight: Tensor, group_size: int | None = None, bits: int = 8, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Returns codes int8 [N, C] and scales [N, G] of ``weight`` [N, C], where weight ~ codes * scale of the group.
+
+    The largest weight of a group gets the code 2^(bits-1) - 1. ``group_size``: inputs that share a scale; None: all C.
+    A given ``scale`` is taken as it is; codes that then lie outside the range of int8 make the result int16.
+
+    Raises SpikingError for a group size that does not divide C, with those that do, and for weights that are not finite.
+    """
+    check_group_size(weight.shape[1], group_size)
+    if bits not in BITS:
+        raise SpikingError(
+            f"weights of {bits} bits", why="codes are stored in bytes or halves", hint="8 or 4"
+        )
+    if not weight.isfinite().all():
+        raise SpikingError("a weight is NaN or infinite", why="no scale can hold it")
+    if scale is None:
+        scale = weight_scale(weight, group_size, bits)
+    codes = weight_codes(weight, scale)
+    size = codes.abs().amax().item() if codes.numel() else 0
+    if size > 2**15 - 1:
+        raise SpikingError(
+            f"a weight code of {size:.0f}", why="weights are up to 2^15 scales", hint="another scale"
+        )
+    return codes.to(torch.int8 if size <= 127 else torch.int16), scale.float()
+
+
+def weight_scale(weight: Tensor, group_size: int | None = None, bits: int = 8) -> Tensor:
+    """Returns scales float32 [N, G] that give the largest weight of each group of ``weight`` [N, C] the largest code.
+
+    They are normal numbers, also where all weights of a group are 0 or nearly.
+    """
+    groups = weight.shape[1] // (group_size or weight.shape[1])
+    largest = weight.float().unflatten(1, (groups, -1)).abs().amax(-1)
+    return (largest / (2 ** (bits - 1) - 1)).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def weight_codes(weight: Tensor, scale: Tensor) -> Tensor:
+    """Returns the codes [N, C] of ``weight`` [N, C] for scales [N, G], integers in float32, ties rounded to even."""
+    grouped = weight.float().unflatten(1, (scale.shape[1], -1))
+    return torch.round(grouped / scale.float().unsqueeze(-1)).flatten(1)
+
+
+def dequantise_weight(codes: Tensor, scale: Tensor) -> Tensor:
+    """Returns the weights [N, C] that codes [N, C] and scales [N, G] stand for."""
+    return (codes.unflatten(1, (scale.shape[1], -1)).to(scale.dtype) * scale.unsqueeze(-1)).flatten(1)
+
+
+def check_group_size(inputs: int, group_size: int | None) -> int:
+    """Returns the inputs that share a scale. Raises SpikingError unless that divides all inputs."""
+    size = inputs if group_size is None else group_size
+    if size < 1 or inputs % size:
+        divisors = [n for n in range(8, inputs + 1) if inputs % n == 0]
+        raise SpikingError(
+            f"groups of {size} weights in rows of {inputs}",
+            why="a group's size must divide the number of inputs",
+            hint=f"one of {', '.join(map(str, divisors))}, or None for one scale per output",
+        )
+    return size
