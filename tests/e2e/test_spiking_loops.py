@@ -9,25 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from surrogates import FastSigmoid
 from torch import Tensor, nn
 
 import spikingbrain
 from spikingbrain.frontend.dynamo import report
 
 Spike = Callable[[Tensor], Tensor]
-
-
-class FastSigmoid(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, over: Tensor, slope: float) -> Tensor:
-        ctx.save_for_backward(over)
-        ctx.slope = slope
-        return (over > 0).float()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (over,) = ctx.saved_tensors
-        return gradient.clone() / (ctx.slope * torch.abs(over) + 1.0) ** 2, None
 
 
 class Arctan(torch.autograd.Function):

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from surrogates import FastSigmoid
 from torch import Tensor, nn
 from written import SIZES, form
 
@@ -25,21 +26,6 @@ class Surrogate(torch.autograd.Function):
         (over,) = ctx.saved_tensors
         s = torch.sigmoid(4 * over)
         return gradient * 4 * s * (1 - s)
-
-
-class FastSigmoid(torch.autograd.Function):
-    """1 where the potential is over zero; the gradient is that of a fast sigmoid, as in snnTorch."""
-
-    @staticmethod
-    def forward(ctx: Any, over: Tensor, slope: float) -> Tensor:
-        ctx.save_for_backward(over)
-        ctx.slope = slope
-        return (over > 0).float()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (over,) = ctx.saved_tensors
-        return gradient.clone() / (ctx.slope * torch.abs(over) + 1.0) ** 2, None
 
 
 class Arctan(torch.autograd.Function):
