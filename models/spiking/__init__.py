@@ -1,6 +1,15 @@
 """Spiking layers in plain PyTorch: the adaptive-threshold neuron, integer weights, and the codings of counts as spikes."""
 
-from spikingbrain.models.spiking.codings import CODINGS, Firing, budget, decode, encode, firing, steps_needed
+from spikingbrain.models.spiking.codings import (
+    CODINGS,
+    Budget,
+    Firing,
+    budget,
+    decode,
+    encode,
+    firing,
+    steps_needed,
+)
 from spikingbrain.models.spiking.convert import SpikeReport, spike
 from spikingbrain.models.spiking.errors import SpikingError
 from spikingbrain.models.spiking.linear import SpikeLinear, SpikeLinearTraining, exact_dtype, spike_linear
@@ -16,6 +25,7 @@ from spikingbrain.models.spiking.threshold import spike_counts, spiking, thresho
 
 __all__ = [
     "CODINGS",
+    "Budget",
     "Firing",
     "SpikeLinear",
     "SpikeLinearTraining",

@@ -12,7 +12,7 @@ threshold of all others, and those with large weights finer. The number of spike
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from spikingbrain.models.spiking.errors import SpikingError
+from spikingbrain.models.spiking.threshold import threshold
 
 
 @dataclass
@@ -44,13 +45,45 @@ def observe(model: nn.Module, layers: Mapping[str, nn.Linear], calls: Iterable[A
         for name, layer in layers.items()
     }
 
-    def watch(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach().flatten(0, -2)
-            found[name].sizes += x.abs().sum(0, dtype=torch.float64)
-            found[name].tokens += x.shape[0]
+    def see(name: str, x: Tensor) -> None:
+        x = x.flatten(0, -2)
+        found[name].sizes += x.abs().sum(0, dtype=torch.float64)
+        found[name].tokens += x.shape[0]
 
-        return hook
+    watch_inputs(model, layers, calls, see)
+    for name, seen in found.items():
+        _check_seen(name, seen.tokens, seen.sizes)
+    return found
+
+
+def mean_thresholds(
+    model: nn.Module, layers: Mapping[str, nn.Linear], calls: Iterable[Any], k: float
+) -> dict[str, Tensor]:
+    """Returns for each of ``layers``, by name, the mean over tokens of the adaptive threshold, float32 [1]."""
+    sums = {name: torch.zeros(1, dtype=torch.float64, device=m.weight.device) for name, m in layers.items()}
+    tokens = dict.fromkeys(layers, 0)
+
+    def see(name: str, x: Tensor) -> None:
+        v = threshold(x, k)
+        sums[name] += v.sum(dtype=torch.float64)
+        tokens[name] += v.numel()
+
+    watch_inputs(model, layers, calls, see)
+    for name, total in sums.items():
+        _check_seen(name, tokens[name], total)
+    return {name: (total / tokens[name]).float() for name, total in sums.items()}
+
+
+def watch_inputs(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    calls: Iterable[Any],
+    see: Callable[[str, Tensor], None],
+) -> None:
+    """Calls ``model`` with each of ``calls`` and shows ``see`` the input of each layer, with its name, before the layer runs."""
+
+    def watch(name: str) -> Any:
+        return lambda _, args: see(name, args[0])
 
     handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
     try:
@@ -60,14 +93,15 @@ def observe(model: nn.Module, layers: Mapping[str, nn.Linear], calls: Iterable[A
     finally:
         for handle in handles:
             handle.remove()
-    for name, seen in found.items():
-        if not seen.tokens or not seen.sizes.isfinite().all():
-            raise SpikingError(
-                "calibration saw nothing" if not seen.tokens else "calibration saw NaN or infinity",
-                where=name,
-                hint="calls that reach every layer" if not seen.tokens else "other calls",
-            )
-    return found
+
+
+def _check_seen(name: str, tokens: int, sums: Tensor) -> None:
+    if not tokens or not sums.isfinite().all():
+        raise SpikingError(
+            "calibration saw nothing" if not tokens else "calibration saw NaN or infinity",
+            where=name,
+            hint="calls that reach every layer" if not tokens else "other calls",
+        )
 
 
 def channel_scale(observed: Observed, weight: Tensor) -> Tensor:
@@ -75,8 +109,8 @@ def channel_scale(observed: Observed, weight: Tensor) -> Tensor:
 
     Channels that were never seen, or have no weights, count as if they were a millionth of the largest.
     """
-    sizes, norms = observed.mean.to(weight.device), weight.double().norm(dim=0)
+    sizes, norms = observed.mean.to(weight.device), torch.linalg.vector_norm(weight.double(), dim=0)
     sizes = sizes.clamp(min=max(float(sizes.max()) * 1e-6, 1e-30))
     norms = norms.clamp(min=max(float(norms.max()) * 1e-6, 1e-30))
-    log = (2 * norms.log() - sizes.log()) / 3
+    log: Tensor = (2 * norms.log() - sizes.log()) / 3
     return (log - log.mean()).exp().float()

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from spikingbrain.models.spiking.errors import SpikingError
 
+SIGNED = ("ternary", "bitwise_ternary", "twos_complement")
 CODINGS = ("binary", "ternary", "bitwise", "bitwise_ternary", "twos_complement")
 DEFAULT = "bitwise_ternary"
 
@@ -88,24 +89,53 @@ def step_weights(steps: int, coding: str = DEFAULT, device: torch.device | None 
     return weights
 
 
+def held_range(coding: str, steps: int) -> tuple[int, int]:
+    """Returns the least and the largest count that a train of so many steps can stand for."""
+    _check(coding)
+    if coding == "twos_complement":
+        return (-(2 ** (steps - 1)), 2 ** (steps - 1) - 1) if steps else (0, 0)
+    high = steps if coding in ("binary", "ternary") else 2**steps - 1
+    return (0 if coding in ("binary", "bitwise") else -high), high
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A fixed number of virtual steps for every token, and what becomes of counts that need more.
+
+    Attributes:
+        steps: virtual steps of a train.
+        coding: one with signs.
+        remainder: "exact": what the train cannot hold is added by other means, and the result is the same as without a budget;
+            "drop": counts saturate.
+    """
+
+    steps: int
+    coding: str = DEFAULT
+    remainder: str = "exact"
+
+    def __post_init__(self) -> None:
+        low, _ = held_range(self.coding, self.steps)
+        if self.steps < 1 or not low:
+            raise SpikingError(
+                f"a budget of {self.steps} steps in coding {self.coding!r}",
+                why="counts have both signs",
+                hint="ternary, bitwise_ternary (1 step or more) or twos_complement (2 or more)",
+            )
+        if self.remainder not in ("exact", "drop"):
+            raise SpikingError(f"remainder {self.remainder!r}", hint="exact or drop")
+
+
 def budget(counts: Tensor, coding: str, steps: int) -> tuple[Tensor, Tensor]:
     """Returns the train of at most ``steps`` steps that comes nearest to each count, and what remains of the counts.
 
     ``decode(train) + remainder == counts``: hardware with a fixed number of steps fires the train; whoever drops the remainder
     saturates, and the remainder says by how much.
     """
-    _check(coding)
+    low, high = held_range(coding, steps)
     counts = _integers(counts)
-    signed = coding in ("ternary", "bitwise_ternary", "twos_complement")
-    if coding in ("binary", "ternary"):
-        low, high = -steps, steps
-    elif coding == "twos_complement":
-        low, high = -(2 ** (steps - 1)) if steps else 0, 2 ** (steps - 1) - 1 if steps else 0
-    else:
-        low, high = -(2**steps - 1), 2**steps - 1
-    if not signed and counts.numel() and int(counts.amin()) < 0:
+    if coding in ("binary", "bitwise") and counts.numel() and int(counts.amin()) < 0:
         steps_needed(counts, coding)  # raises
-    held = counts.clamp(low if signed else 0, high)
+    held = counts.clamp(low, high)
     return encode(held, coding, steps), counts - held
 
 
@@ -128,17 +158,23 @@ class Firing:
 
 def firing(counts: Tensor, coding: str = DEFAULT) -> Firing:
     """Returns the firing statistics of counts in a coding, without making the train."""
-    counts = _integers(counts)
     steps, values = steps_needed(counts, coding), max(counts.numel(), 1)
-    size = counts.abs()
-    if coding in ("binary", "ternary"):
-        spikes = int(size.sum())
-    else:
-        bits = counts if coding == "twos_complement" else size
-        spikes = sum(int(((bits >> t) & 1).sum()) for t in range(steps))
+    spikes = int(spikes_each(counts, coding, steps).sum())
     return Firing(
         spikes / values, int((counts == 0).sum()) / values, steps, 1 - spikes / (values * max(steps, 1))
     )
+
+
+def spikes_each(counts: Tensor, coding: str, steps: int) -> Tensor:
+    """Returns how often each count fires in a train of ``steps`` steps that holds them all, int64 of the counts' shape."""
+    counts = _integers(counts)
+    if coding in ("binary", "ternary"):
+        return counts.abs()
+    bits = counts if coding == "twos_complement" else counts.abs()
+    spikes = torch.zeros_like(counts)
+    for t in range(steps):
+        spikes += (bits >> t) & 1
+    return spikes
 
 
 def _integers(counts: Tensor) -> Tensor:

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from spikingbrain.models.spiking.calibrate import Observed, channel_scale, observe
+from spikingbrain.models.spiking.calibrate import channel_scale, mean_thresholds, observe
+from spikingbrain.models.spiking.codings import Budget
 from spikingbrain.models.spiking.errors import SpikingError
 from spikingbrain.models.spiking.linear import SpikeLinear, SpikeLinearTraining
 from spikingbrain.models.spiking.quantise import BITS, check_group_size
@@ -38,6 +39,8 @@ class SpikeReport:
         k: the firing constant.
         bits: bits of a weight.
         calibrated: whether channels were scaled by what calibration saw.
+        threshold: "adaptive" or "static".
+        budget: the virtual steps that there are, if they were limited.
         replaced: the layers that spike.
         kept: the linear layers that do not, each with the reason.
     """
@@ -45,6 +48,8 @@ class SpikeReport:
     k: float
     bits: int
     calibrated: bool
+    threshold: str = "adaptive"
+    budget: Budget | None = None
     replaced: list[Replaced] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
 
@@ -54,7 +59,11 @@ class SpikeReport:
         lines = [
             f"{len(self.replaced)} linear layers spike (k = {self.k:g}), {weights / 1e6:.1f} million weights in int{self.bits}"
             + (", calibrated" if self.calibrated else "")
+            + (", thresholds fixed by calibration" if self.threshold == "static" else "")
         ]
+        if self.budget is not None:
+            what = "dropped" if self.budget.remainder == "drop" else "added exactly"
+            lines.append(f"  {self.budget.steps} steps of {self.budget.coding}, what remains is {what}")
         lines += [f"  {inputs} inputs: groups of {size}" for inputs, size in sizes]
         if self.replaced:
             worst = max(self.replaced, key=lambda r: r.error)
@@ -75,6 +84,8 @@ def spike(
     types: tuple[type[nn.Linear], ...] = (nn.Linear,),
     head: bool = False,
     training: bool = False,
+    threshold: str = "adaptive",
+    budget: Budget | None = None,
 ) -> SpikeReport:
     """Replaces the linear layers of ``model``, in place, by ones that spike; returns what was done.
 
@@ -90,6 +101,9 @@ def spike(
         types: classes whose instances are replaced.
         head: replace output heads, too: layers that share an embedding's weight, or have an output for each of its rows.
         training: keep float weights, rounded at each call, so that the model can be trained.
+        threshold: "adaptive": each token has its own; "static": a layer has one, the mean of the adaptive thresholds over the
+            tokens of ``calibration``, which then serves this alone.
+        budget: virtual steps that there are for a count; see `Budget`.
 
     Raises SpikingError, with the model unchanged, for a group size that does not divide a layer's inputs, a name in ``only``
     or ``skip`` that no layer has, and weights that are not finite.
@@ -100,12 +114,23 @@ def spike(
         raise SpikingError(
             f"weights of {bits} bits", why="codes are stored in bytes or halves", hint="8 or 4"
         )
+    if threshold not in ("adaptive", "static"):
+        raise SpikingError(f"threshold {threshold!r}", hint="adaptive or static")
+    static = threshold == "static"
+    if static and calibration is None:
+        raise SpikingError(
+            "static thresholds without calibration",
+            why="they are means over what layers see",
+            hint="calibration",
+        )
+    if training and (static or budget is not None):
+        raise SpikingError("static thresholds or a budget in training", why="they serve inference")
     linears = {name: m for name, m in model.named_modules() if isinstance(m, types)}
     for pattern in (*only, *skip):
         if not fnmatch.filter(linears, pattern):
             names = ", ".join(list(linears)[:8])
             raise SpikingError(f"no linear layer is called {pattern!r}", hint=f"names such as {names}")
-    report = SpikeReport(k, bits, calibration is not None)
+    report = SpikeReport(k, bits, calibration is not None and not static, threshold, budget)
     chosen: dict[str, nn.Linear] = {}
     for name, linear in linears.items():
         if only and not any(fnmatch.fnmatchcase(name, p) for p in only):
@@ -117,15 +142,26 @@ def spike(
         else:
             chosen[name] = linear
     sizes = {name: _group_size(name, linear, group_size) for name, linear in chosen.items()}
-    observed: Mapping[str, Observed] = {}
+    channels: dict[str, Tensor] = {}
+    thresholds: dict[str, Tensor] = {}
     if calibration is not None:
         if training:
             raise SpikingError("calibration of a model to be trained", why="training fits the weights itself")
-        observed = observe(model, chosen, calibration)
+        if static:
+            thresholds = mean_thresholds(model, chosen, calibration, k)
+        else:
+            observed = observe(model, chosen, calibration)
+            channels = {n: channel_scale(seen, chosen[n].weight.detach()) for n, seen in observed.items()}
     made: dict[int, nn.Module] = {}  # one layer may have several names
     for name, linear in chosen.items():
         if id(linear) not in made:
-            made[id(linear)] = _made(name, linear, k, sizes[name], bits, training, observed.get(name))
+            made[id(linear)] = (
+                SpikeLinearTraining.of(linear, k, sizes[name], bits)
+                if training
+                else _frozen(
+                    name, linear, k, sizes[name], bits, channels.get(name), thresholds.get(name), budget
+                )
+            ).train(linear.training)
         new = made[id(linear)]
         report.replaced.append(
             Replaced(name, linear.in_features, linear.out_features, sizes[name], _error(linear, new))
@@ -135,20 +171,26 @@ def spike(
     return report
 
 
-def _made(
+def _frozen(
     name: str,
     linear: nn.Linear,
     k: float,
     group_size: int,
     bits: int,
-    training: bool,
-    observed: Observed | None,
-) -> nn.Module:
-    if training:
-        return SpikeLinearTraining.of(linear, k, group_size, bits).train(linear.training)
-    scale = None if observed is None else channel_scale(observed, linear.weight.detach())
+    channels: Tensor | None,
+    threshold: Tensor | None,
+    budget: Budget | None,
+) -> SpikeLinear:
     try:
-        return SpikeLinear.of(linear, k, group_size, bits, channel_scale=scale).train(linear.training)
+        return SpikeLinear.of(
+            linear,
+            k,
+            group_size,
+            bits,
+            channel_scale=channels,
+            static_threshold=threshold,
+            budget=budget,
+        )
     except SpikingError as error:
         raise SpikingError(str(error), where=name) from None
 

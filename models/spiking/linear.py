@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from spikingbrain.models.spiking.codings import Budget, held_range
 from spikingbrain.models.spiking.quantise import (
     check_group_size,
     dequantise_weight,
@@ -12,7 +13,7 @@ from spikingbrain.models.spiking.quantise import (
     weight_codes,
     weight_scale,
 )
-from spikingbrain.models.spiking.threshold import LOWER, UPPER, K, spike_counts, spiking
+from spikingbrain.models.spiking.threshold import LOWER, UPPER, K, counts_at, spike_counts, spiking
 
 
 class SpikeLinear(nn.Module):
@@ -29,12 +30,15 @@ class SpikeLinear(nn.Module):
         bias: [N] or None.
         channel_scale: what each channel is multiplied by before it fires, [C], or None; the weights are divided by it.
         k: the firing constant: a channel of the mean size fires k times.
+        static_threshold: the threshold of every token, [1], or None: each token has its own.
+        budget: the virtual steps that there are; only one that drops the remainder changes the result.
     """
 
     codes: Tensor
     scale: Tensor
     bias: Tensor | None
     channel_scale: Tensor | None
+    static_threshold: Tensor | None
 
     def __init__(
         self,
@@ -45,13 +49,17 @@ class SpikeLinear(nn.Module):
         lower: float = LOWER,
         upper: float = UPPER,
         channel_scale: Tensor | None = None,
+        static_threshold: Tensor | None = None,
+        budget: Budget | None = None,
     ):
         super().__init__()
+        self.budget = budget
         self.k, self.lower, self.upper = k, lower, upper
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
         self.register_buffer("bias", bias)
         self.register_buffer("channel_scale", channel_scale)
+        self.register_buffer("static_threshold", static_threshold)
 
     @classmethod
     def of(
@@ -62,6 +70,8 @@ class SpikeLinear(nn.Module):
         bits: int = 8,
         scale: Tensor | None = None,
         channel_scale: Tensor | None = None,
+        static_threshold: Tensor | None = None,
+        budget: Budget | None = None,
     ) -> SpikeLinear:
         """Returns the spiking form of a linear layer, its weights (divided by ``channel_scale``) rounded to nearest."""
         weight = linear.weight.detach()
@@ -69,7 +79,15 @@ class SpikeLinear(nn.Module):
             weight = weight / channel_scale
         codes, scale = quantise_weight(weight, group_size, bits, scale)
         bias = None if linear.bias is None else linear.bias.detach().clone()
-        return cls(codes, scale, bias, k, channel_scale=channel_scale)
+        return cls(
+            codes,
+            scale,
+            bias,
+            k,
+            channel_scale=channel_scale,
+            static_threshold=static_threshold,
+            budget=budget,
+        )
 
     def weight(self) -> Tensor:
         """Returns the float weights [N, C] that the layer stands for."""
@@ -78,10 +96,26 @@ class SpikeLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., C] -> [..., N], in the dtype of x."""
-        scaled = x if self.channel_scale is None else x * self.channel_scale
-        counts, v = spike_counts(scaled, self.k, self.lower, self.upper)
-        dtype = exact_dtype(self.codes.shape[1], self.k, self.codes.dtype)
+        counts, v = self.counts(x)
+        if self.static_threshold is None:
+            dtype = exact_dtype(self.codes.shape[1], self.k, self.codes.dtype)
+        else:
+            dtype = torch.float64  # nothing bounds the counts
         return spike_linear(counts, v, self.codes, self.scale, self.bias, dtype).to(x.dtype)
+
+    def counts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns what x [..., C] fires: counts [..., C], integers in a floating dtype, and the threshold V [..., 1] or [1]."""
+        counts, v = self.unlimited_counts(x)
+        if self.budget is not None and self.budget.remainder == "drop":
+            counts = counts.clamp(*held_range(self.budget.coding, self.budget.steps))
+        return counts, v
+
+    def unlimited_counts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the same as if there were as many steps as are needed."""
+        scaled = x if self.channel_scale is None else x * self.channel_scale
+        if self.static_threshold is None:
+            return spike_counts(scaled, self.k, self.lower, self.upper)
+        return counts_at(scaled, self.static_threshold)
 
     def extra_repr(self) -> str:
         (outputs, inputs), groups = self.codes.shape, self.scale.shape[1]
@@ -140,7 +174,8 @@ def spike_linear(
     if groups == 1:
         y = (c @ w.mT).to(counts.dtype) * scale.mT
     else:
-        sums = torch.einsum("...gc,ngc->...ng", c.unflatten(-1, (groups, -1)), w.unflatten(-1, (groups, -1)))
+        grouped = torch.unflatten(c, -1, (groups, -1)), torch.unflatten(w, -1, (groups, -1))
+        sums = torch.einsum("...gc,ngc->...ng", *grouped)
         y = (sums.to(counts.dtype) * scale).sum(-1)
     y = y * threshold
     return y if bias is None else y + bias

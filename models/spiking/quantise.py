@@ -44,19 +44,20 @@ def weight_scale(weight: Tensor, group_size: int | None = None, bits: int = 8) -
     They are normal numbers, also where all weights of a group are 0 or nearly.
     """
     groups = weight.shape[1] // (group_size or weight.shape[1])
-    largest = weight.float().unflatten(1, (groups, -1)).abs().amax(-1)
-    return (largest / (2 ** (bits - 1) - 1)).clamp(min=torch.finfo(torch.float32).tiny)
+    largest = torch.unflatten(weight.float(), 1, (groups, -1)).abs().amax(-1)
+    return torch.clamp(largest / (2 ** (bits - 1) - 1), min=torch.finfo(torch.float32).tiny)
 
 
 def weight_codes(weight: Tensor, scale: Tensor) -> Tensor:
     """Returns the codes [N, C] of ``weight`` [N, C] for scales [N, G], integers in float32, ties rounded to even."""
-    grouped = weight.float().unflatten(1, (scale.shape[1], -1))
+    grouped = torch.unflatten(weight.float(), 1, (scale.shape[1], -1))
     return torch.round(grouped / scale.float().unsqueeze(-1)).flatten(1)
 
 
 def dequantise_weight(codes: Tensor, scale: Tensor) -> Tensor:
     """Returns the weights [N, C] that codes [N, C] and scales [N, G] stand for."""
-    return (codes.unflatten(1, (scale.shape[1], -1)).to(scale.dtype) * scale.unsqueeze(-1)).flatten(1)
+    grouped = torch.unflatten(codes, 1, (scale.shape[1], -1)).to(scale.dtype)
+    return (grouped * scale.unsqueeze(-1)).flatten(1)
 
 
 def check_group_size(inputs: int, group_size: int | None) -> int:

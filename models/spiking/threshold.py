@@ -37,6 +37,12 @@ def spike_counts(
     return torch.round(x.to(v.dtype) / v), v
 
 
+def counts_at(x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the same for a given threshold ``v``, the same for all tokens ([1]) or one for each; nothing bounds the counts."""
+    v = v.to(_wide(x))
+    return torch.round(x.to(v.dtype) / v), v
+
+
 def spiking(x: Tensor, k: float = K, lower: float = LOWER, upper: float = UPPER) -> Tensor:
     """Returns V s, x [..., C] as its spikes tell it, with the gradient of the identity (straight-through)."""
     counts, v = spike_counts(x.detach(), k, lower, upper)

@@ -1,0 +1,59 @@
+"""Perplexity of SmolLM2 on Wikipedia when its layers spike: adaptive and static thresholds, budgets of steps.
+
+    python benchmarks/spike_perplexity.py [NAME ...]
+
+4 chunks of 1024 tokens, `<|endoftext|>` once in front. Static thresholds are calibrated on the 1024 tokens after these.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from spikingbrain.models.llama import Llama, smollm2
+from spikingbrain.models.llama.tokenizer import tokenizer
+from spikingbrain.models.spiking import Budget, spike
+from spikingbrain.tools.clean_wiki import wiki_text
+
+CHUNKS, LENGTH = 4, 1024
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "adaptive": {},
+    "static": {"threshold": "static"},
+    **{f"adaptive, {n} steps": {"budget": Budget(n, remainder="drop")} for n in (3, 4, 5, 6, 7, 8, 10)},
+    "static, 10 steps": {"threshold": "static", "budget": Budget(10, remainder="drop")},
+}
+
+
+def perplexity(model: Llama, ids: list[int]) -> float:
+    loss = 0.0
+    for chunk in torch.tensor(ids).view(CHUNKS, LENGTH):
+        logits, _ = model(chunk[None], model.initial_state(1, capacity=LENGTH))
+        loss += F.cross_entropy(logits[0, :-1], chunk[1:], reduction="sum").item()
+    return math.exp(loss / (CHUNKS * (LENGTH - 1)))
+
+
+def main(names: list[str]) -> None:
+    torch.set_num_threads(1)
+    ids = [0, *tokenizer(smollm2.locate()).encode(wiki_text()[:40_000]).ids]
+    text, after = ids[: CHUNKS * LENGTH], ids[CHUNKS * LENGTH : (CHUNKS + 1) * LENGTH]
+    for name in names or ["original", *VARIANTS]:
+        start, model = time.perf_counter(), smollm2.load()
+        if name != "original":
+            options = dict(VARIANTS[name])
+            if options.get("threshold") == "static":
+                call = (torch.tensor([[0, *after[1:]]]), model.initial_state(1, capacity=LENGTH))
+                options["calibration"] = [call]
+            spike(model, **options)
+        with torch.no_grad():
+            found = perplexity(model, text)
+        print(f"{name:24} {found:10.2f}   ({time.perf_counter() - start:.0f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
