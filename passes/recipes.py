@@ -19,6 +19,28 @@ def concat(arrays: list[Array], axis: int) -> list[Array]:
     return [np.concatenate(arrays, axis=axis)] if len(arrays) > 1 else arrays
 
 
+def codes(arrays: list[Array], bits: int) -> list[Array]:
+    """Rounds weights ``[N, K]`` to integers of their scales ``[N, G]`` or ``[N, G, 1]``, ties to even, K / G to a scale.
+
+    The quotient is that of float32. Raises ValueError for a code that has more bits.
+    """
+    weight, scale = (a.astype(np.float32) for a in arrays)
+    groups = weight.reshape(len(weight), scale[0].size, -1)
+    rounded = np.rint(groups / scale.reshape(len(weight), -1, 1)).reshape(weight.shape)
+    limits = np.iinfo(f"int{bits}")
+    if rounded.size and not limits.min <= rounded.min() <= rounded.max() <= limits.max:
+        raise ValueError(
+            f"weight codes of {rounded.min():.0f} to {rounded.max():.0f} do not fit {bits} bits; compile the model anew"
+        )
+    return [rounded.astype(limits.dtype)]
+
+
+def matrix(arrays: list[Array]) -> list[Array]:
+    """Joins all axes but the first."""
+    (array,) = arrays
+    return [array.reshape(len(array), -1)]
+
+
 def pack_columns(arrays: list[Array], block: int) -> list[Array]:
     """Packs ``[N, K]`` as ``[ceil(N / block), K, block]``: one column block is read front to back by a kernel.
 
@@ -33,7 +55,7 @@ def pack_columns(arrays: list[Array], block: int) -> list[Array]:
 
 
 def pack_dot(arrays: list[Array], lanes: int, vectors: int, width: int, offset: int) -> list[Array]:
-    """Packs codes ``[N, K]`` for dot products: ``[panels, vectors, steps, lanes * width]``.
+    """Packs codes ``[N, K]`` for dot products: ``[panels, steps, vectors, lanes * width]``.
 
     A panel is ``lanes * vectors`` columns, a step ``width`` neighbouring channels of each. Codes are stored with ``offset`` added
     and keep their type; columns and channels beyond the matrix hold the offset.
@@ -52,21 +74,21 @@ def pack_nibbles(arrays: list[Array], lanes: int, vectors: int, width: int, offs
     if codes.size and not -8 <= codes.min() <= codes.max() <= 7:
         raise ValueError(f"codes of 4 bits are -8 .. 7, got {codes.min()} .. {codes.max()}")
     packed = _steps(codes, lanes, vectors, width, 2).astype(np.uint8) + np.uint8(offset)
-    return [np.ascontiguousarray(packed[:, :, ::2] & 15 | packed[:, :, 1::2] << 4).view(np.int8)]
+    return [np.ascontiguousarray(packed[:, ::2] & 15 | packed[:, 1::2] << 4).view(np.int8)]
 
 
 def _steps(codes: Array, lanes: int, vectors: int, width: int, multiple: int) -> Array:
-    """Returns ``[N, K]`` as ``[panels, vectors, steps, lanes * width]``, zeros beyond it; ``multiple`` divides the steps."""
+    """Returns ``[N, K]`` as ``[panels, steps, vectors, lanes * width]``, zeros beyond it; ``multiple`` divides the steps."""
     n, k = codes.shape
     panels, steps = -(-n // (lanes * vectors)), -(-k // (width * multiple)) * multiple
     padded = np.zeros((panels * vectors * lanes, steps * width), codes.dtype)
     padded[:n, :k] = codes
-    cut = padded.reshape(panels, vectors, lanes, steps, width).transpose(0, 1, 3, 2, 4)
-    return cut.reshape(panels, vectors, steps, lanes * width)
+    cut = padded.reshape(panels, vectors, lanes, steps, width).transpose(0, 3, 1, 2, 4)
+    return cut.reshape(panels, steps, vectors, lanes * width)
 
 
 STEPS: dict[str, Callable[..., list[Array]]] = {
-    f.__name__: f for f in (concat, pack_columns, pack_dot, pack_nibbles)
+    f.__name__: f for f in (concat, codes, matrix, pack_columns, pack_dot, pack_nibbles)
 }
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from torch_mlir import ir
 from torch_mlir.dialects import arith, vector
 
-from spikingbrain.passes.kernels.builders import i32_type, load, splat
+from spikingbrain.passes.kernels.builders import i32_type, load, mul, splat
 from spikingbrain.target import Target
 
 NIBBLE_OFFSET = 8
@@ -59,6 +59,16 @@ class Dot:
         return 2 if self.bits == 4 else 1
 
     @property
+    def code_bytes(self) -> int:
+        """Returns the size of an element of a packed weight."""
+        return 2 if self.bits == 16 else 1
+
+    @property
+    def step_bytes(self) -> int:
+        """Returns the size of one stored step of a panel."""
+        return self.block * self.width * self.code_bytes
+
+    @property
     def element(self) -> ir.Type:
         """Returns the type of one number as the instruction takes it."""
         return ir.IntegerType.get_signless(32 // self.width)
@@ -74,11 +84,11 @@ class Dot:
         return -(-channels // chunk) * self.steps_per_vector
 
     def stored_type(self, columns: int, channels: int) -> ir.RankedTensorType:
-        """Returns the type of a packed weight, ``[panels, vectors, steps, lanes * width]`` (nibbles: two steps in one)."""
+        """Returns the type of a packed weight, ``[panels, steps, vectors, lanes * width]`` (nibbles: two steps in one)."""
         stored = ir.IntegerType.get_signless(16 if self.bits == 16 else 8)
         steps = self.steps(channels) // self.steps_per_vector
         panels = -(-columns // self.block)
-        return ir.RankedTensorType.get([panels, self.vectors, steps, self.lanes * self.width], stored)
+        return ir.RankedTensorType.get([panels, steps, self.vectors, self.lanes * self.width], stored)
 
     def recipe(self) -> str:
         """Returns the step that packs a weight so; see ``passes/recipes.py``."""
@@ -93,6 +103,12 @@ class Dot:
         low = arith.andi(raw, _bytes(15, raw.type))
         high = arith.shrui(raw, _bytes(4, raw.type))
         return [self._widened(low, signed=False), self._widened(high, signed=False)]
+
+    def counts_at(self, plane: ir.Value, row: ir.Value, step: ir.Value) -> ir.Value:
+        """Returns the counts of one row and step, for all columns."""
+        parts = load(plane, [row, mul(step, self.width)], self.width)
+        one = vector.bitcast(ir.VectorType.get([1], i32_type()), parts)
+        return self.counts(vector.extract(one, [], [0]))
 
     def counts(self, packed: ir.Value) -> ir.Value:
         """Returns the counts of one row and step, an i32 of ``width`` numbers, for all columns."""

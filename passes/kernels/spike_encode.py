@@ -15,6 +15,7 @@ from torch_mlir import ir
 from torch_mlir.dialects import arith, func, math, memref, scf, tensor, vector
 
 from spikingbrain.passes.kernels.builders import (
+    ROUNDER,
     add,
     ceil_div,
     compare,
@@ -45,16 +46,18 @@ from spikingbrain.target import Target
 WORKGROUP_ROWS = 8
 MARKED = -1
 LARGEST_CHANNELS = 1 << 16  # so that sums of words fit 32 bits
+BEYOND = 1 << 16  # what larger counts become, larger than any that fits
+ROUNDER_BITS = 0x4B400000  # of the float ROUNDER
 SUM_VECTORS = 4  # accumulators of the mean, to hide the latency of an addition
 
 
 @dataclass(frozen=True)
 class Spikes:
-    """Rows of counts as kernels read them; all but x and the threshold are integers of 32 bits.
+    """Rows of counts as kernels read them; what is not said to be else is of i32.
 
     Attributes:
-        x: the floats, ``[M, K]``.
-        plane: ``[M, steps]``, each the counts (or their low bytes) of one step.
+        x: the floats, ``[M, K]`` f32.
+        plane: ``[M, steps * width]``, counts as words, or their low bytes, zeros behind the channels.
         threshold: ``[M]`` f32.
         sums: ``[M, G]``, the sum of a group's counts.
         ends: ``[M, 1 + G]``: MARKED or 0, then where each group ends in the list.
@@ -98,6 +101,11 @@ class Encoding:
     upper: float
 
     @property
+    def part(self) -> ir.Type:
+        """Returns the type of one count in the plane."""
+        return ir.IntegerType.get_signless(32 // self.width)
+
+    @property
     def name(self) -> str:
         numbers = [self.channels, self.groups, self.lanes, self.width, self.steps, self.largest_sum]
         settings = "_".join(float(v).hex() for v in (self.k, self.lower, self.upper))
@@ -109,7 +117,7 @@ class Encoding:
         i32s = i32_type()
         return [
             ([rows, self.channels], ir.F32Type.get()),
-            ([rows, self.steps], i32s),
+            ([rows, self.steps * self.width], self.part),
             ([rows], ir.F32Type.get()),
             ([rows, self.groups], i32s),
             ([rows, 1 + self.groups], i32s),
@@ -187,18 +195,18 @@ class _Kernel:
             return self.group(row, g, width, by, list(carried))
 
         none, zero = i32(0), splat(0, cut.lanes)
-        largest, total, _ = loop(0, cut.groups, 1, group, [self.zeros, zero, none])
+        largest, total, _ = loop(0, cut.groups, 1, group, [zero, zero, none])
         fits = folded(
             arith.andi,
             [
-                no_larger(reduced_float(larger, largest), f32(float(cut.largest_count))),
+                compare("sle", reduced("maxsi", largest), i32(cut.largest_count)),
                 compare("ule", reduced("add", total), i32(cut.largest_sum)),
                 no_larger(threshold, threshold),  # not NaN
             ],
         )
         put(arith.select(fits, none, i32(MARKED)), to.ends, [row, 0])
-        for step in range(-(-cut.channels // cut.width), cut.steps):
-            put(none, to.plane, [row, step])
+        for at in range(cut.channels, cut.steps * cut.width):
+            put(arith.constant(cut.part, 0), to.plane, [row, at])
 
     def threshold(self, row: ir.Value) -> ir.Value:
         cut, f64 = self.cut, ir.F64Type.get()
@@ -233,14 +241,12 @@ class _Kernel:
 
         def vector_of(at: ir.Value, *state: ir.Value, count: int | None = None) -> list[ir.Value]:
             largest, total, end, total_signed = state
-            spikes = math.roundeven(arith.divf(self.x(row, add(first, at), count), by))
-            largest = larger(math.absf(spikes), largest)
-            spikes = self.clamped(spikes)
-            counts = arith.fptosi(self.integers, spikes)
+            counts = self.rounded(arith.divf(self.x(row, add(first, at), count), by))
+            magnitudes = math.absi(counts)
             end = self.write(row, add(first, at), counts, end, count)
             return [
-                largest,
-                arith.addi(total, math.absi(counts)),
+                arith.maxsi(largest, magnitudes),
+                arith.addi(total, magnitudes),
                 end,
                 arith.addi(total_signed, counts),
             ]
@@ -254,11 +260,17 @@ class _Kernel:
         put(carried[2], to.ends, [row, add(g, 1)])
         return carried
 
-    def clamped(self, spikes: ir.Value) -> ir.Value:
-        """Returns counts within words, a NaN as a number: conversion is undefined outside, and such rows are marked."""
-        low, high = splat(-32767.0, self.cut.lanes), splat(32767.0, self.cut.lanes)
-        spikes = larger(spikes, low)
-        return arith.select(less(spikes, high), spikes, high)
+    def rounded(self, values: ir.Value) -> ir.Value:
+        """Returns the nearest integers, of two the even one; BEYOND for what is larger, something for NaN.
+
+        Added to ROUNDER, the integer stands in the low bits. (IREE expands ``math.roundeven`` into thirty instructions.)
+        """
+        lanes = self.cut.lanes
+        low, high = splat(-float(BEYOND), lanes), splat(float(BEYOND), lanes)
+        values = larger(values, low)
+        values = arith.select(less(values, high), values, high)
+        bits = arith.bitcast(self.integers, arith.addf(values, splat(ROUNDER, lanes)))
+        return arith.subi(bits, splat(ROUNDER_BITS, lanes))
 
     def x(self, row: ir.Value, at: ir.Value, count: int | None = None) -> ir.Value:
         """Returns floats of x, the first ``count`` of a vector or all; zeros behind them."""
@@ -275,18 +287,20 @@ class _Kernel:
     ) -> ir.Value:
         """Writes the counts of some channels to the plane, and what does not fit to the list; returns its end."""
         cut, to = self.cut, self.to
-        step = arith.divui(at, index(cut.width))
-        used = cut.lanes // cut.width if count is None else -(-count // cut.width)
-        self.put_steps(self.packed(counts), row, step, used, last=count is not None)
+        low = arith.trunci(ir.VectorType.get([cut.lanes], cut.part), counts)
+        if count is None:
+            store(low, to.plane, [row, at])
+        else:
+            vector.maskedstore(to.plane, [row, at], self.mask(count), low)
         if cut.width == 2:
             return end
         high = arith.shrsi(arith.addi(counts, splat(128, cut.lanes)), splat(8, cut.lanes))
         wide = arith.cmpi(arith.CmpIPredicate.ne, high, splat(0, cut.lanes))
 
         def listed() -> list[ir.Value]:
-            last = end
+            last, step = end, arith.divui(at, index(cut.width))
             packed = self.packed(high)
-            for i in range(used):
+            for i in range(cut.lanes // cut.width if count is None else -(-count // cut.width)):
                 bytes_ = vector.extract(packed, [], [i])
                 place = [row, arith.index_cast(ir.IndexType.get(), last)]
                 put(arith.index_cast(i32_type(), add(step, i)), to.wide, [*place, 0])
@@ -299,16 +313,8 @@ class _Kernel:
     def packed(self, counts: ir.Value) -> ir.Value:
         """Returns the low parts of counts, ``width`` of them in each i32."""
         cut = self.cut
-        parts = ir.VectorType.get([cut.lanes], ir.IntegerType.get_signless(32 // cut.width))
         steps = ir.VectorType.get([cut.lanes // cut.width], i32_type())
-        return vector.bitcast(steps, arith.trunci(parts, counts))
-
-    def put_steps(self, packed: ir.Value, row: ir.Value, step: ir.Value, used: int, last: bool) -> None:
-        if not last:
-            store(packed, self.to.plane, [row, step])
-            return
-        for i in range(used):
-            put(vector.extract(packed, [], [i]), self.to.plane, [row, add(step, i)])
+        return vector.bitcast(steps, arith.trunci(ir.VectorType.get([cut.lanes], cut.part), counts))
 
 
 def _if(condition: ir.Value, then: Callable[[], list[ir.Value]], otherwise: list[ir.Value]) -> list[ir.Value]:

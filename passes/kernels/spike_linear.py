@@ -16,6 +16,7 @@ from torch_mlir import ir
 from torch_mlir.dialects import arith, func, math, memref, tensor, vector
 
 from spikingbrain.passes.kernels.builders import (
+    LINE_BYTES,
     add,
     ceil_div,
     compare,
@@ -29,6 +30,7 @@ from spikingbrain.passes.kernels.builders import (
     minimum,
     mul,
     multiply_add,
+    prefetch,
     root_module,
     splat,
     store,
@@ -41,6 +43,9 @@ from spikingbrain.target import Target
 
 WORKGROUP_BYTES = 128 << 10  # of weight for one workgroup
 WORKGROUP_ROWS = 1024
+PREFETCH_BYTES = (
+    4096  # how far ahead of its use one row asks for a weight: 4 to 7% faster from memory than without
+)
 UNROLL = 4  # stored vectors of a column in the inner loop
 
 
@@ -266,9 +271,14 @@ class _Kernel:
         """Adds the products of one step, or of the two whose nibbles are stored together."""
         dot, sums = self.dot, list(sums)
         at = arith.divui(step, index(2)) if dot.steps_per_vector == 2 else step
-        weights = [dot.weights(self.weight, [panel, v, at, 0]) for v in range(dot.vectors)]
+        weights = [dot.weights(self.weight, [panel, at, v, 0]) for v in range(dot.vectors)]
+        if len(rows) == 1 and dot.bits != 4:  # unpacking nibbles leaves too little time: 20% slower with it
+            ahead = add(at, -(-PREFETCH_BYTES // dot.step_bytes))
+            for line in range(0, dot.step_bytes, LINE_BYTES):
+                v, column = divmod(line, dot.step_bytes // dot.vectors)
+                prefetch(self.weight, [panel, ahead, v, column // dot.code_bytes])
         for part, (r, row) in itertools.product(range(dot.steps_per_vector), enumerate(rows)):
-            counts = dot.counts(get(self.spikes.plane, [row, add(step, part)]))
+            counts = dot.counts_at(self.spikes.plane, row, add(step, part))
             for v in range(dot.vectors):
                 i = r * dot.vectors + v
                 sums[i] = dot.multiply_add(sums[i], weights[v][part], counts)
@@ -304,9 +314,9 @@ class _Kernel:
         """Returns the weights of a step that is known only at run time."""
         dot = self.dot
         if dot.steps_per_vector == 1:
-            return [dot.weights(self.weight, [panel, v, step, 0])[0] for v in range(dot.vectors)]
+            return [dot.weights(self.weight, [panel, step, v, 0])[0] for v in range(dot.vectors)]
         at, odd = arith.divui(step, index(2)), compare("ne", arith.remui(step, index(2)), index(0))
-        both = [dot.weights(self.weight, [panel, v, at, 0]) for v in range(dot.vectors)]
+        both = [dot.weights(self.weight, [panel, at, v, 0]) for v in range(dot.vectors)]
         return [arith.select(odd, high, low) for low, high in both]
 
     # Marked rows

@@ -32,16 +32,16 @@ def test_packing_for_dot_products(offset: int, element: type) -> None:
     assert packed.dtype == element
     for n, k in np.ndindex(8, 8):
         code = int(codes[n, k]) if n < 5 and k < 6 else 0
-        stored = packed[n // 4, n // 2 % 2, k // 4, n % 2 * 4 + k % 4]
+        stored = packed[n // 4, k // 4, n // 2 % 2, n % 2 * 4 + k % 4]
         assert (int(stored) - code - offset) % 256 == 0
 
 
 def test_packing_nibbles() -> None:
     codes = np.random.default_rng(0).integers(-8, 8, (3, 9)).astype(np.int8)
     packed = recipes.apply(["pack_nibbles lanes=4 vectors=1 width=2 offset=8"], [codes]).view(np.uint8)
-    assert packed.shape == (1, 1, 3, 8)
+    assert packed.shape == (1, 3, 1, 8)
     for n, k in np.ndindex(3, 9):
-        byte = int(packed[0, 0, k // 4, n * 2 + k % 2])
+        byte = int(packed[0, k // 4, 0, n * 2 + k % 2])
         assert (byte >> 4 if k // 2 % 2 else byte & 15) - 8 == codes[n, k]
 
 
