@@ -44,6 +44,7 @@ COMPILER = tuple(  # packages whose sources shape code
         ".frontend.dynamo",
         ".frontend.ops",
         ".frontend.recurrences",
+        ".frontend.spikes",
         ".backend_iree",
         ".backend_maca",
     )

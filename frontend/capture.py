@@ -186,6 +186,7 @@ def capture(
         described[name], state_fields = _describe(exported.program, call)
         described[name] |= {
             "recurrences": [r.to_dict() for r in exported.recurrences],
+            "spikes": [s.to_dict() for s in exported.spikes],
             "verified_lengths": exported.verified,
             "fixed_lengths": exported.fixed,
         }

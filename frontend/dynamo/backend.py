@@ -14,6 +14,7 @@ from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 
 from spikingbrain import workers
+from spikingbrain.frontend.before_autograd import raise_in_dynamo_graph
 from spikingbrain.frontend.dynamo import aot_cache, decompositions, report
 from spikingbrain.frontend.dynamo.ops import Kind, Verdict
 from spikingbrain.frontend.dynamo.options import CompileOptions, parse
@@ -21,7 +22,6 @@ from spikingbrain.frontend.dynamo.partition import Region, Step
 from spikingbrain.frontend.dynamo.plan import carry_out, plan
 from spikingbrain.frontend.dynamo.program import GraphProgram, assemble
 from spikingbrain.frontend.ops.substitutions import register_for_dynamo
-from spikingbrain.frontend.recurrences.raising import raise_in_dynamo_graph
 
 _numbers = itertools.count()
 register_for_dynamo()  # before the first model is traced: torch looks for this module when it is asked for the backend
@@ -38,8 +38,8 @@ def spikingbrain(
     chosen = parse(options, mode)
     if chosen.level:
         workers.prewarm()  # it imports while AOTAutograd traces
-        module, recurrences = raise_in_dynamo_graph(module)
-        report.publish_recurrences(recurrences)
+        module, found = raise_in_dynamo_graph(module, example_inputs)
+        report.publish_found(found)
 
     def compiler(kind: str) -> Callable[..., Any]:
         return aot_cache.cacheable(lambda graph: compile_graph(graph, kind, chosen))

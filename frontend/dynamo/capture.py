@@ -12,11 +12,11 @@ from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._guards import TracingContext, tracing
 
+from spikingbrain.frontend.before_autograd import raise_in_dynamo_graph
 from spikingbrain.frontend.dynamo import decompositions, plan
 from spikingbrain.frontend.dynamo.ops import Verdict
 from spikingbrain.frontend.dynamo.options import CompileOptions
 from spikingbrain.frontend.dynamo.partition import Region
-from spikingbrain.frontend.recurrences.raising import raise_in_dynamo_graph
 
 
 @dataclass
@@ -76,7 +76,7 @@ def recorder(found: list[Captured], recurrences: bool = True) -> Callable[..., A
 
     def backend_function(module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         if recurrences:
-            module, _ = raise_in_dynamo_graph(module)
+            module, _ = raise_in_dynamo_graph(module, inputs)
         return aot_autograd(
             **decompositions.aot_settings(compiler),
         )(module, inputs)

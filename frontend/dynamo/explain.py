@@ -6,7 +6,7 @@ import re
 import shutil
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from spikingbrain.frontend.dynamo import report
 from spikingbrain.frontend.dynamo.once import differentiate, fresh, kept_buffers
 from spikingbrain.frontend.dynamo.options import parse
 from spikingbrain.frontend.recurrences.report import RecurrenceReport
+from spikingbrain.frontend.spikes.report import SpikeReport
 
 _STATUSES = ("compiled", "library", "eager")
 
@@ -43,11 +44,13 @@ class Explanation:
         graphs: each graph in the order it was compiled, with its regions.
         graph_breaks: why there is more than one forward graph, where there is.
         recurrences: each loop over time or written form of a recurrence, and what it was raised into, or why not.
+        spikes: each product of spike counts, and whether it is computed in integers, or why not.
     """
 
     graphs: list[report.GraphReport]
     graph_breaks: list[GraphBreak]
     recurrences: list[RecurrenceReport] = field(default_factory=list)
+    spikes: list[SpikeReport] = field(default_factory=list)
 
     @property
     def regions(self) -> list[report.RegionReport]:
@@ -75,6 +78,7 @@ class Explanation:
                 for region in graph.regions
             ],
             "recurrences": [found.to_dict() for found in self.recurrences],
+            "spikes": [found.to_dict() for found in self.spikes],
             "graph_breaks": [broken.to_dict() for broken in self.graph_breaks],
             "counts": self.counts,
             "share": self.share,
@@ -102,7 +106,7 @@ def explain(
     with (
         torch.random.fork_rng(devices=[]),
         report.collect() as graphs,
-        report.collect_recurrences() as recurrences,
+        report.collect_found() as raised,
         kept_buffers(model),
     ):
         leaves = pytree.tree_leaves(compiled(*args, **kwargs))
@@ -111,7 +115,7 @@ def explain(
     found += [_skipped(m) for m in get_compilation_metrics() if id(m) not in frames_before and m.fail_reason]
     counted = Counter(found)
     breaks = [GraphBreak(b.where, b.reason, b.remedy, count) for b, count in counted.items()]
-    return Explanation(list(graphs), breaks, list(recurrences))
+    return Explanation(list(graphs), breaks, raised.recurrences, raised.spikes)
 
 
 def _from_dynamo(reason: Any) -> GraphBreak:
@@ -142,6 +146,14 @@ def _first_lines(text: str) -> tuple[str, str]:
     return text.strip().splitlines()[0], hint[1] if hint else ""
 
 
+def _alike(found: Iterable[SpikeReport]) -> list[tuple[tuple[str, str, str], list[SpikeReport]]]:
+    """Returns reports that say the same together: a model has hundreds."""
+    groups: dict[tuple[str, str, str], list[SpikeReport]] = {}
+    for spike in found:
+        groups.setdefault((spike.status, spike.op, spike.reason), []).append(spike)
+    return list(groups.items())
+
+
 def _table(explanation: Explanation) -> Iterator[str]:
     width = max(80, min(shutil.get_terminal_size().columns, 120))
     counts, share = explanation.counts, explanation.share
@@ -164,6 +176,17 @@ def _table(explanation: Explanation) -> Iterator[str]:
             yield f"  {found.status:<9} {_line(found.where)}"
             text = f"{found.op or 'left as traced'}{length}: {found.reason}"
             yield from textwrap.wrap(text, width, initial_indent=12 * " ", subsequent_indent=12 * " ")
+    if explanation.spikes:
+        yield ""
+        yield "spiking projections"
+        for (status, op, reason), group in _alike(explanation.spikes):
+            yield f"  {status:<9} {len(group)} at {', '.join(dict.fromkeys(_line(s.where) for s in group))}"
+            yield from textwrap.wrap(
+                f"{op or 'left as written'}: {reason}",
+                width,
+                initial_indent=12 * " ",
+                subsequent_indent=12 * " ",
+            )
     if explanation.graph_breaks:
         yield ""
         yield "graph breaks, where Python goes on by itself"

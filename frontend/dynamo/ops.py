@@ -71,6 +71,8 @@ silu sin sinh softplus sqrt square stack sub sum tan tanh tril triu trunc var va
 _log_softmax to prims::convert_element_type masked_fill ones_like zeros_like zeros ones flip
 """)
 RECURRENCES = _names("linear_recurrence linear_scan selective_scan")  # our own
+SPIKES = _names("spike_encode spike_linear")
+OURS = RECURRENCES | SPIKES
 
 # Left to torch, with the reason. Those in BOTH are compiled when `library=False`.
 _PRODUCTS = _names("mm bmm addmm baddbmm dot mv matmul linear addmv addbmm _int_mm")
@@ -170,7 +172,7 @@ def classify(node: fx.Node, library: bool = True) -> Verdict:
         )
     if node.target._schema.is_mutable:
         return Verdict(Kind.EAGER, "writes in place")
-    ours = node.target.namespace == "spikingbrain" and packet_name(node.target) in RECURRENCES
+    ours = node.target.namespace == "spikingbrain" and packet_name(node.target) in OURS
     if not ours and node.target.namespace not in ("aten", "prims"):
         return Verdict(
             Kind.EAGER, f"{node.target} is a custom op", "write it in plain PyTorch if it should be fused"
@@ -178,6 +180,10 @@ def classify(node: fx.Node, library: bool = True) -> Verdict:
     if refused := _refuse_types(node):
         return refused
     name = packet_name(node.target)
+    if name == "spike_linear" and argument(node, "activation") is not None:
+        return Verdict(
+            Kind.LIBRARY, "weights that are trained change at every step: torch's product is exact here, too"
+        )
     if ours:
         return Verdict(Kind.COMPILED)
     if name in VIEWS:

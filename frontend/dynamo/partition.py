@@ -14,11 +14,11 @@ from typing import TypeAlias
 
 from torch import fx
 
-from spikingbrain.frontend.dynamo.ops import RECURRENCES, Kind, Verdict, packet_name
+from spikingbrain.frontend.dynamo.ops import OURS, Kind, Verdict, packet_name
 
 # A region of fewer ops than this costs more to enter than fusing it saves; a projection or a recurrence is worth it.
 SMALLEST = 3
-_WORTH = {"linear", "scan", *RECURRENCES}
+_WORTH = {"linear", "scan", *OURS}
 _FREE = {"empty", "full", "scalar_tensor", "arange", "zeros", "ones", "clone", "lift_fresh_copy", "getitem"}
 
 

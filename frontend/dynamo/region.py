@@ -82,11 +82,10 @@ def build(region: Region, verdicts: Mapping[fx.Node, Verdict], frozen: set[fx.No
 
     packed: dict[fx.Node, None] = {}
     for node in region.nodes:
-        weight = _frozen_weight(node, frozen)
-        if weight is not None:
-            packed[weight] = None
+        weights = _frozen_weights(node, frozen)
+        packed.update(dict.fromkeys(weights))
         for source in node.all_input_nodes:
-            if source is not weight:
+            if source not in weights:
                 visit(source)
     outputs = outputs_of(region, verdicts)
 
@@ -117,8 +116,8 @@ def build(region: Region, verdicts: Mapping[fx.Node, Verdict], frozen: set[fx.No
     # views of inputs first where they are needed, in the order of the whole graph
     position = {n: i for i, n in enumerate(next(iter(inside)).graph.nodes)}
     for node in sorted([*views, *region.nodes], key=position.__getitem__):
-        weight = _frozen_weight(node, frozen)
-        copies[node] = graph.node_copy(node, lambda n, w=weight: stored[n] if n is w else copies[n])
+        weights = _frozen_weights(node, frozen)
+        copies[node] = graph.node_copy(node, lambda n, w=weights: stored[n] if n in w else copies[n])
     results: list[fx.Node] = []
     out_orders: list[tuple[int, ...] | None] = []
     for node in outputs:
@@ -137,10 +136,11 @@ def build(region: Region, verdicts: Mapping[fx.Node, Verdict], frozen: set[fx.No
     return made_region
 
 
-def _frozen_weight(node: fx.Node, frozen: set[fx.Node]) -> fx.Node | None:
-    """Returns the frozen tensor that is the weight of a projection."""
-    is_linear = node.target == aten.linear.default and node.args[1] in frozen
-    return node.args[1] if is_linear else None
+def _frozen_weights(node: fx.Node, frozen: set[fx.Node]) -> list[fx.Node]:
+    """Returns the frozen tensors that are the weight of a projection, with its scale if it is one of spikes."""
+    is_spiking = packet_name(node.target) == "spike_linear"
+    weights = node.args[2:4] if is_spiking else node.args[1:2] if node.target == aten.linear.default else ()
+    return list(weights) if weights and all(w in frozen for w in weights) else []
 
 
 def _key(graph: fx.Graph) -> str:

@@ -12,9 +12,9 @@ from typing import Any
 from torch import fx
 
 from spikingbrain.errors import UnsupportedOp
+from spikingbrain.frontend.before_autograd import Found
 from spikingbrain.frontend.checks import user_line
 from spikingbrain.frontend.dynamo.ops import packet_name
-from spikingbrain.frontend.recurrences.report import RecurrenceReport
 
 log = logging.getLogger("spikingbrain.compile")
 
@@ -81,30 +81,33 @@ def collect() -> Iterator[list[GraphReport]]:
             _collectors[:] = [c for c in _collectors if c is not found]
 
 
-_recurrence_collectors: list[list[RecurrenceReport]] = []
+_found_collectors: list[Found] = []
 
 
 @contextlib.contextmanager
-def collect_recurrences() -> Iterator[list[RecurrenceReport]]:
-    """Collects what is found about recurrences in all graphs compiled inside."""
-    found: list[RecurrenceReport] = []
+def collect_found() -> Iterator[Found]:
+    """Collects what is found of recurrences and spikes in all graphs compiled inside."""
+    found = Found()
     with _lock:
-        _recurrence_collectors.append(found)
+        _found_collectors.append(found)
     try:
         yield found
     finally:
         with _lock:
-            _recurrence_collectors[:] = [c for c in _recurrence_collectors if c is not found]
+            _found_collectors[:] = [c for c in _found_collectors if c is not found]
 
 
-def publish_recurrences(reports: Sequence[RecurrenceReport]) -> None:
-    """Logs what was found about recurrences in one graph and hands it to whoever collects."""
-    for r in reports:
+def publish_found(found: Found) -> None:
+    """Logs what was found of recurrences and spikes in one graph and hands it to whoever collects."""
+    for r in found.recurrences:
         became = f"{r.status} to {r.op}" if r.op else r.status
         log.info("recurrence at %s: %s, %d steps (%s)", r.where or "?", became, r.steps, r.reason)
+    for s in found.spikes:
+        log.info("spikes at %s: %s (%s)", s.where or "?", s.op or "left as written", s.reason)
     with _lock:
-        for collector in _recurrence_collectors:
-            collector += reports
+        for collector in _found_collectors:
+            collector.recurrences += found.recurrences
+            collector.spikes += found.spikes
 
 
 def describe(

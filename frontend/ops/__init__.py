@@ -1,4 +1,4 @@
-"""Differentiable torch ops for recurrences, `torch.ops.spikingbrain.*`: importing this package registers them.
+"""Differentiable torch ops for recurrences and spikes, `torch.ops.spikingbrain.*`: importing this package registers them.
 
 Each has a shape function (dynamic sizes too), a blockwise body in plain PyTorch that runs wherever nothing faster was
 compiled, and a backward. docs/recurrence-ops.md has equations, shapes and examples.
@@ -8,6 +8,7 @@ from spikingbrain.frontend.ops.linear_recurrence import linear_recurrence
 from spikingbrain.frontend.ops.linear_recurrence_backward import linear_recurrence_backward
 from spikingbrain.frontend.ops.linear_scan import linear_scan
 from spikingbrain.frontend.ops.selective_scan import selective_scan, selective_scan_backward
+from spikingbrain.frontend.ops.spikes import spike_encode, spike_linear
 from spikingbrain.frontend.ops.unit_lower_inverse import unit_lower_inverse
 
 __all__ = [
@@ -16,5 +17,7 @@ __all__ = [
     "linear_scan",
     "selective_scan",
     "selective_scan_backward",
+    "spike_encode",
+    "spike_linear",
     "unit_lower_inverse",
 ]

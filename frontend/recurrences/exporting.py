@@ -1,4 +1,4 @@
-"""torch.export of one entry point, with its recurrences raised and its loops over time of any length."""
+"""torch.export of one entry point, with recurrences and spikes raised and its loops over time of any length."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ from spikingbrain.frontend.recurrences.lengths import (
 from spikingbrain.frontend.recurrences.raising import calls, promising, raise_recurrences, would_raise
 from spikingbrain.frontend.recurrences.report import RecurrenceReport
 from spikingbrain.frontend.recurrences.unify import Dims, NotUnified, root_of, step_of
+from spikingbrain.frontend.spikes.raising import may_spike, raise_spikes
+from spikingbrain.frontend.spikes.report import SpikeReport
 
 log = logging.getLogger("spikingbrain.compile")
 
@@ -38,12 +40,14 @@ class Exported:
 
     Attributes:
         recurrences: the loops and forms found in it.
+        spikes: the products of spike counts found in it.
         verified: for a dimension that the code loops over, the lengths at which the program was compared with the model.
         fixed: for a dimension that had to be fixed, why.
     """
 
     program: torch.export.ExportedProgram
     recurrences: list[RecurrenceReport] = field(default_factory=list)
+    spikes: list[SpikeReport] = field(default_factory=list)
     verified: dict[str, list[int]] = field(default_factory=dict)
     fixed: dict[str, str] = field(default_factory=dict)
 
@@ -66,6 +70,7 @@ def export_program(model: nn.Module, tensors: Sequence[torch.Tensor], dims: Dims
             exported = _of_looped(model, tensors, dims, looped, name)
         else:
             exported = _raised(exported, model, tensors, dims, name)
+        exported.spikes = _raise_spikes(exported.program)
         exported.program = decompose(exported.program)
     return exported
 
@@ -104,7 +109,7 @@ def _of_looped(
 def _of_any_length(model: nn.Module, found: AnyLength, dims: Dims) -> Exported:
     program, compared = export_all_sizes(found.module, found.tensors, dims, tuple, model)
     verified = {n: sorted({*sizes, *compared.get(n, ())}) for n, sizes in found.verified.items()}
-    return Exported(program, found.recurrences, verified)
+    return Exported(program, found.recurrences, verified=verified)
 
 
 def _raised(
@@ -148,6 +153,25 @@ def _raise(exported: Exported) -> None:
     if any(r.status != "unrolled" for r in found):
         exported.program = program
         name_outputs(program)
+
+
+def _raise_spikes(program: torch.export.ExportedProgram) -> list[SpikeReport]:
+    """Raises in place what multiplies spike counts by weights."""
+    if not may_spike(program.graph):
+        return []
+    signature = program.graph_signature
+    held = {**program.state_dict, **program.constants}
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    names |= signature.inputs_to_lifted_tensor_constants
+    weights = {
+        n: held[names[n.name]]
+        for n in program.graph.find_nodes(op="placeholder")
+        if isinstance(held.get(names.get(n.name, "")), torch.Tensor)
+    }
+    found = raise_spikes(program.graph_module, weights)
+    if any(s.status == "raised" for s in found):
+        name_outputs(program)
+    return found
 
 
 def _functional(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

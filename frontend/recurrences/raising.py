@@ -8,8 +8,6 @@ loops by one ``scan``. Every loop that was found is recorded, with the user's li
 from __future__ import annotations
 
 import contextlib
-import gc
-import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -25,14 +23,11 @@ from spikingbrain.frontend.recurrences.counted import WHILE_LOOP
 from spikingbrain.frontend.recurrences.counted_scan import raise_counted_loops
 from spikingbrain.frontend.recurrences.emit import Emitter, NotEmitted, nodes_of
 from spikingbrain.frontend.recurrences.forms import emit_form
-from spikingbrain.frontend.recurrences.functional import NotFunctional, functionalise
 from spikingbrain.frontend.recurrences.hops import NotALoop, loop_of_scan, scans
 from spikingbrain.frontend.recurrences.inverses import raise_inverses
 from spikingbrain.frontend.recurrences.linear import Steps, emit_recurrence
 from spikingbrain.frontend.recurrences.loops import emit_scan
 from spikingbrain.frontend.recurrences.report import RecurrenceReport
-from spikingbrain.frontend.recurrences.symbolic import at_sizes, is_symbolic, sizes_of
-from spikingbrain.frontend.recurrences.unify import NotUnified, unify
 from spikingbrain.passes.recurrence.analysis import analyse
 from spikingbrain.passes.recurrence.classify import classify
 from spikingbrain.passes.recurrence.form import Form, Loop, Recurrence, Stacked, Verdict
@@ -40,66 +35,7 @@ from spikingbrain.passes.recurrence.graph import Value
 
 aten = torch.ops.aten
 
-log = logging.getLogger("spikingbrain.compile")
-
 _FEWEST = 4  # positions at which an axis must be read to be taken for time
-
-
-def raise_in_dynamo_graph(module: fx.GraphModule) -> tuple[fx.GraphModule, list[RecurrenceReport]]:
-    """Returns a module with recurrences raised, or ``module`` itself where there are none to be raised."""
-    if not promising(module.graph):
-        return module, []
-    try:
-        return _raised(module)
-    except Exception as error:  # a model never fails because a part of it was not recognised
-        reason = f"the compiler failed: {type(error).__name__}: {error}"
-        log.warning(
-            "recurrences stay as they are written: %s", reason, exc_info=log.isEnabledFor(logging.DEBUG)
-        )
-        return module, [RecurrenceReport("unrolled", "", "", reason)]
-
-
-def _raised(module: fx.GraphModule) -> tuple[fx.GraphModule, list[RecurrenceReport]]:
-    with _no_collection():
-        if is_symbolic(module.graph):
-            return _raise_at_symbols(module)
-        try:
-            functional = functionalise(module)
-        except NotFunctional as stop:
-            return module, [RecurrenceReport("unrolled", "", str(user_line(stop.node) or ""), str(stop))]
-        reports = raise_recurrences(functional, keep_detach=torch.is_grad_enabled())
-    return (functional if any(r.status != "unrolled" for r in reports) else module), reports
-
-
-def _raise_at_symbols(module: fx.GraphModule) -> tuple[fx.GraphModule, list[RecurrenceReport]]:
-    """Raises in a graph with symbolic sizes, by way of several graphs whose sizes are known."""
-    try:
-        sizes = sizes_of(module.graph)
-        points = sizes.points()
-        graphs: list[fx.GraphModule] = []
-        reports: list[RecurrenceReport] = []
-        for point in points:
-            graphs.append(functionalise(at_sizes(module, point)))
-            reports = raise_recurrences(graphs[-1], keep_detach=torch.is_grad_enabled())
-            if all(r.status == "unrolled" for r in reports):
-                return module, reports
-        return unify(graphs, sizes, points), reports
-    except NotFunctional as stop:
-        return module, [RecurrenceReport("unrolled", "", str(user_line(stop.node) or ""), str(stop))]
-    except NotUnified as stop:
-        return module, [RecurrenceReport("unrolled", "", "", f"sizes are symbols: {stop}")]
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Spares Python's search for garbage, which visits all of a large graph again and again; nothing here is garbage."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 def raise_recurrences(module: fx.GraphModule, keep_detach: bool) -> list[RecurrenceReport]:

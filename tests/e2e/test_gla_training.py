@@ -55,9 +55,9 @@ def test_the_loss_curve_is_eagers() -> None:
     model = ByteModel("loop")
     twin = copy.deepcopy(model)
     expected = train(model, model)
-    with report.collect() as graphs, report.collect_recurrences() as found:
+    with report.collect() as graphs, report.collect_found() as found:
         actual = train(twin, torch.compile(twin, backend="spikingbrain"))
-    assert [(r.status, r.op) for r in found] == [("raised", "linear_recurrence")] * 2
+    assert [(r.status, r.op) for r in found.recurrences] == [("raised", "linear_recurrence")] * 2
     assert [graph.kind for graph in graphs] == ["forward", "backward"]
     assert not any(region.failed for graph in graphs for region in graph.regions)
     assert expected[-1] < 0.5 * expected[0], "the model did not learn"

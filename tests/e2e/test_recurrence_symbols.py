@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spikingbrain.frontend.dynamo.report import collect_recurrences
+from spikingbrain.frontend.dynamo.report import collect_found
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -23,7 +23,7 @@ def gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 def test_a_batch_that_changes() -> None:
     torch.manual_seed(0)
     fast = torch.compile(gla, backend="spikingbrain")
-    with collect_recurrences() as found:
+    with collect_found() as found:
         for batch in (2, 3, 5, 1):
             shapes = [(batch, 9, 3, 5)] * 2 + [(batch, 9, 3, 4), (batch, 9, 3, 5)]
             q, k, v, g = (torch.randn(s) for s in shapes)
@@ -33,5 +33,5 @@ def test_a_batch_that_changes() -> None:
             wanted = torch.autograd.grad(sum(r.sin().sum() for r in expected), inputs)
             for a, e in zip([*results, *gradients], [*expected, *wanted], strict=True):
                 torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
-    assert len(found) <= 3  # for the first size, for any size, and for a batch of one
-    assert {(r.status, r.op) for r in found} == {("raised", "linear_recurrence")}
+    assert len(found.recurrences) <= 3  # for the first size, for any size, and for a batch of one
+    assert {(r.status, r.op) for r in found.recurrences} == {("raised", "linear_recurrence")}

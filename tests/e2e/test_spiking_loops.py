@@ -136,13 +136,13 @@ def test_training(name: str, tmp_path: Path) -> None:
         gradients = [x.grad, *(p.grad for p in model.parameters())]
         return [spikes.detach(), *(g.clone() for g in gradients if g is not None)]
 
-    with report.collect() as graphs, report.collect_recurrences() as recurrences:
-        found = results(compiled)
-    assert [(r.status, r.op) for r in recurrences] == [("loop", "pointwise_scan")]
+    with report.collect() as graphs, report.collect_found() as found:
+        got = results(compiled)
+    assert [(r.status, r.op) for r in found.recurrences] == [("loop", "pointwise_scan")]
     scans = [r for graph in graphs for r in graph.regions if "scan" in r.ops]
     assert [r.status for r in scans] == ["compiled"] * 2, scans
     assert _loops(tmp_path) == [(1, 0)] * 2  # forward and backward
-    for actual, wanted in zip(found, results(model), strict=True):
+    for actual, wanted in zip(got, results(model), strict=True):
         assert wanted.abs().sum() > 0  # the derivative of a step would be 0
         torch.testing.assert_close(actual, wanted, rtol=2e-4, atol=2e-5)
 
@@ -180,8 +180,8 @@ def test_a_function_that_a_linear_loop_reads_leaves_the_loop_as_it_is() -> None:
             traces.append(trace)
         return torch.stack(outputs), torch.stack(traces)
 
-    with report.collect_recurrences() as recurrences:
-        found = torch.compile(function, backend="spikingbrain")(_drive().requires_grad_())
-    assert [(r.status, r.op) for r in recurrences] == [("unrolled", ""), ("raised", "linear_scan")]
-    for actual, wanted in zip(found, function(_drive()), strict=True):
+    with report.collect_found() as found:
+        got = torch.compile(function, backend="spikingbrain")(_drive().requires_grad_())
+    assert [(r.status, r.op) for r in found.recurrences] == [("unrolled", ""), ("raised", "linear_scan")]
+    for actual, wanted in zip(got, function(_drive()), strict=True):
         torch.testing.assert_close(actual, wanted)

@@ -43,7 +43,7 @@ def check(
     options = OPTIONS if backend == "spikingbrain" else {}
     compiled = torch.compile(form.module(), backend=backend, options=options or None, dynamic=False)
     expected = results(form, module, inputs)
-    with report.collect() as graphs, report.collect_recurrences() as recurrences:
+    with report.collect() as graphs, report.collect_found() as found:
         actual = results(form, compiled, inputs)
     failures = [f"{r.where}: {r.reason}" for graph in graphs for r in graph.regions if r.failed]
     assert not failures, f"{form.name}: {failures}"
@@ -52,7 +52,7 @@ def check(
         assert_close(
             actual[what], wanted, f"{form.name}: {what}", LEAST_GRADIENT if what.startswith("gradient") else 0
         )
-    return [r.to_dict() for r in recurrences]
+    return [r.to_dict() for r in found.recurrences]
 
 
 def results(form: Form, module: Callable[..., Any], inputs: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._higher_order_ops import scan, while_loop
 
-from spikingbrain.frontend.recurrences.raising import raise_in_dynamo_graph
+from spikingbrain.frontend.before_autograd import raise_in_dynamo_graph
 from spikingbrain.frontend.recurrences.report import RecurrenceReport
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -27,9 +27,9 @@ def raised(
 
     def backend(module: torch.fx.GraphModule, _: Any) -> Any:
         found, told = raise_in_dynamo_graph(module)
-        reports.extend(told)
+        reports.extend(told.recurrences)
         left = found.graph.find_nodes(op="call_function", target=torch.ops.higher_order.while_loop)
-        assert bool(left) == any(r.status == "unrolled" for r in told)
+        assert bool(left) == any(r.status == "unrolled" for r in told.recurrences)
         return found.forward
 
     return torch.compile(function, backend=backend, dynamic=dynamic)(*inputs), reports

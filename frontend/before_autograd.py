@@ -1,0 +1,154 @@
+"""What is found in Dynamo's graph before autograd: recurrences and spiking projections, each raised to an op of its own.
+
+Differentiated first, a loop would save every state, and a rounded activation would have no gradient.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+import spikingbrain.frontend.ops  # noqa: F401  (registers the ops)
+from spikingbrain.frontend.checks import user_line
+from spikingbrain.frontend.recurrences.functional import NotFunctional, functionalise
+from spikingbrain.frontend.recurrences.raising import promising, raise_recurrences
+from spikingbrain.frontend.recurrences.report import RecurrenceReport
+from spikingbrain.frontend.recurrences.symbolic import at_sizes, is_symbolic, sizes_of
+from spikingbrain.frontend.recurrences.unify import NotUnified, unify
+from spikingbrain.frontend.spikes.raising import may_spike, raise_spikes
+from spikingbrain.frontend.spikes.report import SpikeReport
+
+log = logging.getLogger("spikingbrain.compile")
+
+
+@dataclass
+class Found:
+    """What was found in a graph, raised or not."""
+
+    recurrences: list[RecurrenceReport] = field(default_factory=list)
+    spikes: list[SpikeReport] = field(default_factory=list)
+
+    @property
+    def raised(self) -> bool:
+        return any(r.status != "unrolled" for r in self.recurrences) or any(
+            s.status == "raised" for s in self.spikes
+        )
+
+
+def raise_in_dynamo_graph(module: fx.GraphModule, inputs: Sequence[Any] = ()) -> tuple[fx.GraphModule, Found]:
+    """Returns a module with what was found raised, or ``module`` itself where nothing was.
+
+    ``inputs`` are the arguments that Dynamo gives, of which the model's own weights are read.
+    """
+    if not promising(module.graph) and not may_spike(module.graph):
+        return module, Found()
+    try:
+        with _no_collection():
+            raised, found = _raised(module, _weights(module.graph, inputs))
+        if raised is not module:
+            _tell_origin(raised, module)
+        return raised, found
+    except Exception as error:  # a model never fails because a part of it was not recognised
+        reason = f"the compiler failed: {type(error).__name__}: {error}"
+        log.warning(
+            "recurrences and spikes stay as they are written: %s",
+            reason,
+            exc_info=log.isEnabledFor(logging.DEBUG),
+        )
+        return module, _nothing(module, reason, "")
+
+
+def _raised(module: fx.GraphModule, weights: Mapping[str, Tensor]) -> tuple[fx.GraphModule, Found]:
+    try:
+        if is_symbolic(module.graph):
+            return _raise_at_symbols(module, weights)
+        functional = functionalise(module)
+        found = _raise(functional, weights)
+        return (functional if found.raised else module), found
+    except NotFunctional as stop:
+        return module, _nothing(module, str(stop), str(user_line(stop.node) or ""))
+
+
+def _raise_at_symbols(module: fx.GraphModule, weights: Mapping[str, Tensor]) -> tuple[fx.GraphModule, Found]:
+    """Raises in a graph with symbolic sizes, by way of several graphs whose sizes are known."""
+    try:
+        sizes = sizes_of(module.graph)
+        points = sizes.points()
+        graphs: list[fx.GraphModule] = []
+        found = Found()
+        for point in points:
+            graphs.append(functionalise(at_sizes(module, point)))
+            found = _raise(graphs[-1], weights)
+            if not found.raised:
+                return module, found
+        return unify(graphs, sizes, points), found
+    except NotUnified as stop:
+        return module, _nothing(module, f"sizes are symbols: {stop}", "")
+
+
+def _raise(functional: fx.GraphModule, weights: Mapping[str, Tensor]) -> Found:
+    found = Found()
+    placeholders = functional.graph.find_nodes(op="placeholder")
+    if promising(functional.graph):
+        found.recurrences = raise_recurrences(functional, keep_detach=torch.is_grad_enabled())
+    if may_spike(functional.graph):
+        of = {n: weights[n.target] for n in placeholders if n.target in weights}
+        values = (n.meta.get("example_value") for n in placeholders)
+        gradients = any(isinstance(v, Tensor) and v.requires_grad for v in values)
+        found.spikes = raise_spikes(functional, of, torch.is_grad_enabled() and gradients)
+    return found
+
+
+def _tell_origin(raised: fx.GraphModule, module: fx.GraphModule) -> None:
+    """Lets AOTAutograd take ``raised`` for Dynamo's graph, which its inputs are those of.
+
+    It then knows which of them are weights (whose packed form is kept), and guards against arguments that are one tensor.
+    (Private: torch._functorch._aot_autograd.frontend_utils._try_get_metadata_from_dynamo.)
+    """
+    raised.meta.update(module.meta)
+    if hasattr(module, "_param_name_to_source"):
+        raised._param_name_to_source = module._param_name_to_source
+    pairs = zip(*(m.graph.find_nodes(op="placeholder") for m in (raised, module)), strict=True)
+    for new, old in pairs:
+        assert new.target == old.target
+        new._dynamo_source = getattr(old, "_dynamo_source", None)
+        if "tensor_dict" in old.meta:
+            new.meta["tensor_dict"] = old.meta["tensor_dict"]
+
+
+def _nothing(module: fx.GraphModule, reason: str, where: str) -> Found:
+    found = Found()
+    if promising(module.graph):
+        found.recurrences.append(RecurrenceReport("unrolled", "", where, reason))
+    if may_spike(module.graph):
+        found.spikes.append(SpikeReport("float", "", where, reason))
+    return found
+
+
+def _weights(graph: fx.Graph, inputs: Sequence[Any]) -> dict[str, Tensor]:
+    """Returns the tensors of parameters and buffers, by the name of their placeholder."""
+    placeholders = graph.find_nodes(op="placeholder")
+    return {
+        str(n.target): value
+        for n, value in zip(placeholders, inputs, strict=False)
+        if isinstance(value, Tensor) and "_dynamo_static_input_type" in (n.meta.get("tensor_dict") or {})
+    }
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Spares Python's search for garbage, which visits all of a large graph again and again; nothing here is garbage."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()

@@ -1,0 +1,119 @@
+"""raise-spikes: the spiking ops of torch become those of the dialect, their weights integers that are stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch_mlir import ir
+
+from spikingbrain.passes import parameters, torch_ir
+from spikingbrain.passes.base import PassContext
+from spikingbrain.passes.casts import builtin_type, from_builtin, to_builtin
+
+_ENCODE, _LINEAR = "torch.spikingbrain.spike_encode", "torch.spikingbrain.spike_linear"
+
+
+@dataclass(frozen=True)
+class RaiseSpikes:
+    """Raises ``torch.ops.spikingbrain.spike_encode`` and ``spike_linear`` to the ops of the dialect that have their names.
+
+    In: ``torch.operator "torch.spikingbrain.*"``. Out: the dialect's op between ``torch_c`` casts. Float weights that are stored,
+    with a scale that is, become codes by their recipe: rounded once, when the artifact is written. What the op takes for
+    gradients is dropped. Not handled: weights that the model computes from floats, and arguments that are not constant;
+    those keep the op, which no later pass lowers.
+    """
+
+    name: ClassVar[str] = "raise-spikes"
+
+    def run(self, module: ir.Module, context: PassContext) -> None:
+        for op in torch_ir.operations(module, "torch.operator"):
+            rewrite = {_ENCODE: _raise_encode, _LINEAR: _raise_linear}.get(op.attributes["name"].value)
+            if rewrite is None:
+                continue
+            with ir.InsertionPoint(op), op.location:
+                reason = rewrite(op)
+            context.record(self, "refused" if reason else "raised", op, reason)
+            if not reason:
+                op.erase()
+
+
+def _raise_encode(op: ir.Operation) -> str:
+    x, *settings = op.operands
+    numbers = [torch_ir.constant(v) for v in settings]
+    if len(numbers) != 3 or any(not isinstance(n, (int, float)) for n in numbers):
+        return "an argument that is not constant"
+    shape = torch_ir.shape(x)
+    if not shape or shape[-1] == -1:
+        return "an unknown number of channels"
+    f64 = ir.F64Type.get()
+    attributes = {
+        name: ir.FloatAttr.get(f64, float(n))  # type: ignore[arg-type]
+        for name, n in zip(("k", "lower", "upper"), numbers, strict=True)
+    }
+    types = [builtin_type(r.type) for r in op.results]
+    made = ir.Operation.create("spikingbrain.spike_encode", types, [to_builtin(x)], attributes)
+    for old, new in zip(op.results, made.results, strict=True):
+        old.replace_all_uses_with(from_builtin(new, old.type))
+    return ""
+
+
+def _raise_linear(op: ir.Operation) -> str:
+    counts, threshold, weight, scale, bias, bits = list(op.operands)[:6]
+    width = torch_ir.constant(bits)
+    if not isinstance(width, int):
+        return "an argument that is not constant"
+    codes, scales = _plain(weight), _matrix(_plain(scale))
+    if torch_ir.element_type(weight) == "f32":
+        stored = parameters.parameter(codes), parameters.parameter(scales)
+        if stored[0] is None or stored[1] is None:
+            return "float weights, or a scale of them, that are not stored"
+        codes = _rounded(*stored, 16 if width == 16 else 8)
+    operands = [to_builtin(counts), to_builtin(threshold), codes, scales]
+    operands += [] if torch_ir.is_none(bias) else [to_builtin(bias)]
+    attributes = {"bits": ir.IntegerAttr.get(ir.IntegerType.get_signless(64), width)}
+    made = ir.Operation.create(
+        "spikingbrain.spike_linear", [builtin_type(op.results[0].type)], operands, attributes
+    )
+    op.results[0].replace_all_uses_with(from_builtin(made.results[0], op.results[0].type))
+    return ""
+
+
+def _plain(value: ir.Value) -> ir.Value:
+    """Returns a torch tensor as a builtin one, and what is stored as the ``parameter`` that it is."""
+    cast = torch_ir.defining(value, "torch_c.from_builtin_tensor")
+    return cast.operands[0] if cast is not None else to_builtin(value)
+
+
+def _matrix(scale: ir.Value) -> ir.Value:
+    """Returns a stored scale [N, G, 1] as [N, G]."""
+    type_ = ir.RankedTensorType(scale.type)
+    if type_.rank == 2:
+        return scale
+    two = ir.RankedTensorType.get(list(type_.shape)[:2], type_.element_type)
+    op = parameters.parameter(scale)
+    if op is not None:
+        old = parameters.stored(op)
+        return parameters.create(old.sources, [*old.recipe, "matrix"], two)
+    pairs = [[0], [1, 2]]
+    return ir.Operation.create(
+        "tensor.collapse_shape",
+        [two],
+        [scale],
+        {"reassociation": ir.ArrayAttr.get([_indices(p) for p in pairs])},
+    ).result
+
+
+def _indices(numbers: list[int]) -> ir.Attribute:
+    i64 = ir.IntegerType.get_signless(64)
+    return ir.ArrayAttr.get([ir.IntegerAttr.get(i64, n) for n in numbers])
+
+
+def _rounded(weight: ir.Operation, scale: ir.Operation, bits: int) -> ir.Value:
+    """Returns the codes of a stored weight: a parameter made of both tensors."""
+    w, s = parameters.stored(weight), parameters.stored(scale)
+    steps = [step for step in s.recipe if step != "matrix"]
+    assert not w.recipe and not steps, "weights are rounded before anything else is done to them"
+    element = ir.IntegerType.get_signless(bits)
+    type_ = ir.RankedTensorType.get(list(w.shape), element)
+    return parameters.create([*w.sources, *s.sources], [f"codes bits={bits}"], type_)
