@@ -16,6 +16,7 @@ COMMANDS = {
     "report": ("spikingbrain.tools.report", "what is in an artifact, and how it was compiled"),
     "explain": ("spikingbrain.tools.explain", "what torch.compile with this compiler does with a model"),
     "compare": ("spikingbrain.tools.compare", "find the first op that differs between torch and compiled"),
+    "spikes": ("spikingbrain.tools.spikes", "how a model fires on a text: statistics, events, test vectors"),
     "targets": ("spikingbrain.tools.targets", "what can be compiled for, and what runs here"),
     "opt": ("spikingbrain.tools.opt", "run passes on textual IR"),
     "cache": ("spikingbrain.tools.cache", "show or clear the compile cache"),

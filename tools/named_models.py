@@ -107,6 +107,20 @@ def known(name: str) -> None:
         )
 
 
+def load(name: str, options: ModelOptions, progress: Callable[[str], None]) -> NamedModel:
+    """Returns a named model with its weights."""
+    known(name)
+    progress(f"load {name}")
+    try:
+        return MODELS[name][0](options)
+    except ModuleNotFoundError as error:
+        raise needs_compiler(error) from error
+    except ImportError as error:
+        raise MissingDependency(str(error)) from error
+    except ValueError as error:
+        raise OptionError(str(error)) from error
+
+
 def compile_named(
     name: str,
     path: Path,
@@ -118,16 +132,7 @@ def compile_named(
     """Loads a named model and exports it to ``path``."""
     import spikingbrain
 
-    known(name)
-    progress(f"load {name}")
-    try:
-        ready = MODELS[name][0](options)
-    except ModuleNotFoundError as error:
-        raise needs_compiler(error) from error
-    except ImportError as error:
-        raise MissingDependency(str(error)) from error
-    except ValueError as error:
-        raise OptionError(str(error)) from error
+    ready = load(name, options, progress)
     return spikingbrain.export(
         ready.model,
         ready.entries,

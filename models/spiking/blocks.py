@@ -45,7 +45,8 @@ def skipped(seen: LayerCounts, size: int) -> Skipped:
     active = seen.counts != 0
     if active.shape[0] < 2:
         raise SpikingError("an order of channels from one token", where=seen.name, hint="two tokens or more")
-    first, second = active.split([active.shape[0] // 2, active.shape[0] - active.shape[0] // 2])
+    half = active.shape[0] // 2
+    first, second = active[:half], active[half:]
     order = first.sum(0).argsort(descending=True, stable=True)
     as_is, blocks = _silent_blocks(second, size)
     ordered, _ = _silent_blocks(second[:, order], size)

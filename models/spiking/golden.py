@@ -55,7 +55,8 @@ def write_golden(model: nn.Module, calls: Iterable[Any], folder: Path, coding: s
                 return
             file = f"{len(index):04}-{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.npz"
             arrays, about = vectors(spiking[name], x.flatten(0, -2), coding)
-            np.savez_compressed(temporary / file, **{key: a.cpu().numpy() for key, a in arrays.items()})
+            named: dict[str, Any] = {key: a.cpu().numpy() for key, a in arrays.items()}
+            np.savez_compressed(temporary / file, **named)
             index[name] = {"file": file, **about}
 
         watch_inputs(model, spiking, calls, see)
