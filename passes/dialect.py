@@ -17,6 +17,7 @@ from torch_mlir.dialects import torch as torch_dialect  # noqa: F401  (registers
 from torch_mlir.passmanager import PassManager
 
 from spikingbrain.passes.dialect_base import SpikingBrain, after_declaration, fail, fits, shape
+from spikingbrain.passes.dialect_fused import verify_fused_recurrence
 from spikingbrain.passes.dialect_recurrences import LinearRecurrence, LinearScan, SelectiveScan  # noqa: F401
 from spikingbrain.passes.dialect_scans import verify_pointwise_scan
 from spikingbrain.passes.dialect_spikes import SpikeEncode, SpikeLinear  # noqa: F401
@@ -285,6 +286,7 @@ def launch_inputs(op: ir.Operation) -> list[ir.Value]:
 CONTROL_OPS = {
     "spikingbrain_control.time_loop": _verify_time_loop,
     "spikingbrain_control.pointwise_scan": verify_pointwise_scan,
+    "spikingbrain_control.fused_recurrence": verify_fused_recurrence,
     "spikingbrain_control.launch": _verify_launch,
 }
 

@@ -14,6 +14,7 @@ from spikingbrain.errors import PassFailed, UnsupportedOp
 from spikingbrain.passes import dialect, torch_ir
 from spikingbrain.passes.base import Pass, PassContext, source_line
 from spikingbrain.passes.decompose_attention import DecomposeAttention
+from spikingbrain.passes.fuse_into_recurrence import FuseIntoRecurrence
 from spikingbrain.passes.fuse_recurrence import FuseRecurrence
 from spikingbrain.passes.fuse_shared_input import FuseSharedInput
 from spikingbrain.passes.lower_attention import LowerAttention
@@ -51,8 +52,8 @@ PHASES: dict[str, list[type[Any]]] = {
     ],
     # everything else becomes linear algebra on tensors
     "torch": [LowerTorch],
-    # do together what reads the same values, steps of a loop included
-    "fuse": [RaisePointwiseScan, FuseSharedInput],
+    # do together what reads the same values, steps of a loop, and what is around a recurrence
+    "fuse": [RaisePointwiseScan, FuseSharedInput, FuseIntoRecurrence],
     # spiking projections become integer arithmetic
     "spikes": [SpikeToInt],
     # choose layouts for the target and store weights in them

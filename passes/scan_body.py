@@ -117,13 +117,13 @@ def emit_body(
                 i for i, a in enumerate(inner.arguments) if i < count or list(a.uses)
             ]  # an initial result counts where it is read
             given = {inner.arguments[i]: read(op.operands[i], op, i) for i in used}
-            values.update(zip(op.results, _inline(inner, given), strict=True))
+            values.update(zip(op.results, inline(inner, given), strict=True))
         elif op.name in _SAME_POINT:
             values[op.results[0]] = read(op.operands[0], op, 0)
     return [read(v, terminator, i) for i, v in enumerate(terminator.operands)]
 
 
-def _inline(block: ir.Block, values: dict[ir.Value, ir.Value]) -> list[ir.Value]:
+def inline(block: ir.Block, values: dict[ir.Value, ir.Value]) -> list[ir.Value]:
     """Emits copies of scalar ops; constants from outside are made anew.
 
     Assertions stay behind: torch-mlir asserts that it takes no reciprocal of 0, which is infinite in torch.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,6 +35,7 @@ from spikingbrain.passes.kernels.builders import (
 )
 from spikingbrain.passes.kernels.recurrence_base import (
     SCRATCH_BYTES,
+    Operands,
     Piece,
     Problem,
     RecurrenceKernel,
@@ -145,7 +146,7 @@ class Kernel(RecurrenceKernel):
         problem: Problem,
         schedule: Schedule,
         workgroup: Sequence[ir.Value],
-        operands: Mapping[str, ir.Value],
+        operands: Operands,
     ):
         super().__init__(problem, schedule.lanes, schedule.fused, workgroup, operands)
         self.schedule = schedule
@@ -208,9 +209,9 @@ class Kernel(RecurrenceKernel):
             def tile(piece: Piece, column: ir.Value) -> None:
                 place = self.of_state(token, add(self.first_column, column))
                 self.fetch_values(later, place[-1])
-                store(load(self.v, place, piece.lanes), self.buffers["values"], [n, column])
-                if self.by_column:
-                    factor = self.factor(load(self.decay, place, piece.lanes))
+                store(self.v.load(place, piece.lanes), self.buffers["values"], [n, column])
+                if self.decay is not None and self.by_column:
+                    factor = self.factor(self.decay.load(place, piece.lanes))
                     store(factor, self.buffers["decays"], [n, column])
                 self._clear_outputs(n, column, piece.lanes)
 
@@ -226,15 +227,16 @@ class Kernel(RecurrenceKernel):
 
         The factors in scratch are what outputs are to be multiplied with.
         """
-        safe = []
+        assert self.decay is not None
+        decay, safe = self.decay, []
 
         def tile(column: int, lanes: int) -> None:
             def step(n: ir.Value, *carried: ir.Value) -> list[ir.Value]:
                 at = add(self.first, n)
                 place = self.of_state(self.token(at), add(self.first_column, column))
                 self.fetch_values(self.later_token(at, self.schedule.steps), place[-1])
-                now = self._decayed(load(self.decay, place, lanes), carried)
-                value = arith.mulf(load(self.v, place, lanes), now.inverse)
+                now = self._decayed(decay.load(place, lanes), carried)
+                value = arith.mulf(self.v.load(place, lanes), now.inverse)
                 store(value, self.buffers["values"], [n, column])
                 factor = now.before if self.problem.exclusive else now.after
                 store(factor, self.buffers["decays"], [n, column])
@@ -254,23 +256,20 @@ class Kernel(RecurrenceKernel):
         """Writes the chunk's outputs to the result."""
 
         def step(n: ir.Value, token: ir.Value, _: ir.Value) -> None:
-            def tile(piece: Piece, column: ir.Value) -> None:
-                to = add(self.first_column, column)
-
-                def query(g: Index) -> None:
-                    output = load(self.buffers["outputs"], [n, g, column], piece.lanes)
+            def query(g: Index) -> None:
+                def output(column: ir.Value, lanes: int) -> ir.Value:
+                    found = load(self.buffers["outputs"], [n, g, column], lanes)
                     if scaled:
-                        factor = load(self.buffers["decays"], [n, column], piece.lanes)
-                        output = arith.mulf(output, factor)
+                        found = arith.mulf(found, load(self.buffers["decays"], [n, column], lanes))
                     if self.problem.bonus:
-                        value = load(self.v, self.of_state(token, to), piece.lanes)
-                        weight = splat(get(self.buffers["weights"], [n, g]), piece.lanes)
-                        output = self.fma(weight, value, output)
-                    store(output, self.o, self.of_query(token, g, to))
+                        value = self.v.load(self.of_state(token, add(self.first_column, column)), lanes)
+                        weight = splat(get(self.buffers["weights"], [n, g]), lanes)
+                        found = self.fma(weight, value, found)
+                    return found
 
-                self.each_query(query)
+                self.write(token, g, self.first_column, self.columns, output)
 
-            each_tile(self.columns, tile)
+            self.each_query(query)
 
         self._each_step(step)
 
@@ -303,13 +302,13 @@ class Kernel(RecurrenceKernel):
             def tile(piece: Piece, i: ir.Value) -> None:
                 at, lanes = add(row, i), piece.lanes
                 self.fetch_keys(later, at)
-                store(load(self.k, self.of_state(token, at), lanes), self.buffers["keys"], [n, i])
+                store(self.k.load(self.of_state(token, at), lanes), self.buffers["keys"], [n, i])
                 if self.by_row:
                     factor = self.factor(self.row_decay(token, at, lanes))
                     store(factor, self.buffers["decays"], [n, i])
 
                 def query(g: Index) -> None:
-                    q = load(self.q, self.of_query(token, g, at), lanes)
+                    q = self.q.load(self.of_query(token, g, at), lanes)
                     store(q, self.buffers["queries"], [n, g, i])
 
                 self.each_query(query)
@@ -330,12 +329,12 @@ class Kernel(RecurrenceKernel):
                 token = self.token(here)
                 self.fetch_keys(self.later_token(here, self.schedule.steps), at)
                 now = self._decayed(self.row_decay(token, at, lanes), carried)
-                key = load(self.k, self.of_state(token, at), lanes)
+                key = self.k.load(self.of_state(token, at), lanes)
                 store(arith.mulf(key, now.inverse), self.buffers["keys"], [n, i])
                 factor = now.before if self.problem.exclusive else now.after
 
                 def query(g: Index) -> None:
-                    q = load(self.q, self.of_query(token, g, at), lanes)
+                    q = self.q.load(self.of_query(token, g, at), lanes)
                     store(arith.mulf(q, factor), self.buffers["queries"], [n, g, i])
 
                 self.each_query(query)

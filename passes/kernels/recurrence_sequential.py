@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from torch_mlir import ir
 from torch_mlir.dialects import arith
 
 from spikingbrain.errors import UnsupportedOp
+from spikingbrain.passes.dialect_fused import OUT
 from spikingbrain.passes.kernels.builders import (
     LINE_BYTES,
     Index,
@@ -30,6 +31,7 @@ from spikingbrain.passes.kernels.builders import (
 )
 from spikingbrain.passes.kernels.recurrence_base import (
     SCRATCH_BYTES,
+    Operands,
     Piece,
     Problem,
     RecurrenceKernel,
@@ -37,6 +39,7 @@ from spikingbrain.passes.kernels.recurrence_base import (
     pieces,
     vector_lanes,
 )
+from spikingbrain.passes.kernels.recurrence_operands import Computed
 from spikingbrain.target import Target
 
 STEPS = (16, 8, 4, 2, 1)  # of a chunk; more than 16 gained nothing
@@ -89,13 +92,24 @@ def plan(problem: Problem, target: Target) -> Schedule:
     )
 
 
-def _scratch_shapes(problem: Problem, steps: int) -> list[list[int]]:
-    shapes = [[problem.value_size]]
-    return [*shapes, [steps, problem.key_size]] if problem.decay_axis == "key" else shapes
+def _scratch_shapes(problem: Problem, steps: int) -> dict[str, list[int]]:
+    """Returns the buffers of a kernel that takes so many steps at a time.
+
+    What is computed for each row of the state is computed once, for all blocks of columns; outputs wait for the last block.
+    """
+    by_row: list[str] = [name for name in ("k", "erase", "predict") if name in problem.computed]
+    by_row += ["decay"] if problem.decay_axis == "key" else []
+    shapes = {"predictions": [problem.value_size]} | {name: [steps, problem.key_size] for name in by_row}
+    if "q" in problem.computed:
+        shapes["q"] = [steps, problem.group, problem.key_size]
+    if OUT in problem.computed:
+        shapes[OUT] = [steps, problem.group, problem.value_size]
+    return shapes
 
 
 def scratch_bytes(problem: Problem, steps: int) -> int:
-    return sum(math.prod(shape) * 4 + LINE_BYTES for shape in _scratch_shapes(problem, steps)) + LINE_BYTES
+    shapes = _scratch_shapes(problem, steps).values()
+    return sum(math.prod(shape) * 4 + LINE_BYTES for shape in shapes) + LINE_BYTES
 
 
 class Step(NamedTuple):
@@ -124,7 +138,7 @@ class Kernel(RecurrenceKernel):
         problem: Problem,
         schedule: Schedule,
         workgroup: Sequence[ir.Value],
-        operands: Mapping[str, ir.Value],
+        operands: Operands,
     ):
         super().__init__(problem, schedule.lanes, schedule.fused, workgroup, operands)
         self.schedule = schedule
@@ -132,8 +146,9 @@ class Kernel(RecurrenceKernel):
 
     def build(self) -> None:
         shapes = _scratch_shapes(self.problem, self.schedule.steps)
-        self.predictions, *rest = scratch([(shape, ir.F32Type.get()) for shape in shapes])
-        self.decays = rest[0] if rest else None
+        buffers = scratch([(shape, ir.F32Type.get()) for shape in shapes.values()])
+        self.buffers = dict(zip(shapes, buffers, strict=True))
+        self.predictions = self.buffers["predictions"]
         self.begin(0, self.problem.value_size)
 
         def start() -> None:
@@ -151,7 +166,7 @@ class Kernel(RecurrenceKernel):
         self._enter(piece, column)
 
         def row_sums(row: ir.Value, *sums: ir.Value) -> list[ir.Value]:
-            predict = self._scalar(self.predict, self.token(0), row)
+            predict = splat(self._predict.get(self.of_state(self.token(0), row)), piece.lanes)
             return [self.fma(predict, x, total) for x, total in zip(self._load(row), sums, strict=True)]
 
         zero = [splat(0.0, piece.lanes)] * piece.vectors
@@ -161,8 +176,8 @@ class Kernel(RecurrenceKernel):
     def _chunk(self, first: ir.Value) -> None:
         self.first = first
         count = minimum(sub(self.length, first), self.schedule.steps)
-        if self.problem.decay_axis == "key":
-            loop(0, count, 1, self._prepare_decays)
+        if set(self.buffers) - {"predictions", OUT}:
+            loop(0, count, 1, self._prepare)
 
         def block(piece: Piece, column: ir.Value) -> None:
             self._enter(piece, column)
@@ -172,6 +187,8 @@ class Kernel(RecurrenceKernel):
                 store(prediction, self.predictions, [c])
 
         each_tile(self.blocks, block)
+        if OUT in self.buffers:
+            loop(0, count, 1, self._finish)
 
     # Rows of the block
 
@@ -183,8 +200,17 @@ class Kernel(RecurrenceKernel):
         for x, c in zip(values, self.columns, strict=True):
             store(x, self.state, [self.batch, self.number, row, c])
 
-    def _scalar(self, source: ir.Value, token: ir.Value, row: Index) -> ir.Value:
-        return splat(get(source, self.of_state(token, row)), self.block_lanes)
+    def _scalar(self, source: Computed, step: Step, row: Index) -> ir.Value:
+        """Returns a step's entry for a row, of ``predict`` that of the step to come."""
+        if (name := source.part.name) in self.buffers:
+            return splat(get(self.buffers[name], [step.n, row]), self.block_lanes)
+        token = step.following if name == "predict" else step.token
+        return splat(source.get(self.of_state(token, row)), self.block_lanes)
+
+    @property
+    def _predict(self) -> Computed:
+        assert self.predict is not None
+        return self.predict
 
     # Steps
 
@@ -193,7 +219,7 @@ class Kernel(RecurrenceKernel):
         p, at = self.problem, add(self.first, n)
         token, following = self.token(at), self.later_token(at, 1)
         self._fetch_ahead(at)
-        values = [load(self.v, self.of_state(token, c), self.block_lanes) for c in self.columns]
+        values = [self.v.load(self.of_state(token, c), self.block_lanes) for c in self.columns]
         step = Step(n, token, following, values, predictions, self._factors(token))
         first, rest = range(self.schedule.queries), range(self.schedule.queries, p.group)
         if p.exclusive:
@@ -211,17 +237,17 @@ class Kernel(RecurrenceKernel):
         state = self._load(row)
         if self.problem.exclusive:
             outputs = self._read(step, row, queries, state, outputs)
-        erase = self._scalar(self.erase, step.token, row)
-        key = self._scalar(self.k, step.token, row)
+        assert self.erase is not None
+        erase, key = self._scalar(self.erase, step, row), self._scalar(self.k, step, row)
         factors = step.factors
-        if self.decays is not None:
-            factors = [splat(get(self.decays, [step.n, row]), self.block_lanes)] * self.width
+        if "decay" in self.buffers:
+            factors = [splat(get(self.buffers["decay"], [step.n, row]), self.block_lanes)] * self.width
         for c in range(self.width):
             x = arith.mulf(factors[c], state[c]) if factors else state[c]
             state[c] = self.fma(key, step.values[c], self.fma(erase, step.predictions[c], x))
         if not self.problem.exclusive:
             outputs = self._read(step, row, queries, state, outputs)
-        predict = self._scalar(self.predict, step.following, row)
+        predict = self._scalar(self._predict, step, row)
         self._store(state, row)
         return [self.fma(predict, x, total) for x, total in zip(state, predictions, strict=True)] + list(
             outputs
@@ -237,7 +263,11 @@ class Kernel(RecurrenceKernel):
     ) -> list[ir.Value]:
         result = []
         for i, g in enumerate(queries):
-            q = splat(get(self.q, self.of_query(step.token, g, row)), self.block_lanes)
+            if "q" in self.buffers:
+                entry = get(self.buffers["q"], [step.n, g, row])
+            else:
+                entry = self.q.get(self.of_query(step.token, g, row))
+            q = splat(entry, self.block_lanes)
             sums = outputs[i * self.width : (i + 1) * self.width]
             result += [self.fma(q, x, total) for x, total in zip(state, sums, strict=True)]
         return result
@@ -260,17 +290,40 @@ class Kernel(RecurrenceKernel):
                 weight = splat(self.bonus_weight(step.token, g), self.block_lanes)
                 part = [self.fma(weight, v, o) for v, o in zip(step.values, part, strict=True)]
             for output, c in zip(part, self.columns, strict=True):
-                store(output, self.o, self.of_query(step.token, g, c))
+                if OUT in self.buffers:
+                    store(output, self.buffers[OUT], [step.n, g, c])
+                else:
+                    store(output, self.o, self.of_query(step.token, g, c))
 
-    # Decays
+    def _finish(self, n: ir.Value) -> None:
+        """Writes a step's outputs."""
+        token, columns = self.token(add(self.first, n)), pieces(self.problem.value_size, self.lanes)
 
-    def _prepare_decays(self, n: ir.Value) -> None:
-        """Leaves a step's factors of rows in scratch."""
-        token = self.token(add(self.first, n))
+        def query(g: Index) -> None:
+            outputs = lambda column, lanes: load(self.buffers[OUT], [n, g, column], lanes)  # noqa: E731
+            self.write(token, g, 0, columns, outputs)
+
+        self.each_query(query)
+
+    # What is computed for rows
+
+    def _prepare(self, n: ir.Value) -> None:
+        """Leaves in scratch what a step computes for rows."""
+        at = add(self.first, n)
+        token, following = self.token(at), self.later_token(at, 1)
 
         def tile(piece: Piece, row: ir.Value) -> None:
-            factor = self.factor(self.row_decay(token, row, piece.lanes))
-            store(factor, self.decays, [n, row])
+            for source in (self.k, self.erase, self.predict):
+                if source is not None and source.part.name in self.buffers:
+                    place = self.of_state(following if source == self.predict else token, row)
+                    store(source.load(place, piece.lanes), self.buffers[source.part.name], [n, row])
+            if "decay" in self.buffers:
+                store(self.factor(self.row_decay(token, row, piece.lanes)), self.buffers["decay"], [n, row])
+            if "q" in self.buffers:
+                self.each_query(lambda g: query(g, row, piece.lanes))
+
+        def query(g: Index, row: ir.Value, lanes: int) -> None:
+            store(self.q.load(self.of_query(token, g, row), lanes), self.buffers["q"], [n, g, row])
 
         each_tile(pieces(self.problem.key_size, self.lanes), tile)
 
@@ -280,7 +333,8 @@ class Kernel(RecurrenceKernel):
         if self.problem.decay_axis == "head":
             return [self.factor(self.row_decay(token, 0, lanes))] * self.width
         if self.problem.decay_axis == "value":
-            decays = [load(self.decay, self.of_state(token, c), lanes) for c in self.columns]
+            assert self.decay is not None
+            decays = [self.decay.load(self.of_state(token, c), lanes) for c in self.columns]
             return [self.factor(decay) for decay in decays]
         return []
 

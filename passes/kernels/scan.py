@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch_mlir import ir
-from torch_mlir.dialects import arith, func, memref, tensor, vector
+from torch_mlir.dialects import arith, func, memref, tensor
 
 from spikingbrain.passes import linalg_build as build
 from spikingbrain.passes.dialect_scans import PointwiseScan, dims
+from spikingbrain.passes.kernels.bodies import inlined, shaped, spread
 from spikingbrain.passes.kernels.builders import (
     add,
     ceil_div,
@@ -258,12 +259,12 @@ class _Kernel:
             spots = [self._moved(here, u * lanes) for u in range(vectors)]
             loaded = [
                 [
-                    _spread(fixed[i], lanes) if i in fixed else self._load(i, spot, t, lanes)
+                    spread(fixed[i], lanes) if i in fixed else self._load(i, spot, t, lanes)
                     for i, t in zip(read, time, strict=True)
                 ]
                 for spot in spots
             ]
-            made = [_inline(self.scan.body, values, lanes) for values in loaded]
+            made = [inlined(self.scan.body, values, lanes) for values in loaded]
             for spot, values in zip(spots, made, strict=True):
                 for k, value in enumerate(values):
                     when = None if k < self.carried else times[self.scanned + k - self.carried]
@@ -292,7 +293,7 @@ class _Kernel:
             element = ir.RankedTensorType(self.scan.op.results[i - self.operands].type).element_type
         if _width(element) == 1:
             zero = arith.constant(ir.IntegerType.get_signless(8), 0)
-            return arith.cmpi(arith.CmpIPredicate.ne, value, _spread(zero, lanes))
+            return arith.cmpi(arith.CmpIPredicate.ne, value, spread(zero, lanes))
         return value
 
     def _store(
@@ -304,39 +305,12 @@ class _Kernel:
         lanes: int,
     ) -> None:
         if _width(value.type) == 1:
-            value = arith.extui(_shaped(ir.IntegerType.get_signless(8), lanes), value)
+            value = arith.extui(shaped(ir.IntegerType.get_signless(8), lanes), value)
         where = self._where(i, at, time)
         if lanes == 1:
             put(value, self.memory[i], where)
         else:
             store(value, self.memory[i], where)
-
-
-def _inline(body: ir.Block, arguments: Sequence[ir.Value], lanes: int) -> list[ir.Value]:
-    """Emits the ops of a body on vectors of ``lanes`` elements, or on scalars for 1; returns what it yields."""
-    values = dict(zip(body.arguments, arguments, strict=True))
-    *ops, terminator = [op.operation for op in body.operations]
-    for op in ops:
-        operands = [values[v] for v in op.operands]
-        if op.name == "arith.constant":
-            made = [_spread(arith.constant(op.results[0].type, op.attributes["value"]), lanes)]
-        else:
-            types = [_shaped(r.type, lanes) for r in op.results]
-            made = list(ir.Operation.create(op.name, types, operands, _attributes(op)).results)
-        values.update(zip(op.results, made, strict=True))
-    return [values[v] for v in terminator.operands]
-
-
-def _attributes(op: ir.Operation) -> dict[str, ir.Attribute]:
-    return {name: op.attributes[name] for name in op.attributes}
-
-
-def _shaped(element: ir.Type, lanes: int) -> ir.Type:
-    return element if lanes == 1 else ir.VectorType.get([lanes], element)
-
-
-def _spread(value: ir.Value, lanes: int) -> ir.Value:
-    return value if lanes == 1 else vector.broadcast(ir.VectorType.get([lanes], value.type), value)
 
 
 def _width(type_: ir.Type) -> int:

@@ -60,3 +60,34 @@ func.func @double(%q: tensor<1x3x2x4xf64>, %v: tensor<1x3x2x6xf64>) -> (tensor<1
       : (tensor<1x3x2x4xf64>, tensor<1x3x2x4xf64>, tensor<1x3x2x6xf64>) -> (tensor<1x3x2x6xf64>, tensor<1x2x4x6xf64>)
   return %o, %t : tensor<1x3x2x6xf64>, tensor<1x2x4x6xf64>
 }
+
+#joint = affine_map<(b, t, h, c) -> (b, t, h * 8 + c)>
+#id = affine_map<(b, t, h, c) -> (b, t, h, c)>
+
+// What a recurrence computes around itself is part of its kernel, which reads each tensor once; without one, it becomes linalg.
+// CHECK-LABEL: func.func @fused(
+// CHECK-SAME:      %[[X:[a-z0-9]+]]: {{[^%]+}}, %[[V:[a-z0-9]+]]: {{[^%]+}})
+// CHECK-NOT:     linalg
+// CHECK:         "spikingbrain_control.launch"(%{{.+}}, %{{.+}}, %{{.+}}, %[[X]], %[[V]], %{{.+}}) {{.+}}tied = [-1, -1]
+// CHECK-NOT:     linalg
+// CHECK:         return
+// PORTABLE-LABEL: func.func @fused(
+// PORTABLE:         math.exp
+// PORTABLE-NOT:     fused_recurrence
+// PORTABLE:         return
+func.func @fused(%x: tensor<1x?x32xf32>, %v: tensor<1x?x4x16xf32>) -> (tensor<1x?x4x16xf32>, tensor<1x4x8x16xf32>) {
+  %o, %t = "spikingbrain_control.fused_recurrence"(%x, %x, %v) ({
+  ^bb0(%a: f32):
+    %b = math.exp %a : f32
+    "spikingbrain_control.yield"(%b) : (f32) -> ()
+  }, {
+  ^bb0(%a: f32):
+    "spikingbrain_control.yield"(%a) : (f32) -> ()
+  }, {
+  ^bb0(%a: f32):
+    "spikingbrain_control.yield"(%a) : (f32) -> ()
+  }) {decay_axis = "none", log_decay = false, exclusive = false, reverse = false, parts = ["q", "k", "v"],
+      maps = [#joint, #joint, #id]}
+      : (tensor<1x?x32xf32>, tensor<1x?x32xf32>, tensor<1x?x4x16xf32>) -> (tensor<1x?x4x16xf32>, tensor<1x4x8x16xf32>)
+  return %o, %t : tensor<1x?x4x16xf32>, tensor<1x4x8x16xf32>
+}

@@ -79,7 +79,7 @@ def test_unknown_pass(run: Opt) -> None:
     code, out, err = run(LINEAR, "-p", "raise-spirits")
     assert (code, out) == (2, "")
     assert err.startswith(
-        "error: unknown pass 'raise-spirits'\n  try: one of decompose-attention, fuse-recurrence, "
+        "error: unknown pass 'raise-spirits'\n  try: one of decompose-attention, fuse-into-recurrence, "
     )
 
 
