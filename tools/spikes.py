@@ -115,13 +115,13 @@ def _run(args: argparse.Namespace) -> int:
         check_new_folder(args.golden)
     progress = Progress(args.quiet)
     text, calibration = _text(args.text), None
+    budget = None if args.steps is None else Budget(args.steps, args.coding, args.remainder)
     loaded = named_models.load(args.model, named_models.ModelOptions(capacity=args.tokens), progress)
     words = Tokenizer.from_str(loaded.tokenizer)
     tokens = _tokens(words, text, args.tokens)
     model, state = loaded.model, loaded.entries["prefill"].args[1]
     if args.calibration is not None:
         calibration = [(_tokens(words, _text(args.calibration), args.tokens), state)]
-    budget = None if args.steps is None else Budget(args.steps, args.coding, args.remainder)
     report = spike(
         model,
         args.k,

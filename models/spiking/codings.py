@@ -114,8 +114,7 @@ class Budget:
     remainder: str = "exact"
 
     def __post_init__(self) -> None:
-        low, _ = held_range(self.coding, self.steps)
-        if self.steps < 1 or not low:
+        if self.steps < 1 or not all(held_range(self.coding, self.steps)):
             raise SpikingError(
                 f"a budget of {self.steps} steps in coding {self.coding!r}",
                 why="counts have both signs",

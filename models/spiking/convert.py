@@ -68,7 +68,12 @@ class SpikeReport:
         if self.replaced:
             worst = max(self.replaced, key=lambda r: r.error)
             lines.append(f"  largest error of rounded weights: {worst.error:.2%} in {worst.name}")
-        lines += [f"  left as it is: {name}, {reason}" for name, reason in self.kept.items()]
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.kept.items():
+            reasons.setdefault(reason, []).append(name)
+        for reason, names in reasons.items():
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            lines.append(f"  left as it is: {', '.join(names[:3])}{more}: {reason}")
         return "\n".join(lines)
 
 

@@ -95,7 +95,7 @@ def vectors(layer: SpikeLinear, x: Tensor, coding: str = DEFAULT) -> tuple[dict[
         "codes": layer.codes,
         "scale": layer.scale,
         "sums": sums.to(torch.int64),
-        "output": layer(x).float(),
+        "output": layer.forward(x).float(),  # without hooks: one of them may have called this
     }
     arrays |= {n: t.float() for n in ("bias", "channel_scale") if (t := getattr(layer, n)) is not None}
     about = {
