@@ -32,13 +32,21 @@ def events(seen: LayerCounts, coding: str = DEFAULT) -> Iterator[Tensor]:
     told = counts if coding in SIGNED else counts.abs()
     steps = steps_needed(told, coding)
     for token, (count, size) in enumerate(zip(counts, told, strict=True)):
-        # Two's complement repeats the sign bit up to the layer's last step; other trains end when they end.
-        train = encode(size, coding, steps if coding == "twos_complement" else None)
-        step, neuron = train.nonzero(as_tuple=True)
-        sign = train[step, neuron] if coding in SIGNED else count[neuron].sign()
-        yield torch.stack([torch.full_like(step, token), step, neuron, sign.to(step.dtype)], 1).to(
-            torch.int32
-        )
+        if coding in ("binary", "ternary"):
+            step, neuron = _unary(size.abs().to(torch.int64))
+        else:  # two's complement repeats the sign bit up to the layer's last step; other trains end when they end
+            train = encode(size, coding, steps if coding == "twos_complement" else None)
+            step, neuron = train.nonzero(as_tuple=True)
+        sign = torch.ones_like(step) if coding == "twos_complement" else count[neuron].sign().to(step.dtype)
+        yield torch.stack([torch.full_like(step, token), step, neuron, sign], 1).to(torch.int32)
+
+
+def _unary(sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns step and neuron of every spike of trains of ones, by step; the trains themselves may be too long to be made."""
+    neuron = torch.arange(len(sizes)).repeat_interleave(sizes)
+    step = torch.arange(len(neuron)) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    order = step.argsort(stable=True)
+    return step[order], neuron[order]
 
 
 def write_events(path: Path, inputs: Sequence[LayerCounts], coding: str = DEFAULT) -> int:

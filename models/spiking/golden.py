@@ -31,12 +31,13 @@ import torch
 from torch import Tensor, nn
 
 from spikingbrain.models.spiking.calibrate import watch_inputs
-from spikingbrain.models.spiking.codings import DEFAULT, SIGNED, budget, encode, step_weights
+from spikingbrain.models.spiking.codings import DEFAULT, SIGNED, budget, encode, step_weights, steps_needed
 from spikingbrain.models.spiking.errors import SpikingError
 from spikingbrain.models.spiking.files import new_folder
 from spikingbrain.models.spiking.linear import SpikeLinear
 
 FORMAT = 1
+LONGEST = 4096  # steps of a train that is written spike by spike
 
 
 def write_golden(model: nn.Module, calls: Iterable[Any], folder: Path, coding: str = DEFAULT) -> int:
@@ -75,6 +76,13 @@ def vectors(layer: SpikeLinear, x: Tensor, coding: str = DEFAULT) -> tuple[dict[
     counts, v = layer.counts(x)
     whole = counts.to(torch.int64)
     limit = layer.budget
+    steps = steps_needed(whole.abs(), coding)
+    if limit is None and steps > LONGEST:
+        raise SpikingError(
+            f"a train of {steps} steps",
+            why=f"vectors hold up to {LONGEST}",
+            hint="bitwise_ternary, or a budget of steps",
+        )
     if limit is not None:
         coding = limit.coding
         train, rest = budget(whole, coding, limit.steps)

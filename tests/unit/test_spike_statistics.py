@@ -291,6 +291,14 @@ def test_golden_vectors_say_how_the_output_comes_about(
         np.testing.assert_array_equal(z["output"], expected[name].numpy())
 
 
+def test_trains_of_many_thousand_steps_are_not_written(tmp_path: Path) -> None:
+    layer = static(2, 1, 0.5, 7)
+    layer.budget = None
+    with pytest.raises(SpikingError, match="a train of 20000 steps"):
+        write_golden(layer, [torch.tensor([[10_000.0, 0.0]])], tmp_path / "golden", "ternary")
+    assert write_golden(layer, [torch.tensor([[10_000.0, 0.0]])], tmp_path / "golden") == 1
+
+
 def test_golden_vectors_overwrite_nothing(model: Shared, tmp_path: Path) -> None:
     spiking.spike(model)
     (tmp_path / "golden").mkdir()
