@@ -85,14 +85,15 @@ def panels(groups: Mapping[str, Sequence[tuple[str, float]]], *, percent: bool) 
         pitch = (width - left) / len(group)
         every = next(e for e in (1, 2, 5, 10, 20, 50, 100, 1000) if e * pitch >= 22 or e == 1000)
         for i, (layer, value) in enumerate(group):
-            x, size = x0 + left + i * pitch, high * value / ticks[-1]
+            bar = min(pitch * 0.72, 60)
+            x, size = x0 + left + (i + 0.14) * pitch, high * value / ticks[-1]
             shown = f"{value:.1%}" if percent else f"{value:.3f}"
             out.append(
-                f'<rect class="bar" x="{x + pitch * 0.14:.1f}" y="{y0 + top + high - size:.1f}"'
-                f' width="{min(pitch * 0.72, 60):.1f}" height="{size:.1f}"><title>{escape(layer)}: {shown}</title></rect>'
+                f'<rect class="bar" x="{x:.1f}" y="{y0 + top + high - size:.1f}"'
+                f' width="{bar:.1f}" height="{size:.1f}"><title>{escape(layer)}: {shown}</title></rect>'
             )
             if i % every == 0:
-                out.append(_tick(x + min(pitch, 83) / 2, y0 + top + high + 15, f"{i}"))
+                out.append(_tick(x + bar / 2, y0 + top + high + 15, f"{i}"))
     return "".join([*out, "</svg>"])
 
 

@@ -42,8 +42,8 @@ svg { display: block; width: 100%; height: auto; margin: 6px 0; }
 .keys { white-space: nowrap; }
 .keys i { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin: 0 5px 0 12px; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: 13px; font-variant-numeric: tabular-nums; }
-th, td { padding: 4px 8px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+table { border-collapse: collapse; width: 100%; font-size: 12.5px; font-variant-numeric: tabular-nums; }
+th, td { padding: 4px 6px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child { text-align: left; }
 summary { cursor: pointer; margin: 8px 0; } dt { font-weight: 600; margin-top: 8px; } dd { margin: 0; color: var(--soft); }
 """
@@ -95,7 +95,7 @@ def _tiles(whole: Statistics) -> str:
         (f"{whole.largest}", "largest |s|"),
         (f"{whole.sparsity['needed_steps']:.1%}", "sparsity over needed steps"),
         (f"{whole.sparsity['window']:.1%}", "sparsity in 3 steps"),
-        (f"{energy['spikes'] / 1e6:.2f} µJ", "additions of a token"),
+        (_joules(energy["spikes"]), "additions of a token"),
         (f"{MINUS}{1 - energy['spikes'] / energy['fp16']:.1%}", "energy against FP16 MACs"),
     ]
     return (
@@ -103,6 +103,14 @@ def _tiles(whole: Statistics) -> str:
         + "".join(f'<div class="tile"><b>{b}</b><span>{t}</span></div>' for b, t in tiles)
         + "</div>"
     )
+
+
+def _joules(picojoules: float) -> str:
+    """Returns an energy in a unit that suits it."""
+    for size, unit in ((1e6, "µJ"), (1e3, "nJ")):
+        if picojoules >= size:
+            return f"{picojoules / size:.2f} {unit}"
+    return f"{picojoules:.2f} pJ"
 
 
 def _histogram(whole: Statistics, most: int = 16) -> str:
@@ -146,7 +154,7 @@ def _by_kind(
     for part in parts:
         kind = ", ".join(name.rpartition(".")[2] for name in part.layers)
         groups.setdefault(kind, []).append((part.layers[0], value(part)))
-    if len(groups) > 12:  # no repeating blocks
+    if len(groups) > 12 or all(len(group) == 1 for group in groups.values()):  # no repeating blocks
         return {"layers in order": [entry for group in groups.values() for entry in group]}
     return groups
 
