@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -27,11 +27,12 @@ from spikingbrain.passes.elementwise import (
     elements,
     emit,
 )
-from spikingbrain.passes.kernels.recurrence import blocks_of
+from spikingbrain.passes.kernels.recurrence import blocks_of, size_of
 from spikingbrain.passes.kernels.recurrence_base import Problem, problem_of
 from spikingbrain.passes.scan_axes import GENERIC
 from spikingbrain.target import Target
 
+RECURRENCE = "spikingbrain.linear_recurrence"
 MOST_OPS = 64  # in one body: its values are to fit the registers
 MOST_CANDIDATES = 64  # ops behind a recurrence among which the last one to fuse is looked for
 
@@ -58,7 +59,7 @@ class FuseIntoRecurrence:
     def run(self, module: ir.Module, context: PassContext) -> None:
         if not context.target.vector_bits:
             return
-        for op in torch_ir.operations(module, "spikingbrain.linear_recurrence"):
+        for op in torch_ir.operations(module, RECURRENCE):
             try:
                 problem = problem_of(op.opview)
                 blocks_of(problem, context.target)
@@ -139,9 +140,24 @@ class Fusion:
                 y = tensor.CollapseShapeOp(last.type, y, groups).result
         last.replace_all_uses_with(y)
         recurrence.final_state.replace_all_uses_with(fused.final_state)
+        in_front = [(read.value, read.map) for part in parts if part.name in OPERANDS for read in part.reads]
         for dead in self.inside:  # users first, the recurrence among them
+            if dead.name == RECURRENCE:
+                _ask_others(dead, lambda axis: size_of(in_front, y_type, axis))
+            elif dead.name == GENERIC:
+                _ask_others(dead, lambda axis, of=dead: build.size(of.operands[len(of.operands) - 1], axis))
             if all(not list(r.uses) for r in dead.results):
                 dead.erase()
+
+
+def _ask_others(op: ir.Operation, size: Callable[[int], ir.Value]) -> None:
+    """Asks others for the sizes of an op's first result, so that it can go."""
+    for user in [use.owner.operation for use in op.results[0].uses]:
+        axis = torch_ir.defining(user.operands[1], "arith.constant") if user.name == "tensor.dim" else None
+        if axis is not None:
+            with ir.InsertionPoint(user), user.location:
+                user.results[0].replace_all_uses_with(size(axis.attributes["value"].value))
+            user.erase()
 
 
 class _Surroundings:
