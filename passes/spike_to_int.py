@@ -46,7 +46,11 @@ class SpikeToInt:
                 y = _kernel(op, dot, context.target, encoded) if dot and not reason else _linalg(op, context)
             op.results[0].replace_all_uses_with(y)
             context.record(self, "lowered", op, f"linalg: {reason}" if reason else "kernel")
+            stored = [parameters.parameter(value) for value in op.operands]
             op.erase()
+            for parameter in {hash(p): p for p in stored if p}.values():
+                if not list(parameter.results[0].uses):  # only its packed form is to be kept
+                    parameter.erase()
         for op in torch_ir.operations(module, "spikingbrain.spike_encode"):
             if any(list(result.uses) for result in op.results):
                 with ir.InsertionPoint(op), op.location:

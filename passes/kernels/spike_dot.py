@@ -8,6 +8,7 @@ row and adds to i32 accumulators, without saturation. Sums are right modulo 2**3
 * ``sdot`` takes 4 signed bytes.
 * ``pmaddwd``, and VNNI's ``vpdpwssd``, take 2 words of 16 bits. The sum of two products of words fits 32 bits unless all four are
   -32768, which no count is.
+* Elsewhere on AArch64, two products of words: the code generator makes ``smlal`` of them.
 
 Nibbles are stored with an offset of 8 everywhere: zero extension is cheaper than sign extension.
 """
@@ -30,7 +31,7 @@ class Dot:
     """How one target multiplies counts with codes of ``bits`` bits.
 
     Attributes:
-        intrinsic: LLVM's name of the instruction.
+        intrinsic: LLVM's name of the instruction; empty for plain multiplications.
         accumulates: whether the instruction adds to its first operand.
         lanes: columns in a vector.
         width: neighbouring channels that one step takes, as bytes (4) or words (2).
@@ -115,9 +116,18 @@ class Dot:
         return vector.bitcast(self._operand_type(), splat(packed, self.lanes))
 
     def multiply_add(self, sums: ir.Value, weights: ir.Value, counts: ir.Value) -> ir.Value:
+        if not self.intrinsic:
+            return self._add_products(sums, weights, counts)
         if self.accumulates:
             return _call(self.intrinsic, sums.type, [sums, weights, counts])
         return arith.addi(sums, _call(self.intrinsic, sums.type, [weights, counts]))
+
+    def _add_products(self, sums: ir.Value, weights: ir.Value, counts: ir.Value) -> ir.Value:
+        for part in range(self.width):
+            every = list(range(part, self.lanes * self.width, self.width))
+            a, b = (arith.extsi(sums.type, vector.shuffle(v, v, every)) for v in (weights, counts))
+            sums = arith.addi(sums, arith.muli(a, b))
+        return sums
 
     def _operand_type(self) -> ir.VectorType:
         return ir.VectorType.get([self.lanes * self.width], self.element)
@@ -134,10 +144,10 @@ def choose(target: Target, bits: int) -> Dot | None:
     if not vector_bits:
         return None
     if target.arch == "aarch64":
-        if "dotprod" not in features or bits == 16:
-            return None
         offset = NIBBLE_OFFSET if bits == 4 else 0
-        return Dot("llvm.aarch64.neon.sdot.v4i32.v16i8", True, 4, 4, bits, offset, 6, 4)
+        if "dotprod" in features and bits != 16:
+            return Dot("llvm.aarch64.neon.sdot.v4i32.v16i8", True, 4, 4, bits, offset, 6, 4)
+        return Dot("", False, 4, 2, bits, offset, 4, 4)
     if target.arch != "x86-64":
         return None
     lanes = vector_bits // 32

@@ -12,6 +12,7 @@ from torch_mlir import ir
 from spikingbrain.backend_iree.dispatch import wrap_kernels
 from spikingbrain.passes import dialect, pipeline, recipes
 from spikingbrain.passes.base import PassContext
+from spikingbrain.passes.parameters import StoredTensor
 from spikingbrain.passes.spike_to_int import SpikeToInt
 from spikingbrain.passes.weights_to_arguments import WeightsToArguments
 from spikingbrain.target import Target
@@ -103,12 +104,17 @@ def linear(x: Array, weights: dict[str, Array], bias: bool) -> tuple[Array, Arra
 
 def programs(cases: dict[str, Case], target: Target) -> dict[str, Callable[[Array, dict[str, Array]], Array]]:
     """Compiles a program for each case; it takes x and the model's weights."""
-    compiled, stored = compile_text("".join(case.function(name) for name, case in cases.items()), target)
+    from iree import runtime
+
+    code, stored = compile_cases(cases, target)
+    config = runtime.Config("local-sync")
+    system = runtime.SystemContext(config=config)
+    system.add_vm_module(runtime.VmModule.copy_buffer(config.vm_instance, code))
+    compiled = system.modules.module
 
     def program(name: str) -> Callable[[Array, dict[str, Array]], Array]:
         def run(x: Array, weights: dict[str, Array]) -> Array:
-            made = [recipes.apply(s.recipe, [weights[n] for n in s.sources]) for s in stored[name]]
-            result: Array = compiled[name](x, *made).to_host()
+            result: Array = compiled[name](x, *packed(stored[name], weights)).to_host()
             return result
 
         return run
@@ -116,31 +122,31 @@ def programs(cases: dict[str, Case], target: Target) -> dict[str, Callable[[Arra
     return {name: program(name) for name in cases}
 
 
-def lower(module: ir.Module, target: Target) -> PassContext:
-    context = PassContext(target)
-    pipeline.run([SpikeToInt(), WeightsToArguments()], module, context)
-    pipeline.check_lowered(module)
-    pipeline.clean(module)
-    return context
+def packed(stored: Sequence[StoredTensor], weights: dict[str, Array]) -> list[Array]:
+    """Returns a model's weights as a program takes them."""
+    return [recipes.apply(s.recipe, [weights[n] for n in s.sources]) for s in stored]
 
 
-def compile_text(text: str, target: Target, flags: Sequence[str] = ()) -> tuple[Any, dict[str, list[Any]]]:
-    """Returns the compiled functions and, for each, the stored tensors that are its further arguments."""
-    from iree import runtime
+def compile_cases(
+    cases: dict[str, Case], target: Target, flags: Sequence[str] = ()
+) -> tuple[bytes, dict[str, list[StoredTensor]]]:
+    """Returns IREE's module of the cases and, for each, the stored tensors that it takes behind x."""
     from iree.compiler import tools
 
+    text = "".join(case.function(name) for name, case in cases.items())
     with dialect.load(), ir.Location.unknown():
         module = ir.Module.parse(text)
-        context = lower(module, target)
+        context = PassContext(target)
+        pipeline.run([SpikeToInt(), WeightsToArguments()], module, context)
+        pipeline.check_lowered(module)
+        pipeline.clean(module)
         wrap_kernels(module)
+        features = ",".join(f"+{feature}" for feature in sorted(target.features))
         flags = [
             f"--iree-llvmcpu-target-cpu={target.cpu}",
-            f"--iree-llvmcpu-target-cpu-features={','.join(f'+{f}' for f in sorted(target.features))}",
+            f"--iree-llvmcpu-target-cpu-features={features}",
             "--iree-input-demote-f64-to-f32=false",
             *flags,
         ]
         code = tools.compile_str(str(module), target_backends=["llvm-cpu"], extra_args=flags)
-    config = runtime.Config("local-sync")
-    system = runtime.SystemContext(config=config)
-    system.add_vm_module(runtime.VmModule.copy_buffer(config.vm_instance, code))
-    return system.modules.module, context.weight_arguments
+    return code, context.weight_arguments

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,13 @@ pytest.importorskip("iree.runtime")
 
 import spike_cases
 from spike_cases import Array, Case
+from torch_mlir import ir
 
+from spikingbrain.backend_iree import cpu
+from spikingbrain.passes import dialect, pipeline
+from spikingbrain.passes.base import PassContext
+from spikingbrain.passes.kernels.spike_dot import choose
+from spikingbrain.passes.spike_to_int import SpikeToInt
 from spikingbrain.target import Target
 
 V3_FEATURES = frozenset({"avx", "avx2", "fma"})
@@ -26,7 +33,12 @@ def _x86(name: str, cpu: str, features: frozenset[str], bits: int, registers: in
 
 
 VNNI = _x86("avx512-vnni", "x86-64-v4", V4_FEATURES | {"avx512vnni"}, 512, 32)
-TARGETS = [PORTABLE, VNNI]
+V4 = _x86("avx512", "x86-64-v4", V4_FEATURES, 512, 32)
+# AVX-VNNI has the same instruction in an encoding of its own, which processors with AVX-512 may lack
+VNNI_256 = _x86("vnni-256", "x86-64-v4", V4_FEATURES | {"avx512vnni"}, 256, 16)
+V3 = _x86("avx2", "x86-64-v3", V3_FEATURES, 256, 16)
+V2 = _x86("sse", "x86-64-v2", frozenset(), 128, 16)
+TARGETS = [PORTABLE, VNNI, V3, *(pytest.param(t, marks=pytest.mark.slow) for t in (V4, VNNI_256, V2))]
 
 CASES = {
     "odd": Case(37, 70),
@@ -42,11 +54,18 @@ CASES = {
     "wide_codes": Case(320, 48, bits=16, bias=True),
     "wide_codes_grouped": Case(256, 70, groups=2, bits=16),
     "wide_codes_row": Case(512, 65, groups=4, bits=16, rows=1),
+    "long": Case(18944, 17),
+    "long_nibbles": Case(18944, 5, bits=4),
+    "long_wide_codes": Case(18944, 9, bits=16),
 }
+SHORT = [name for name, case in CASES.items() if case.k < 1000]
 
 
 @pytest.fixture(scope="module", params=TARGETS, ids=lambda target: target.name)
 def compiled(request: pytest.FixtureRequest) -> Any:
+    missing = request.param.features - cpu.features()
+    if missing or cpu.architecture() != "x86-64":
+        pytest.skip(f"this processor has no {', '.join(sorted(missing)) or 'x86-64 code'}")
     return spike_cases.programs(CASES, request.param)
 
 
@@ -74,7 +93,7 @@ def outliers(rng: np.random.Generator, m: int, k: int, size: float) -> Array:
     return np.where(rng.random((m, k)) < 0.01, x * size, x)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SHORT)
 def test_numbers_of_rows(compiled: Any, name: str) -> None:
     rng = np.random.default_rng(0)
     case = CASES[name]
@@ -118,3 +137,65 @@ def test_one_hot_rows(compiled: Any, name: str) -> None:
     rows = np.eye(case.k)[:: max(1, case.k // 7)]
     for part in [rows, -rows] if case.rows is None else rows[:, None]:
         check(compiled, name, part)
+
+
+@pytest.mark.parametrize("name", ["long", "long_nibbles", "long_wide_codes"])
+def test_sums_at_their_bounds(compiled: Any, name: str) -> None:
+    """Extreme codes under the largest sums of counts, (k + 1/2) K, those of 16 bits beyond i32."""
+    case = CASES[name]
+    high = spike_cases.LARGEST[case.bits]
+    weights = case.weights(np.random.default_rng(0))
+    weights["w"][::2], weights["w"][1::2] = -high - 1, high
+    # three of four values round 3.5 up to 4, the fourth 1.5 to 2: on average 3 thresholds, and 3.5 counts
+    halves = np.where(np.arange(case.k) % 4, 3.5, 1.5)
+    ones, hot, hundreds = np.ones(case.k), np.zeros(case.k), np.zeros(case.k)
+    hot[5], hundreds[::99] = 1, 1
+    x = np.stack([halves, -halves, ones, -ones, hot, -hundreds]).astype(np.float32)
+    got, (expected, _) = compiled[name](x, weights), spike_cases.linear(x, weights, case.bias)
+    counts, _ = spike_cases.encode(x)
+    assert np.abs(counts[0]).sum() == 3.5 * case.k and np.abs(counts).max() > 32767
+    np.testing.assert_array_equal(got, expected)
+
+
+def lowered(text: str, target: Target) -> tuple[str, list[str]]:
+    """Returns the module after spike-to-int, and the pass's remarks."""
+    with dialect.load(), ir.Location.unknown():
+        module = ir.Module.parse(text)
+        context = PassContext(target)
+        pipeline.run([SpikeToInt()], module, context)
+        return str(module), [record.reason for record in context.records]
+
+
+def test_projections_of_one_input_share_its_counts() -> None:
+    one, two = (Case(64, n).function("f").splitlines() for n in (32, 48))
+    linear = [
+        line for line in two[2:-2] if "spike_encode" not in line and "(tensor<?x64xf32>) -> (" not in line
+    ]
+    text = "\n".join([*one[:-2], *(re.sub(r"%(w|s|y)", r"%\1_2", line) for line in linear), *one[-2:]])
+    module, _ = lowered(text, VNNI)
+    assert module.count("callee = @spike_encode") == 1
+    assert module.count("callee = @spike_linear") == 2
+
+
+@pytest.mark.parametrize(
+    ("case", "target", "reason"),
+    [
+        (Case(64, 32), VNNI, "kernel"),
+        (Case(64, 32), PORTABLE, "linalg: the target has no dot products of such integers"),
+        (Case(12, 20, groups=4), VNNI, "linalg: groups of 3 channels; a step takes 4"),
+        (Case(24, 20, groups=2, bits=4), VNNI, "linalg: groups of 12 channels; a step takes 8"),
+        (Case(70000, 20), VNNI, "linalg: 70000 channels; sums may exceed 32 bits"),
+    ],
+)
+def test_which_form_is_taken(case: Case, target: Target, reason: str) -> None:
+    module, reasons = lowered(case.function("f"), target)
+    assert reasons[0] == reason
+    assert ("spikingbrain_control.launch" in module) == (reason == "kernel")
+
+
+def test_avx_vnni_compiles() -> None:
+    """The processors that have it are not those that test: the numbers are those of vnni-256."""
+    target = _x86("avx-vnni", "x86-64-v3", V3_FEATURES | {"avxvnni"}, 256, 16)
+    assert choose(target, 8) == choose(VNNI_256, 8)
+    code, _ = spike_cases.compile_cases({"f": Case(64, 32)}, target)
+    assert code
