@@ -15,6 +15,7 @@ __all__ = [
     "export",
     "load",
     "refresh",
+    "spike",
     "targets",
 ]
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from spikingbrain.artifact import Artifact
     from spikingbrain.frontend.capture import Entry
     from spikingbrain.frontend.dynamo.explain import Explanation
+    from spikingbrain.models.spiking import spike
     from spikingbrain.program import Program
 
 _HOMES = {
@@ -35,6 +37,7 @@ _HOMES = {
     "export": "spikingbrain.api",
     "load": "spikingbrain.api",
     "refresh": "spikingbrain.api",
+    "spike": "spikingbrain.models.spiking",
     "targets": "spikingbrain.api",
 }
 

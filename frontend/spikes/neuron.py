@@ -69,10 +69,13 @@ def number(value: Any) -> float | None:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     value = through(value)
-    if isinstance(value, fx.Node) and name_of(value) in ("full", "scalar_tensor"):
-        filled = value.args[1] if name_of(value) == "full" else value.args[0]
-        return float(filled) if isinstance(filled, (int, float)) else None
-    return None
+    if not isinstance(value, fx.Node):
+        return None
+    place = {"full": 1, "new_full": 2, "full_like": 1, "scalar_tensor": 0}.get(name_of(value))
+    if value.target is torch.tensor:
+        place = 0
+    filled = value.args[place] if place is not None and place < len(value.args) else None
+    return float(filled) if isinstance(filled, (int, float)) and not isinstance(filled, bool) else None
 
 
 def rounded(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:

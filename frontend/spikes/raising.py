@@ -233,9 +233,10 @@ class _Raiser:
         result.replace_all_uses_with(made)
 
     def _encode(self, emit: Emitter, neuron: Neuron) -> tuple[fx.Node, fx.Node]:
-        key = (neuron.x, neuron.axis, neuron.k, neuron.lower, neuron.upper)
+        root = through(neuron.x, shapes=False)
+        key = (root, neuron.axis, neuron.k, neuron.lower, neuron.upper)
         if key not in self.encoded:
-            x = neuron.x
+            x = root if root.meta["val"].dtype == torch.float32 else neuron.x
             if neuron.axis != x.meta["val"].ndim - 1:
                 x = emit.op(aten.movedim.int, x, neuron.axis, -1)
             if self.training:

@@ -1,0 +1,323 @@
+"""Spiking projections in the ways that people write them, through both doors; and what only looks like one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import spikingbrain
+from spikingbrain.frontend.dynamo import report
+from spikingbrain.models import spiking
+from spikingbrain.models.spiking import SpikeLinear, SpikeLinearTraining
+
+C, N, K = 64, 24, 3.0
+Call = Callable[["Layer", Tensor], Tensor]
+
+
+class Layer(nn.Module):
+    """Weights in all the shapes that forms ask for, and one form."""
+
+    def __init__(self, form: Call, group: int = 16):
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.form = form
+        self.weight = nn.Parameter(torch.randn(N, C, generator=generator) / 8)
+        self.bias = nn.Parameter(torch.randn(N, generator=generator))
+        codes, scale = spiking.quantise_weight(self.weight.detach(), group)
+        self.register_buffer("scales", scale.unsqueeze(-1))
+        self.register_buffer("codes", codes)
+        whole, row = spiking.quantise_weight(self.weight.detach())
+        self.register_buffer("whole", whole)
+        self.register_buffer("row", row)
+        self.register_buffer("other", torch.randn(N, C, generator=generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.form(self, x)
+
+
+def threshold(x: Tensor, dim: int = -1) -> Tensor:
+    return (x.abs().mean(dim, keepdim=True) / K).clamp(1e-5, 1e4)
+
+
+def told(x: Tensor) -> Tensor:
+    v = threshold(x)
+    return torch.round(x / v) * v
+
+
+def grouped(m: Layer) -> Tensor:
+    w = m.weight.view(N, -1, C // m.scales.shape[1])
+    return (torch.round(w / m.scales) * m.scales).view(N, C)
+
+
+def published(m: Layer, x: Tensor) -> Tensor:
+    return F.linear(told(x), grouped(m), m.bias)
+
+
+def by_row(m: Layer, x: Tensor) -> Tensor:
+    return F.linear(told(x), torch.round(m.weight / m.row) * m.row)
+
+
+def stored_codes(m: Layer, x: Tensor) -> Tensor:
+    return F.linear(told(x), m.whole.float() * m.row, m.bias)
+
+
+def integers(m: Layer, x: Tensor) -> Tensor:
+    v = threshold(x)
+    counts = torch.round(x / v).to(torch.int32)
+    return (counts @ m.whole.to(torch.int32).T).float() * m.row.squeeze(1) * v + m.bias
+
+
+def products(m: Layer, x: Tensor) -> Tensor:
+    v = threshold(x)
+    return torch.einsum("btc,nc->btn", torch.round(x / v), m.whole.float()) * v * m.row.T
+
+
+def sums(m: Layer, x: Tensor) -> Tensor:
+    v = torch.clamp_max(torch.clamp_min(x.abs().sum(-1, keepdim=True) / (K * C), 1e-5), 1e4)
+    return F.linear((x / v).round() * v, m.whole.float() * m.row)
+
+
+def norms(m: Layer, x: Tensor) -> Tensor:
+    v = torch.linalg.vector_norm(x, 1, -1, keepdim=True).mul(1 / (K * C)).clamp(min=1e-5)
+    return F.linear(v * torch.round(x / v), m.whole.float() * m.row)
+
+
+def maximum(m: Layer, x: Tensor) -> Tensor:
+    v = torch.maximum(x.abs().mean(dim=-1), x.new_full((), 3e-5)).unsqueeze(-1) / K
+    return F.linear(torch.round(x / v) * v, m.whole.float() * m.row)
+
+
+def straight_through(m: Layer, x: Tensor) -> Tensor:
+    return F.linear(x + (told(x) - x).detach(), m.weight + (grouped(m) - m.weight).detach(), m.bias)
+
+
+def channels_first(m: Layer, x: Tensor) -> Tensor:
+    x = x.transpose(1, 2).contiguous()  # [B, C, T]
+    v = threshold(x, 1)
+    return (m.whole.float() * m.row) @ (torch.round(x / v) * v) + m.bias[:, None]
+
+
+def with_counts(m: Layer, x: Tensor) -> Tensor:
+    v = threshold(x)
+    counts = torch.round(x / v)
+    return torch.cat((F.linear(counts * v, grouped(m)), counts), -1)
+
+
+FORMS: list[Call] = [
+    published, by_row, stored_codes, integers, products, sums, norms, maximum, straight_through, channels_first,
+    with_counts,
+]  # fmt: skip
+
+
+def layers() -> dict[str, nn.Module]:
+    linear = nn.Linear(C, N)
+    scale = torch.rand(C) + 0.5
+    return {
+        **{form.__name__: Layer(form) for form in FORMS},
+        "SpikeLinear": SpikeLinear.of(linear),
+        "SpikeLinear of groups": SpikeLinear.of(linear, group_size=32),
+        "SpikeLinear of 4 bits": SpikeLinear.of(linear, bits=4),
+        "SpikeLinear, scaled channels": SpikeLinear.of(linear, channel_scale=scale),
+        "SpikeLinear, wide codes": SpikeLinear.of(linear, scale=torch.full((N, 1), 5e-4)),
+        "SpikeLinear, int16": SpikeLinear.of(nn.Linear(C, N), scale=torch.full((N, 1), 1e-4)),
+    }
+
+
+def rows() -> Tensor:
+    """Usual rows, one with a channel that no byte holds, one whose threshold is clamped, and one of zeros."""
+    x = torch.randn(2, 5, C, generator=torch.Generator().manual_seed(3))
+    x[0, 1, 7] = 900.0
+    x[1, 0] *= 1e-7
+    x[1, 2] = 0.0
+    return x
+
+
+def compiled(model: nn.Module, x: Tensor) -> tuple[Any, list[dict[str, Any]]]:
+    torch._dynamo.reset()
+    with report.collect_found() as found:
+        y = torch.compile(model, backend="spikingbrain")(x)
+    return y, [s.to_dict() for s in found.spikes]
+
+
+def close(actual: Any, wanted: Tensor) -> None:
+    torch.testing.assert_close(
+        torch.as_tensor(actual), wanted, rtol=2e-5, atol=2e-5 * float(wanted.abs().max())
+    )
+
+
+@pytest.mark.parametrize("name", layers())
+@torch.no_grad()
+def test_a_form_becomes_integers(name: str) -> None:
+    model, x = layers()[name], rows()
+    y, spikes = compiled(model, x)
+    assert [(s["status"], s["inputs"], s["outputs"], s["k"]) for s in spikes] == [("raised", C, N, 3.0)], (
+        spikes
+    )
+    close(y, model(x))
+
+
+@pytest.mark.parametrize("name", ["published", "integers", "channels_first", "SpikeLinear of groups"])
+def test_a_form_is_exported_for_every_length(name: str, tmp_path: Path) -> None:
+    model, length = layers()[name], torch.export.Dim("T", min=1, max=512)
+    entry = spikingbrain.Entry((rows(),), {}, {"x": {1: length}})
+    artifact = spikingbrain.export(model, {"main": entry}, tmp_path / "m.sbrain")
+    (spike,) = artifact.manifest["entries"]["main"]["spikes"]
+    assert spike["status"] == "raised", spike
+    program = spikingbrain.load(tmp_path / "m.sbrain")
+    for steps in (1, 5, 33):
+        x = torch.randn(2, steps, C)
+        with torch.no_grad():
+            close(np.asarray(program.main(x.numpy())), model(x))
+
+
+@torch.no_grad()
+def test_one_input_is_encoded_once() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.projections = nn.ModuleList(SpikeLinear.of(nn.Linear(C, N), group_size=16) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([p(x) for p in self.projections], -1)
+
+    model, x = Attention(), rows()
+    torch._dynamo.reset()
+    explanation = spikingbrain.explain(model, x)
+    assert [s["status"] for s in explanation.to_dict()["spikes"]] == ["raised"] * 3
+    ops = [op for region in explanation.regions for op in region.ops]
+    assert ops.count("spike_encode") == 1 and ops.count("spike_linear") == 3
+    close(torch.compile(model, backend="spikingbrain")(x), model(x))
+
+
+# What only looks like it
+
+
+def floor(m: Layer, x: Tensor) -> Tensor:
+    v = threshold(x)
+    return F.linear(torch.floor(x / v) * v, grouped(m))
+
+
+def signed_mean(m: Layer, x: Tensor) -> Tensor:
+    v = (x.mean(-1, keepdim=True) / K).clamp(1e-5, 1e4)
+    return F.linear(torch.round(x / v) * v, grouped(m))
+
+
+def saturated(m: Layer, x: Tensor) -> Tensor:
+    v = threshold(x)
+    return F.linear(torch.round(x / v).clamp(-7, 7) * v, grouped(m))
+
+
+def float_weights(m: Layer, x: Tensor) -> Tensor:
+    return F.linear(told(x), m.weight)
+
+
+def mixed_weights(m: Layer, x: Tensor) -> Tensor:
+    return F.linear(told(x), grouped(m) + m.other)
+
+
+def other_threshold(m: Layer, x: Tensor) -> Tensor:
+    v = threshold(x.flip(-1) ** 2)
+    return F.linear(torch.round(x / v) * v, grouped(m))
+
+
+def of_all_tokens(m: Layer, x: Tensor) -> Tensor:
+    v = (x.abs().mean((-2, -1), keepdim=True) / K).clamp(1e-5, 1e4)
+    return F.linear(torch.round(x / v) * v, grouped(m))
+
+
+def twice(m: Layer, x: Tensor) -> Tensor:
+    v = threshold(x)
+    return F.linear(torch.round(x / v) * v, grouped(m)) * v
+
+
+def reciprocal(m: Layer, x: Tensor) -> Tensor:
+    v = threshold(x)
+    return F.linear(torch.round(x * (1 / v)) * v, grouped(m))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [floor, signed_mean, saturated, float_weights, mixed_weights, other_threshold, of_all_tokens, reciprocal],
+    ids=lambda f: f.__name__,
+)
+@torch.no_grad()
+def test_what_only_looks_like_it_stays(form: Call) -> None:
+    model, x = Layer(form), rows()[:1].clamp(-3, 3)
+    y, spikes = compiled(model, x)
+    assert all(s["status"] == "float" and s["reason"] for s in spikes), spikes
+    close(y, model(x))
+
+
+@torch.no_grad()
+def test_what_follows_a_projection_is_not_taken_into_it() -> None:
+    model, x = Layer(twice), rows()[:1].clamp(-3, 3)
+    y, spikes = compiled(model, x)
+    assert [s["status"] for s in spikes] == ["raised"]
+    close(y, model(x))
+
+
+# Weights that change, and training
+
+
+@torch.no_grad()
+def test_weights_may_change_after_compilation() -> None:
+    torch._dynamo.reset()
+    model, x = Layer(published), rows()
+    fast = torch.compile(model, backend="spikingbrain")
+    close(fast(x), model(x))
+    model.weight.mul_(-0.5)
+    model.scales.mul_(0.5)
+    close(fast(x), model(x))
+
+
+@pytest.mark.parametrize("form", [straight_through, published], ids=lambda f: f.__name__)
+def test_gradients_are_eagers(form: Call) -> None:
+    torch._dynamo.reset()
+    x = rows().clamp(-3, 3)
+
+    def gradients(call: Callable[[Tensor], Tensor], model: Layer) -> list[Tensor]:
+        model.zero_grad()
+        leaf = x.clone().requires_grad_()
+        call(leaf).square().sum().backward()
+        return [t.grad.clone() for t in (leaf, model.weight, model.bias) if t.grad is not None]
+
+    model = Layer(form)
+    with report.collect_found() as found:
+        got = gradients(torch.compile(model, backend="spikingbrain"), model)
+    assert [s.status for s in found.spikes] == ["raised"]
+    wanted = gradients(model, model)
+    assert len(got) == len(wanted)
+    for actual, expected in zip(got, wanted, strict=True):
+        close(actual, expected)
+
+
+def test_a_spiking_model_trains_as_in_eager() -> None:
+    torch._dynamo.reset()
+
+    def losses(compile_it: bool) -> list[float]:
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            SpikeLinearTraining(16, 32, group_size=8), nn.GELU(), SpikeLinearTraining(32, 4)
+        )
+        call = torch.compile(model, backend="spikingbrain") if compile_it else model
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        x, y = torch.randn(64, 16), torch.randn(64, 4)
+        found = []
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss = F.mse_loss(call(x), y)
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        return found
+
+    eager, fast = losses(False), losses(True)
+    assert eager[-1] < 0.8 * eager[0]
+    np.testing.assert_allclose(fast, eager, rtol=2e-2)
