@@ -14,7 +14,7 @@ import numpy as np
 
 from spikingbrain.backend_iree import SCOPE
 from spikingbrain.backend_iree.backend import IreeOptions
-from spikingbrain.errors import CallError, CorruptArtifact
+from spikingbrain.errors import CallError, CorruptArtifact, SpikingBrainError, TargetError
 
 Array = np.ndarray[Any, Any]
 _ELEMENTS = {
@@ -85,7 +85,12 @@ class IreeExecutable:
             raise CorruptArtifact(
                 "the code of the artifact does not load", why=str(error).splitlines()[0]
             ) from error
-        self._context = rt.VmContext(self._instance, modules=[*modules, compiled])
+        try:
+            self._context = rt.VmContext(self._instance, modules=[*modules, compiled])
+        except (ValueError, RuntimeError) as error:
+            raise TargetError(
+                f"the {driver} device does not take the artifact's code", why=_reason(error)
+            ) from error
         self._functions = {
             name: compiled.lookup_function(name) for name in compiled.function_names if "$" not in name
         }
@@ -120,8 +125,13 @@ class IreeExecutable:
                     inputs.push_float(argument)
                 else:
                     push(argument)
-            with self._lock:
-                self._context.invoke(self._functions[entry], inputs, outputs)
+            try:
+                with self._lock:
+                    self._context.invoke(self._functions[entry], inputs, outputs)
+            except RuntimeError as error:
+                if self._local:  # what the program itself asserts
+                    raise
+                raise _failed(entry, error) from error
             get = outputs.get_as_object
             count = outputs.size
             return [get(0, _View)] if count == 1 else [get(i, _View) for i in range(count)]
@@ -157,6 +167,23 @@ class IreeExecutable:
         self._device.queue_copy(source, staging, rt.HalFence.create_at(semaphore, 0), done)
         done.wait()
         return staging
+
+
+# What IREE 3.13 says on Vulkan of a tensor without elements, and of a loop that makes no turn.
+_NOTHING = ("resolved to an empty buffer range", "has already been queued for deallocation")
+
+
+def _failed(entry: str, error: RuntimeError) -> SpikingBrainError:
+    hint = "IREE runs no empty tensors and no loops of no step there: give it more steps, or another target"
+    nothing = any(text in str(error) for text in _NOTHING)
+    return CallError(
+        f"entry {entry!r} failed on the device", why=_reason(error), hint=hint if nothing else ""
+    )
+
+
+def _reason(error: Exception) -> str:
+    """Returns what an IREE status says, without the native stack."""
+    return str(error).split("; while invoking", 1)[0].splitlines()[0]
 
 
 @atexit.register

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -112,6 +112,18 @@ class Letters:
             return value
 
         return self.map([first, *rest], first[1], body) if rest else first
+
+    def stack(self, letter: str, arrays: Sequence[Array]) -> Array:
+        """Returns arrays of the same letters along a new axis before ``i``."""
+
+        def body(at: At) -> ir.Value:
+            *others, value = (pick(array, at, {}) for array in arrays)
+            for position, other in enumerate(others):
+                here = arith.cmpi(arith.CmpIPredicate.eq, at(letter), index(position))
+                value = arith.select(here, other, value)
+            return value
+
+        return self.map([], arrays[0][1].replace("i", f"{letter}i"), body)
 
     def row(self, array: Array, at: ir.Value) -> Array:
         """Returns the part of an array at one position of its first axis."""

@@ -72,6 +72,7 @@ class _Recurrence:
         self.build = Letters(sizes, ir.RankedTensorType(op.q.type).element_type)
         sizes["w"] = sizes["k"]
         sizes["i"] = sizes["j"] = sizes["l"] = sizes["m"] = steps
+        sizes["e"] = self.levels + 1
         sizes["n"] = _ceil_div(sizes["t"], steps)
         sizes["c"] = _ceil_div(sizes["n"], BLOCK)
 

@@ -7,7 +7,7 @@ half of a block of ``2^(l+1)`` steps, and the product is the one from the middle
 middle. Both are built by doubling. Nothing is divided, and no logarithm is taken: 0, negative decays and those above 1 are as
 good as others.
 
-Letters: b batch, n chunk, s state, g query of its group, i reading step, j writing step, k key, v value channel.
+Letters: b batch, n chunk, s state, g query of its group, i reading step, j writing step, k key, v value channel, e level.
 """
 
 from __future__ import annotations
@@ -146,26 +146,31 @@ def triangle(decays: Decays, x: Array, y: Array, exclusive: bool) -> Array:
 
 
 def weighed(decays: Decays, scores: Array, w: Array, exclusive: bool) -> Array:
-    """Returns the sum over j of ``scores[i, j]``, from ``triangle``, times w at j: ``bnsiv``, with g where scores have it."""
+    """Returns the sum over j of ``scores[i, j]``, from ``triangle``, times w at j: ``bnsiv``, with g where scores have it.
+
+    Decays of value channels are the product of one that i reads with and one that j is written with, which depend on the
+    level: the highest bit in which i and j differ. Levels are an axis of the arrays, with the diagonal as the last: an op
+    for each, and one that adds them, would read more arrays than the 128 bytes of offsets that Vulkan grants a dispatch.
+    """
     build = decays.build
     axes = scores[1].replace("j", "v")
     if decays.axis != "v":
         return build.contract(scores, renamed(w, "i", "j"), axes=axes)
-    zero = build.number(0.0)
-    parts: list[Array] = []
-    for level in range(decays.levels):
+    zero, levels = build.number(0.0), range(decays.levels)
 
-        def kept(at: At, value: ir.Value, level: int = level) -> ir.Value:
-            highest = arith.shrui(arith.xori(at("i"), at("j")), index(level))
-            return arith.select(_compare("eq", highest, index(1)), value, zero)
+    def of_level(at: At) -> ir.Value:
+        differ, level = arith.xori(at("i"), at("j")), at("e")
+        highest = _compare("eq", arith.shrui(differ, level), index(1))
+        own = arith.andi(_compare("eq", level, index(decays.levels)), _compare("eq", differ, index(0)))
+        chosen = highest if exclusive else arith.ori(highest, own)
+        return arith.select(chosen, pick(scores, at, {}), zero)
 
-        right = renamed(build.times(w, decays.after[level]), "i", "j")
-        part = build.contract(build.map([scores], scores[1], kept), right, axes=axes)
-        parts.append(build.times(part, decays.read(level, exclusive)))
-    if not exclusive:
-        own = build.map([], axes[:-1], lambda at: pick(scores, at, {"j": at("i")}))
-        parts.append(build.contract(own, w, axes=axes))
-    return build.sum(*parts) if parts else build.filled(axes, 0.0)
+    left = build.map([], scores[1].replace("i", "ei"), of_level)
+    late = build.stack("e", [*(build.times(w, decays.after[level]) for level in levels), w])
+    one = build.filled(w[1], 1.0)
+    reads = build.stack("e", [*(decays.read(level, exclusive) or one for level in levels), one])
+    parts = build.contract(left, renamed(late, "i", "j"), axes=axes.replace("i", "ei"))
+    return build.contract(parts, reads, axes=axes)
 
 
 def inverse(build: Letters, levels: int, strict: Array) -> Array:

@@ -6,7 +6,6 @@ import inspect
 import platform
 import shutil
 import subprocess
-import sys
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,9 +17,10 @@ import pytest
 import torch
 from torch import nn
 from torch.export import Dim
+from under_qemu import aarch64_runner, call
 
 import spikingbrain
-from spikingbrain import artifact, errors
+from spikingbrain import errors
 from spikingbrain.backend import StageContext, TargetStatus
 from spikingbrain.backend_iree import backend, targets
 from spikingbrain.build import compile_code, write_artifact
@@ -213,30 +213,10 @@ def test_a_language_model(name: str, tiny: Tiny, status: dict[str, TargetStatus]
         tiny.check(tmp_path / "tiny", [3, 1, 17, 1, 1])
 
 
-def _aarch64_runner(folder: Path) -> list[str]:
-    """Returns the command that runs IREE modules of AArch64 under emulation, or skips."""
-    emulator, libraries = shutil.which("qemu-aarch64-static"), Path("/usr/aarch64-linux-gnu")
-    if emulator is None or not (libraries / "lib/libstdc++.so.6").exists():
-        pytest.skip("needs qemu-user-static, libc6-arm64-cross and libstdc++6-arm64-cross")
-    version = spikingbrain.build.versions()["iree-base-compiler"]
-    wanted = ["--platform", "manylinux_2_28_aarch64", "--only-binary=:all:", "--no-deps"]
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--retries", "0", "--timeout", "10"]
-    try:
-        command = [*pip, *wanted, "-d", str(folder), f"iree-base-runtime=={version}"]
-        subprocess.run(command, check=True, capture_output=True, timeout=60)
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
-        pytest.skip("the IREE runtime for AArch64 cannot be downloaded here")
-    (wheel,) = folder.glob("*.whl")
-    with zipfile.ZipFile(wheel) as content:
-        runner = content.extract("iree/_runtime_libs/iree-run-module", folder)
-    Path(runner).chmod(0o755)
-    return [emulator, "-L", str(libraries), runner]
-
-
 @pytest.mark.qemu
 def test_a_language_model_on_aarch64(tiny: Tiny, tmp_path: Path) -> None:
     """The target's own kernels (128-bit vectors) under emulation, with the state passed on from call to call."""
-    run = _aarch64_runner(tmp_path)
+    run = aarch64_runner(tmp_path)
     tiny.compile("aarch64", tmp_path / "tiny")
     with zipfile.ZipFile(tmp_path / "tiny") as made:
         made.extractall(tmp_path)
@@ -246,21 +226,8 @@ def test_a_language_model_on_aarch64(tiny: Tiny, tmp_path: Path) -> None:
         tokens = torch.randint(0, 97, (2, length))
         with torch.no_grad():
             logits, expected = tiny.model(tokens, expected)
-        results = [tmp_path / f"result{i}.npy" for i in range(1 + len(state))]
-        for i, array in enumerate([tokens.numpy(), *state]):
-            np.save(tmp_path / f"argument{i}.npy", array)
-        command = [
-            *run,
-            "--device=local-sync",
-            f"--module={tmp_path / 'code/module.vmfb'}",
-            f"--parameters=model={tmp_path / artifact.WEIGHTS}",
-            f"--function={'decode' if length == 1 else 'prefill'}",
-            *(f"--input=@{tmp_path / f'argument{i}.npy'}" for i in range(1 + len(state))),
-            *(f"--output=@{path}" for path in results),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=50)
-        assert done.returncode == 0, done.stderr
-        got, *state = [np.load(path) for path in results]
+        entry = "decode" if length == 1 else "prefill"
+        got, *state = call(run, tmp_path, entry, [tokens.numpy(), *state], 1 + len(state))
         np.testing.assert_allclose(got, logits.numpy(), atol=F32)
     np.testing.assert_array_equal(state[-1], expected.position.numpy())
 
