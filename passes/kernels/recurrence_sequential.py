@@ -152,6 +152,8 @@ class Kernel(RecurrenceKernel):
         self.begin(0, self.problem.value_size)
 
         def start() -> None:
+            if "predict" in self.buffers:
+                self._prepare_rows(self._predict, self.token(0), index(0))
             each_tile(self.blocks, self._first_predictions)
             loop(0, self.length, self.schedule.steps, self._chunk)
 
@@ -166,7 +168,11 @@ class Kernel(RecurrenceKernel):
         self._enter(piece, column)
 
         def row_sums(row: ir.Value, *sums: ir.Value) -> list[ir.Value]:
-            predict = splat(self._predict.get(self.of_state(self.token(0), row)), piece.lanes)
+            if "predict" in self.buffers:
+                entry = get(self.buffers["predict"], [0, row])
+            else:
+                entry = self._predict.get(self.of_state(self.token(0), row))
+            predict = splat(entry, piece.lanes)
             return [self.fma(predict, x, total) for x, total in zip(self._load(row), sums, strict=True)]
 
         zero = [splat(0.0, piece.lanes)] * piece.vectors
@@ -311,19 +317,26 @@ class Kernel(RecurrenceKernel):
         """Leaves in scratch what a step computes for rows."""
         at = add(self.first, n)
         token, following = self.token(at), self.later_token(at, 1)
+        for source in (self.k, self.erase, self.predict):
+            if source is not None and source.part.name in self.buffers:
+                self._prepare_rows(source, following if source.part.name == "predict" else token, n)
 
         def tile(piece: Piece, row: ir.Value) -> None:
-            for source in (self.k, self.erase, self.predict):
-                if source is not None and source.part.name in self.buffers:
-                    place = self.of_state(following if source == self.predict else token, row)
-                    store(source.load(place, piece.lanes), self.buffers[source.part.name], [n, row])
+            lanes = piece.lanes
             if "decay" in self.buffers:
-                store(self.factor(self.row_decay(token, row, piece.lanes)), self.buffers["decay"], [n, row])
+                store(self.factor(self.row_decay(token, row, lanes)), self.buffers["decay"], [n, row])
             if "q" in self.buffers:
-                self.each_query(lambda g: query(g, row, piece.lanes))
+                self.each_query(lambda g: query(g, row, lanes))
 
         def query(g: Index, row: ir.Value, lanes: int) -> None:
             store(self.q.load(self.of_query(token, g, row), lanes), self.buffers["q"], [n, g, row])
+
+        each_tile(pieces(self.problem.key_size, self.lanes), tile)
+
+    def _prepare_rows(self, source: Computed, token: ir.Value, n: ir.Value) -> None:
+        def tile(piece: Piece, row: ir.Value) -> None:
+            value = source.load(self.of_state(token, row), piece.lanes)
+            store(value, self.buffers[source.part.name], [n, row])
 
         each_tile(pieces(self.problem.key_size, self.lanes), tile)
 
