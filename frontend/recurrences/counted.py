@@ -21,17 +21,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from spikingbrain.frontend.checks import draws_random_numbers
+from spikingbrain.frontend.recurrences.accesses import Access, read, write
 from spikingbrain.frontend.recurrences.hops import NotALoop, refuse_autocast
 from spikingbrain.frontend.recurrences.positions import (
-    Access,
     Known,
     Position,
     constant,
     number,
     positions,
-    read,
     tensor_of,
-    write,
 )
 
 aten = torch.ops.aten

@@ -9,11 +9,12 @@ import torch
 from torch import fx
 
 from spikingbrain.frontend.checks import user_line
+from spikingbrain.frontend.recurrences.accesses import Access
 from spikingbrain.frontend.recurrences.counted import WHILE_LOOP, Counted, counted_loop
 from spikingbrain.frontend.recurrences.emit import Emitter, NotEmitted
 from spikingbrain.frontend.recurrences.hops import NotALoop
 from spikingbrain.frontend.recurrences.linear import item
-from spikingbrain.frontend.recurrences.positions import Access, Position, tensor_of
+from spikingbrain.frontend.recurrences.positions import Position, tensor_of
 from spikingbrain.frontend.recurrences.report import RecurrenceReport
 
 aten = torch.ops.aten
