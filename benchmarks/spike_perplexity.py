@@ -26,7 +26,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "adaptive": {},
     "static": {"threshold": "static"},
     **{f"adaptive, {n} steps": {"budget": Budget(n, remainder="drop")} for n in (3, 4, 5, 6, 7, 8, 10)},
-    "static, 10 steps": {"threshold": "static", "budget": Budget(10, remainder="drop")},
+    **{
+        f"static, {n} steps": {"threshold": "static", "budget": Budget(n, remainder="drop")}
+        for n in (10, 12, 15)
+    },
 }
 
 

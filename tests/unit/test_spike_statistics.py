@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -534,6 +535,15 @@ def test_a_real_model_fires_as_published(tmp_path: Path, capsys: pytest.CaptureF
     )
     spikes_written = len(np.load(files["npz"])["sign"])
     assert spikes_written == round(whole["spikes_per_value"]["bitwise_ternary"] * whole["values"])
+
+
+def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("nir")
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).resolve().parents[2] / "docs" / "spikes.md").read_text()
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(block, "docs/spikes.md", "exec"), {})
+    assert (tmp_path / "network.nir").is_file()
 
 
 def test_statistics_of_nothing_are_refused() -> None:
