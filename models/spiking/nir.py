@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ def population_graph(network: nn.Module, levels: int | None = None) -> nir.NIRGr
     then positive, and take half the neurons. ``levels``: the largest count; by default that of a layer's budget.
     """
     nir = _nir()
-    nodes: dict[str, nir.NIRNode] = {}
+    nodes: dict[str, Any] = {}
     layers = _layers(network)
     for i, (layer, positive) in enumerate(layers):
         high = levels if levels is not None else _levels(layer, i)
@@ -94,7 +94,7 @@ def write_nir(path: Path, graph: nir.NIRGraph) -> None:
         nir.write(temporary, graph)
 
 
-def _chain(nodes: dict[str, nir.NIRNode], inputs: int, outputs: int) -> nir.NIRGraph:
+def _chain(nodes: dict[str, Any], inputs: int, outputs: int) -> nir.NIRGraph:
     """Returns a graph of nodes one after another."""
     import numpy as np
 
@@ -163,7 +163,7 @@ def _weight(layer: SpikeLinear) -> Tensor:
     return dequantise_weight(layer.codes, layer.scale).float().cpu()
 
 
-def _nir():  # type: ignore[no-untyped-def]
+def _nir() -> Any:
     try:
         import nir
     except ImportError as error:
