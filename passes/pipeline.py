@@ -33,6 +33,7 @@ from spikingbrain.passes.raise_embedding import RaiseEmbedding
 from spikingbrain.passes.raise_linear import RaiseLinear
 from spikingbrain.passes.raise_pointwise_scan import RaisePointwiseScan
 from spikingbrain.passes.raise_recurrence import RaiseRecurrence
+from spikingbrain.passes.raise_spikes import RaiseSpikes
 from spikingbrain.passes.spike_to_int import SpikeToInt
 from spikingbrain.passes.thread_state import ThreadState
 from spikingbrain.passes.weights_to_arguments import WeightsToArguments
@@ -47,6 +48,7 @@ PHASES: dict[str, list[type[Any]]] = {
         RaiseEmbedding,
         RaiseLinear,
         RaiseRecurrence,
+        RaiseSpikes,
         FuseRecurrence,
         DecomposeAttention,
     ],
