@@ -17,7 +17,8 @@ class Target:
         backend: name of the backend (entry point in ``spikingbrain.backends``) that serves it.
         arch: instruction set, e.g. ``"x86-64"``, ``"aarch64"``, ``"spirv"``.
         cpu: processor name handed to the code generator, ``"host"`` resolved to a real one.
-        features: instruction set extensions the generated code may use, e.g. ``"avx512f"``.
+        features: instruction set extensions the generated code may use, in LLVM's names, e.g. ``"avx512f"``; ``"avx512vnni"``,
+            ``"avxvnni"`` and ``"dotprod"`` multiply bytes.
         vector_bits: width of one vector register; 0 when kernels in the vector dialect cannot be emitted
             for the target and the portable linalg form is used.
         vector_registers: how many of them.

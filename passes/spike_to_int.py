@@ -52,6 +52,10 @@ class SpikeToInt:
                 if not list(parameter.results[0].uses):  # only its packed form is to be kept
                     parameter.erase()
         for op in torch_ir.operations(module, "spikingbrain.spike_encode"):
+            made = [spikes for (encode, _), spikes in encoded.items() if encode == hash(op)]
+            if made:
+                with ir.InsertionPoint.after(made[0].threshold.owner), op.location:
+                    _replace_threshold(op, made[0].threshold)
             if any(list(result.uses) for result in op.results):
                 with ir.InsertionPoint(op), op.location:
                     _counts(op)
@@ -99,7 +103,7 @@ def _kernel(op: ir.Operation, dot: Dot, target: Target, encoded: _Encoded) -> ir
     packed = _with_step(weight, dot.recipe(), dot.stored_type(columns, channels))
     packed_scale = _with_step(scale, scale_recipe(dot), scales)
     y = emit_spike_linear(spikes, packed, packed_scale, bias[0] if bias else None, dot, shape, target)
-    return build.unflatten_leading(y, op.results[0].type, counts)
+    return build.unflatten_leading(y, op.results[0].type, encode.operands[0])
 
 
 def _with_step(value: ir.Value, step: str, type_: ir.Type) -> ir.Value:
@@ -131,6 +135,12 @@ def _counts(op: ir.Operation) -> None:
     rows = build.flatten_leading(x)
     threshold = portable.threshold(rows, k, lower, upper)
     counts = build.unflatten_leading(portable.counts(rows, threshold), x.type, x)
-    leading = build.dynamic_sizes(x)
     op.results[0].replace_all_uses_with(counts)
-    op.results[1].replace_all_uses_with(build.unflatten(threshold, op.results[1].type, leading))
+    _replace_threshold(op, threshold)
+
+
+def _replace_threshold(op: ir.Operation, threshold: ir.Value) -> None:
+    """Puts ``[M]`` for the threshold of an encoder."""
+    if list(op.results[1].uses):
+        sizes = build.dynamic_sizes(op.operands[0])
+        op.results[1].replace_all_uses_with(build.unflatten(threshold, op.results[1].type, sizes))

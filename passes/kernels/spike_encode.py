@@ -107,10 +107,9 @@ class Encoding:
 
     @property
     def name(self) -> str:
-        numbers = [self.channels, self.groups, self.lanes, self.width, self.steps, self.largest_sum]
-        settings = "_".join(float(v).hex() for v in (self.k, self.lower, self.upper))
-        text = "_".join(map(str, numbers)) + "_" + settings
-        return "spike_encode_" + text.replace("-", "m").replace("+", "").replace(".", "d")
+        numbers = [self.lanes, self.width, self.largest_sum, self.k, self.lower, self.upper]
+        settings = "_".join(map(repr, numbers)).replace("-", "m").replace("+", "").replace(".", "p")
+        return f"spike_encode_k{self.channels}_g{self.groups}_{settings}"
 
     def types(self, rows: int) -> list[tuple[list[int], ir.Type]]:
         """Returns shape and element of x and of each result."""

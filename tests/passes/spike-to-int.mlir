@@ -1,4 +1,5 @@
 // RUN: spikingbrain opt -p spike-to-int --target riscv64 %s | filecheck %s
+// RUN: spikingbrain opt -p spike-to-int --clean --target x86-64-v3 %s | filecheck %s --check-prefix=WORDS
 
 // Without vector kernels: products of counts and codes in i32, sums of them in i64, floats only outside.
 // CHECK-LABEL: func.func @portable(
@@ -33,4 +34,38 @@ func.func @vector(%x: tensor<8xf32>) -> (tensor<8xf32>, tensor<f32>) {
   %counts, %threshold = "spikingbrain.spike_encode"(%x) {k = 3.0 : f64, lower = 1.0e-5 : f64, upper = 1.0e4 : f64}
       : (tensor<8xf32>) -> (tensor<8xf32>, tensor<f32>)
   return %counts, %threshold : tensor<8xf32>, tensor<f32>
+}
+
+// Two projections of one input, stored: packed for the dot products of the target, 8 lanes of 2 words here, and an encoder
+// for each size of groups; the threshold is asked for too.
+// WORDS-DAG:     func.func private @[[I8:spike_linear_i8_k64_g1_n40_m_bias]](
+// WORDS-DAG:     func.func private @[[I4:spike_linear_i4_k64_g2_n20_m]](
+// WORDS-LABEL: func.func @stored(
+// WORDS-SAME:      %[[X:[a-z0-9]+]]: tensor<1x?x64xf32>
+// WORDS:         %[[ROWS:.+]] = tensor.collapse_shape %[[X]] {{\[\[}}0, 1], [2]]
+// WORDS:         %[[C:[0-9]+]]:5 = "spikingbrain_control.launch"({{.*}}%[[ROWS]]{{.*}}callee = @spike_encode_k64_g1_8_2_
+// WORDS:         %[[V:.+]] = tensor.expand_shape %[[C]]#1
+// WORDS-NOT:     linalg.generic
+// WORDS:         %[[C2:[0-9]+]]:5 = "spikingbrain_control.launch"({{.*}}%[[ROWS]]{{.*}}callee = @spike_encode_k64_g2_8_2_
+// WORDS-DAG:     %[[W:.+]] = "spikingbrain.parameter"() {recipe = ["pack_dot lanes=8 vectors=2 width=2 offset=0"], sources = ["w"]} : () -> tensor<3x32x2x16xi8>
+// WORDS-DAG:     %[[S:.+]] = "spikingbrain.parameter"() {recipe = ["pack_columns block=16"], sources = ["s"]} : () -> tensor<3x1x16xf32>
+// WORDS-DAG:     %[[B:.+]] = "spikingbrain.parameter"() {recipe = [], sources = ["b"]} : () -> tensor<40xf32>
+// WORDS:         "spikingbrain_control.launch"({{.*}}%[[ROWS]], %[[C]]#0, %[[C]]#1, %[[C]]#2, %[[C]]#3, %[[C]]#4, %[[W]], %[[S]], %[[B]]{{.*}}callee = @[[I8]]
+// WORDS:         %[[W4:.+]] = "spikingbrain.parameter"() {recipe = ["pack_nibbles lanes=8 vectors=2 width=2 offset=8"], sources = ["w4"]} : () -> tensor<2x16x2x16xi8>
+// WORDS:         "spikingbrain_control.launch"({{.*}}%[[C2]]#4, %[[W4]], {{.*}}callee = @[[I4]]
+// WORDS-NOT:     linalg.generic
+// WORDS:         return {{.*}}, %[[V]]
+func.func @stored(%x: tensor<1x?x64xf32>) -> (tensor<1x?x40xf32>, tensor<1x?x20xf32>, tensor<1x?xf32>) {
+  %counts, %threshold = "spikingbrain.spike_encode"(%x) {k = 3.0 : f64, lower = 1.0e-5 : f64, upper = 1.0e4 : f64}
+      : (tensor<1x?x64xf32>) -> (tensor<1x?x64xf32>, tensor<1x?xf32>)
+  %w = "spikingbrain.parameter"() {sources = ["w"], recipe = []} : () -> tensor<40x64xi8>
+  %s = "spikingbrain.parameter"() {sources = ["s"], recipe = []} : () -> tensor<40x1xf32>
+  %b = "spikingbrain.parameter"() {sources = ["b"], recipe = []} : () -> tensor<40xf32>
+  %y = "spikingbrain.spike_linear"(%counts, %threshold, %w, %s, %b) {bits = 8 : i64}
+      : (tensor<1x?x64xf32>, tensor<1x?xf32>, tensor<40x64xi8>, tensor<40x1xf32>, tensor<40xf32>) -> tensor<1x?x40xf32>
+  %w4 = "spikingbrain.parameter"() {sources = ["w4"], recipe = []} : () -> tensor<20x64xi8>
+  %s4 = "spikingbrain.parameter"() {sources = ["s4"], recipe = []} : () -> tensor<20x2xf32>
+  %y4 = "spikingbrain.spike_linear"(%counts, %threshold, %w4, %s4) {bits = 4 : i64}
+      : (tensor<1x?x64xf32>, tensor<1x?xf32>, tensor<20x64xi8>, tensor<20x2xf32>) -> tensor<1x?x20xf32>
+  return %y, %y4, %threshold : tensor<1x?x40xf32>, tensor<1x?x20xf32>, tensor<1x?xf32>
 }
