@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -145,7 +146,7 @@ class Fusion:
             if dead.name == RECURRENCE:
                 _ask_others(dead, lambda axis: size_of(in_front, y_type, axis))
             elif dead.name == GENERIC:
-                _ask_others(dead, lambda axis, of=dead: build.size(of.operands[len(of.operands) - 1], axis))
+                _ask_others(dead, functools.partial(build.size, list(dead.operands)[-1]))
             if all(not list(r.uses) for r in dead.results):
                 dead.erase()
 
