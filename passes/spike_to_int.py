@@ -38,6 +38,7 @@ class SpikeToInt:
     name: ClassVar[str] = "spike-to-int"
 
     def run(self, module: ir.Module, context: PassContext) -> None:
+        _merge_encoders(module)
         encoded: _Encoded = {}
         for op in torch_ir.operations(module, "spikingbrain.spike_linear"):
             dot = choose(context.target, op.attributes["bits"].value)
@@ -60,6 +61,18 @@ class SpikeToInt:
                 with ir.InsertionPoint(op), op.location:
                     _counts(op)
                 context.record(self, "lowered", op, "linalg")
+            op.erase()
+
+
+def _merge_encoders(module: ir.Module) -> None:
+    """Lets encoders of one value, one for each projection in the model's code, be one."""
+    first: dict[tuple[int, ...], ir.Operation] = {}
+    for op in torch_ir.operations(module, "spikingbrain.spike_encode"):
+        settings = [hash(op.attributes[name]) for name in ("k", "lower", "upper")]
+        kept = first.setdefault((hash(op.operands[0]), hash(op.block), *settings), op)
+        if kept != op:
+            for old, new in zip(op.results, kept.results, strict=True):
+                old.replace_all_uses_with(new)
             op.erase()
 
 
