@@ -49,6 +49,10 @@ class RegionCall:
         return RegionCall(unit, compiled.entry, tuple(inputs), tuple(compiled.weights), tuple(outputs))
 
 
+# Of memory that cannot be used as it is; IREE says OUT_OF_RANGE of memory that is not aligned to 64 bytes.
+_REFUSALS = (RuntimeError, ValueError, BufferError, IndexError)
+
+
 def region_function(call: RegionCall, executable: SharedMemory, name: str) -> Callable[..., Any]:
     """Returns a function of the region's inputs, then its weights, that returns its outputs."""
     invoke, borrow, lend = executable.function(call.entry), executable.borrow, executable.lend
@@ -69,7 +73,7 @@ def region_function(call: RegionCall, executable: SharedMemory, name: str) -> Ca
                 continue
             try:
                 buffers.append(borrow(_to_dlpack(value)))
-            except (RuntimeError, ValueError, BufferError):
+            except _REFUSALS:
                 buffers.append(borrow(_to_dlpack(_aligned(value))))
         return buffers
 
@@ -85,7 +89,7 @@ def region_function(call: RegionCall, executable: SharedMemory, name: str) -> Ca
                 buffers = [v if v.__class__ is int else borrow(_to_dlpack(v)) for v in inputs]
             else:
                 buffers = [borrow(_to_dlpack(v)) for v in inputs]
-        except (RuntimeError, ValueError, BufferError, AttributeError, TypeError):
+        except (*_REFUSALS, AttributeError, TypeError):
             buffers = borrow_slowly(inputs)
         if frozen is not None:
             buffers += frozen.buffers(arguments[count:])

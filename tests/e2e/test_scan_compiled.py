@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._higher_order_ops import scan
+from torch._higher_order_ops import scan, while_loop
 
 import spikingbrain
 from spikingbrain.frontend.capture import Entry
@@ -206,3 +206,31 @@ def test_what_cannot_be_compiled_says_why(fresh_dynamo: None) -> None:
     torch.testing.assert_close(found, function(x))
     (loop,) = [r for entry in reports for r in entry.regions if "scan" in r.ops]
     assert loop.status == "eager" and "sort in the body of a scan" in loop.reason
+
+
+def test_training_through_a_counting_while_loop(fresh_dynamo: None) -> None:
+    """From the second step on; the backward hands over a tensor that does not lie at a multiple of 64 bytes."""
+
+    def counted(x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        def step(t: Tensor, h: Tensor, out: Tensor) -> tuple[Tensor, ...]:
+            h = a.index_select(0, t)[0] * h + x.index_select(0, t)[0]
+            return t + 1, h, out.index_copy(0, t, h.unsqueeze(0))
+
+        start = (torch.ones(1, dtype=torch.int64), x[0].clone(), x.clone())
+        return while_loop(lambda t, *_: (t != len(x)).squeeze(), step, start)[1:]
+
+    def written_out(x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        h, states = x[0], [x[0]]
+        for x_t, a_t in zip(x[1:], a[1:], strict=True):
+            h = a_t * h + x_t
+            states.append(h)
+        return h, torch.stack(states)
+
+    inputs = torch.randn(11, 2, 10), torch.rand(11, 2, 10)
+    found = []
+    for function in (torch.compile(counted, backend="spikingbrain"), written_out):
+        x, a = (t.clone().requires_grad_() for t in inputs)
+        h, states = function(x, a)
+        (h.sum() + states.square().sum()).backward()
+        found.append((h, states, x.grad, a.grad))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)

@@ -106,7 +106,9 @@ def while_hgrn(x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         return t + 1, h, out
 
     t, h, out = while_loop(
-        lambda t, *_: (t != length).squeeze(), step, (torch.ones(1, dtype=torch.int64), x[0].clone(), x.clone())
+        lambda t, *_: (t != length).squeeze(),
+        step,
+        (torch.ones(1, dtype=torch.int64), x[0].clone(), x.clone()),
     )
     return out, h + t
 
