@@ -128,6 +128,7 @@ def find_neuron(counts: fx.Node) -> Neuron | None:
 
 
 _Steps = list[tuple[str, float, float]]
+_SIDES = (("min", -math.inf), ("max", math.inf))
 
 
 def _steps(node: Any) -> tuple[_Steps, tuple[fx.Node, list[int], float] | None]:
@@ -137,23 +138,9 @@ def _steps(node: Any) -> tuple[_Steps, tuple[fx.Node, list[int], float] | None]:
         name, args = name_of(node), node.args
         if node.target in CASTS or is_shape(node):
             node = args[0]
-        elif name in ("clamp", "clip", "clamp_min", "clamp_max", "hardtanh"):
-            bounds = {
-                "clamp_min": lambda a: (a[0], None),
-                "clamp_max": lambda a: (None, a[0]),
-            }.get(name, lambda a: (*a, None, None)[:2])([*args[1:], *node.kwargs.values()])
-            if node.kwargs and name in ("clamp", "clip"):
-                given = dict(zip(("min", "max"), args[1:], strict=False)) | dict(node.kwargs)
-                bounds = given.get("min"), given.get("max")
-            low, high = (None if b is None else number(b) for b in bounds)
-            if any(b is not None and n is None for b, n in zip(bounds, (low, high), strict=True)):
-                return steps, None
-            steps.append(("clamp", -math.inf if low is None else low, math.inf if high is None else high))
-            node = args[0]
-        elif name in ("maximum", "minimum") and (bound := _either_number(args)) is not None:
-            least, most = (bound[1], math.inf) if name == "maximum" else (-math.inf, bound[1])
-            steps.append(("clamp", least, most))
-            node = bound[0]
+        elif (bounded := _bounded(node)) is not None:
+            node, low, high = bounded
+            steps.append(("clamp", low, high))
         elif name == "div" and (by := number(args[1])):
             steps.append(("scale", 1 / by, 0.0))
             node = args[0]
@@ -174,6 +161,28 @@ def _steps(node: Any) -> tuple[_Steps, tuple[fx.Node, list[int], float] | None]:
         else:
             return steps, None
     return steps, None
+
+
+def _bounded(node: fx.Node) -> tuple[fx.Node, float, float] | None:
+    """Returns (x, low, high) where a node is x between two numbers."""
+    name, args = name_of(node), node.args
+    if name in ("maximum", "minimum"):
+        found = _either_number(args)
+        if found is None:
+            return None
+        return (found[0], found[1], math.inf) if name == "maximum" else (found[0], -math.inf, found[1])
+    order = {
+        "clamp": ("min", "max"),
+        "clip": ("min", "max"),
+        "clamp_min": ("min",),
+        "clamp_max": ("max",),
+    }.get(name)
+    if order is None:
+        return None
+    given = {**dict(zip(order, args[1:], strict=False)), **node.kwargs}
+    limits = [number(given[side]) if given.get(side) is not None else default for side, default in _SIDES]
+    low, high = limits
+    return None if low is None or high is None else (args[0], low, high)
 
 
 def _either_number(args: Any) -> tuple[fx.Node, float] | None:

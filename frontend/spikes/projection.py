@@ -93,7 +93,8 @@ class Constants:
 
     def behind(self, node: fx.Node) -> list[fx.Node]:
         """Returns the constant nodes that make a constant node, itself first."""
-        found, todo = {}, [node]
+        found: dict[fx.Node, None] = {}
+        todo = [node]
         while todo:
             here = todo.pop()
             if here not in found and here in self.constant:
