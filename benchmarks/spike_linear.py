@@ -1,6 +1,6 @@
 """Compares the spiking linear with int8 linears of torch and ONNX Runtime, and with inductor on its fake-quantised float form.
 
-    python benchmarks/spike_linear.py [--shapes 2048x2048 ...] [--rows 1 8 128 512] [--bits 8] [--group 0] [--rounds 15]
+    python benchmarks/spike_linear.py [--shapes 2048x2048 ...] [--rows 1 8 128 512] [--bits 8] [--group 0]
 
 All on one thread, interleaved in one process, timed by the thread's CPU clock. Shapes are columns x channels (N x K). Few rows
 cycle through copies of the weight that together are larger than the last cache. For each shape: the best time of ours, with its
@@ -25,7 +25,7 @@ import iree.runtime as runtime
 import numpy as np
 import torch
 from torch_mlir import ir
-from torch_mlir.dialects import arith, func
+from torch_mlir.dialects import arith, func, vector
 
 from spikingbrain.backend_iree import targets
 from spikingbrain.backend_iree.dispatch import wrap_kernels
@@ -151,7 +151,8 @@ def peak(dot: Dot, target: Target) -> Call:
             sums = [splat(get(source, [0]), dot.lanes)] * 24
 
             def step(_: ir.Value, *values: ir.Value) -> list[ir.Value]:
-                return [dot.multiply_add(value, counts, counts) for value in values]
+                # the sums are weights too, or products would leave the loop
+                return [dot.multiply_add(v, vector.bitcast(counts.type, v), counts) for v in values]
 
             total = loop(0, PEAK_STEPS, 1, step, sums)
             for value in total[1:]:
@@ -367,12 +368,13 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=8, choices=[4, 8, 16])
     parser.add_argument("--group", type=int, default=0, help="channels with one scale; 0 for all")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--target", default="cpu", help="of another instruction set, e.g. x86-64-v3")
     parser.add_argument("--peers", nargs="*", default=["oneDNN", "inductor", "ONNX Runtime"])
     settings = parser.parse_args()
     if any(name not in os.environ for name in MALLOC):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
     torch.set_num_threads(1)
-    target = targets.known()["cpu"].target
+    target = targets.known()[settings.target].target
     for rows in settings.rows:
         for shape in settings.shapes:
             n, k = map(int, shape.split("x"))
