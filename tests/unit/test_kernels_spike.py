@@ -43,6 +43,7 @@ TARGETS = [PORTABLE, VNNI, V3, *(pytest.param(t, marks=pytest.mark.slow) for t i
 CASES = {
     "odd": Case(37, 70),
     "one_row": Case(130, 67, rows=1, bias=True),
+    "five_rows": Case(52, 40, bits=4, rows=5, bias=True),
     "tiny": Case(1, 1),
     "per_channel": Case(576, 64, bias=True),
     "groups_64": Case(576, 80, groups=9),
@@ -87,6 +88,11 @@ def check(compiled: Any, name: str, x: Array, seed: int = 0) -> None:
     assert np.all(close | (got[vast] == exact[vast]))
 
 
+def pieces(case: Case, rows: Array) -> list[Array]:
+    """Returns rows as a case takes them: all at once, or each as often as its number of rows."""
+    return [rows] if case.rows is None else [np.tile(row, (case.rows, 1)) for row in rows]
+
+
 def outliers(rng: np.random.Generator, m: int, k: int, size: float) -> Array:
     """Returns rows of ordinary values with a few that are ``size`` times larger."""
     x = rng.standard_normal((m, k))
@@ -107,7 +113,7 @@ def test_counts_of_every_size(compiled: Any, name: str) -> None:
     rng = np.random.default_rng(1)
     case = CASES[name]
     for size in (1e2, 1e3, 1e5, 1e9):
-        for m in (1, 5, 16) if case.rows is None else (1,):
+        for m in (1, 5, 16) if case.rows is None else (case.rows,):
             check(compiled, name, outliers(rng, m, case.k, size))
 
 
@@ -120,7 +126,7 @@ def test_rows_that_are_not_ordinary(compiled: Any, name: str) -> None:
     rows[1], rows[3], rows[4] = 0, rows[3] * 1e-12, rows[4] * 1e-30
     rows[5, 0], rows[6, -1] = np.nan, np.inf
     rows[8], rows[10, case.k // 2] = rows[8] * 1e7, 3e38
-    for part in [rows] if case.rows is None else rows[:, None]:
+    for part in pieces(case, rows):
         check(compiled, name, part)
 
 
@@ -135,7 +141,8 @@ def test_one_hot_rows(compiled: Any, name: str) -> None:
     """All of a row's spikes in one channel: the largest count there is, k times K."""
     case = CASES[name]
     rows = np.eye(case.k)[:: max(1, case.k // 7)]
-    for part in [rows, -rows] if case.rows is None else rows[:, None]:
+    rows = np.concatenate([rows, -rows])
+    for part in pieces(case, rows):
         check(compiled, name, part)
 
 
