@@ -15,7 +15,7 @@ from spikingbrain.models.spiking import SpikeLinear
 from spikingbrain.tools.clean_wiki import wiki_text
 from spikingbrain.tools.named_models import ModelOptions, SpikeOptions, compile_named
 
-pytestmark = [pytest.mark.weights, pytest.mark.slow]
+pytestmark = [pytest.mark.weights, pytest.mark.slow, pytest.mark.gate]
 
 CHUNK = 512
 OPTIONS = ModelOptions(256, 1, score=True, spike=SpikeOptions(3.0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,17 @@ def rows() -> Tensor:
     return x
 
 
+class All(nn.Module):
+    """Several layers on the same input, compiled at once."""
+
+    def __init__(self, layers: Iterable[nn.Module]):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [layer(x) for layer in self.layers]
+
+
 def compiled(model: nn.Module, x: Tensor) -> tuple[Any, list[dict[str, Any]]]:
     torch._dynamo.reset()
     with report.collect_found() as found:
@@ -152,29 +163,31 @@ def close(actual: Any, wanted: Tensor) -> None:
     )
 
 
-@pytest.mark.parametrize("name", layers())
 @torch.no_grad()
-def test_a_form_becomes_integers(name: str) -> None:
-    model, x = layers()[name], rows()
-    y, spikes = compiled(model, x)
-    assert [(s["status"], s["inputs"], s["outputs"], s["k"]) for s in spikes] == [("raised", C, N, 3.0)], (
-        spikes
-    )
-    close(y, model(x))
+def test_every_form_becomes_integers() -> None:
+    named, x = layers(), rows()
+    results, spikes = compiled(All(named.values()), x)
+    assert [(s["status"], s["inputs"], s["outputs"], s["k"]) for s in spikes] == [
+        ("raised", C, N, 3.0)
+    ] * len(named), spikes
+    assert sorted({s["bits"] for s in spikes}) == [4, 8, 16]
+    assert {s["groups"] for s in spikes} == {1, 2, 4}
+    for y, layer in zip(results, named.values(), strict=True):
+        close(y, layer(x))
 
 
-@pytest.mark.parametrize("name", ["published", "integers", "channels_first", "SpikeLinear of groups"])
-def test_a_form_is_exported_for_every_length(name: str, tmp_path: Path) -> None:
-    model, length = layers()[name], torch.export.Dim("T", min=1, max=512)
-    entry = spikingbrain.Entry((rows(),), {}, {"x": {1: length}})
+def test_forms_are_exported_for_every_length(tmp_path: Path) -> None:
+    named = layers()
+    model = All(named[n] for n in ("published", "integers", "channels_first", "SpikeLinear of groups"))
+    entry = spikingbrain.Entry((rows(),), {}, {"x": {1: torch.export.Dim("T", min=1, max=512)}})
     artifact = spikingbrain.export(model, {"main": entry}, tmp_path / "m.sbrain")
-    (spike,) = artifact.manifest["entries"]["main"]["spikes"]
-    assert spike["status"] == "raised", spike
+    assert [s["status"] for s in artifact.manifest["entries"]["main"]["spikes"]] == ["raised"] * 4
     program = spikingbrain.load(tmp_path / "m.sbrain")
     for steps in (1, 5, 33):
         x = torch.randn(2, steps, C)
         with torch.no_grad():
-            close(np.asarray(program.main(x.numpy())), model(x))
+            for y, wanted in zip(program.main(x.numpy()), model(x), strict=True):
+                close(np.asarray(y), wanted)
 
 
 @torch.no_grad()
@@ -242,17 +255,23 @@ def reciprocal(m: Layer, x: Tensor) -> Tensor:
     return F.linear(torch.round(x * (1 / v)) * v, grouped(m))
 
 
-@pytest.mark.parametrize(
-    "form",
-    [floor, signed_mean, saturated, float_weights, mixed_weights, other_threshold, of_all_tokens, reciprocal],
-    ids=lambda f: f.__name__,
-)
 @torch.no_grad()
-def test_what_only_looks_like_it_stays(form: Call) -> None:
-    model, x = Layer(form), rows()[:1].clamp(-3, 3)
-    y, spikes = compiled(model, x)
-    assert all(s["status"] == "float" and s["reason"] for s in spikes), spikes
-    close(y, model(x))
+def test_what_only_looks_like_it_stays() -> None:
+    forms = (
+        floor,
+        signed_mean,
+        saturated,
+        float_weights,
+        mixed_weights,
+        other_threshold,
+        of_all_tokens,
+        reciprocal,
+    )
+    model, x = All(Layer(form) for form in forms), rows()[:1].clamp(-3, 3)
+    results, spikes = compiled(model, x)
+    assert spikes and all(s["status"] == "float" and s["reason"] for s in spikes), spikes
+    for y, wanted in zip(results, model(x), strict=True):
+        close(y, wanted)
 
 
 @torch.no_grad()
