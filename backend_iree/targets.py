@@ -99,12 +99,28 @@ def known() -> Mapping[str, IreeTarget]:
             cpu.X86_64_V4,
             "--iree-llvmcpu-target-triple=x86_64-unknown-linux-gnu",
         ),
+        _cpu(  # Ice Lake, Zen 4 and later: bytes are multiplied four at a time
+            "x86-64-v4-vnni",
+            "x86-64",
+            "x86-64-v4",
+            cpu.X86_64_V4 | {"avx512vnni"},
+            "--iree-llvmcpu-target-triple=x86_64-unknown-linux-gnu",
+            "--iree-llvmcpu-target-cpu-features=+avx512vnni",
+        ),
         _cpu(
             "aarch64",
             "aarch64",
             "generic",
             frozenset(),
             "--iree-llvmcpu-target-triple=aarch64-unknown-linux-gnu",
+        ),
+        _cpu(  # Armv8.2 with what servers and phones since 2018 have
+            "aarch64-dotprod",
+            "aarch64",
+            "generic",
+            frozenset({"dotprod"}),
+            "--iree-llvmcpu-target-triple=aarch64-unknown-linux-gnu",
+            "--iree-llvmcpu-target-cpu-features=+dotprod",
         ),
         _cpu(
             "riscv64",
