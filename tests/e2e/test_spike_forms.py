@@ -191,6 +191,26 @@ def test_forms_are_exported_for_every_length(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+def test_rows_that_are_not_finite_give_what_eager_gives() -> None:
+    named = layers()
+    model = All(named[n] for n in ("published", "stored_codes", "SpikeLinear", "SpikeLinear of groups"))
+    x = rows()
+    x[0, 0, 3], x[0, 2, 5], x[1, 1, 9] = float("nan"), float("inf"), -float("inf")
+    x[1, 3] = 3e35
+    x[1, 4, ::2] = 1e30
+    results, spikes = compiled(model, x)
+    assert [s["status"] for s in spikes] == ["raised"] * 4
+    for y, wanted in zip(results, model(x), strict=True):
+        finite = wanted.isfinite()
+        assert torch.equal(y.isnan(), wanted.isnan())
+        assert torch.equal(y[~finite].nan_to_num(), wanted[~finite].nan_to_num())
+        usual = wanted[0, [1, 3, 4]]
+        close(y[0, [1, 3, 4]], usual)
+        large = wanted[1, 4]
+        torch.testing.assert_close(y[1, 4], large, rtol=1e-4, atol=1e-4 * float(large.abs().max()))
+
+
+@torch.no_grad()
 def test_one_input_is_encoded_once() -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:
