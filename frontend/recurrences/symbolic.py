@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.source import ConstantSource
 from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from spikingbrain.frontend.recurrences.functional import refuse_transforms
 from spikingbrain.frontend.recurrences.unify import SHORTEST, NotUnified, Sizes
@@ -105,13 +106,22 @@ class _Concrete(fx.Interpreter):  # type: ignore[misc]
         return self.mode.from_tensor(held) if isinstance(held, torch.Tensor) else held
 
     def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
+        known = n.meta.get("example_value")
+        is_float = isinstance(known, torch.SymFloat) and known.node.has_hint()
+        value = self._symbol(n.name, known.node.hint) if is_float else super().run_node(n)
         made = self.graph_copy.node_copy(n, self._copied)
         made.meta = {k: v for k, v in n.meta.items() if k in ("stack_trace",)}
         if value is not None and n.op != "output":
             made.meta["example_value"] = value
         self.new[n] = made
         return value
+
+    def _symbol(self, name: str, hint: float) -> Any:
+        """Returns a number that stays a symbol, such as the eps of a norm where every number may change from call to call."""
+        shapes, source = self.mode.shape_env, ConstantSource(name)
+        assert shapes is not None
+        symbol = shapes.create_unspecified_symbol(hint, source, DimDynamic.DYNAMIC)
+        return shapes.create_symfloatnode(symbol, hint=hint, source=source)
 
     def _copied(self, node: fx.Node) -> Any:
         value = self.env[node]

@@ -35,3 +35,31 @@ def test_a_batch_that_changes() -> None:
                 torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
     assert len(found.recurrences) <= 3  # for the first size, for any size, and for a batch of one
     assert {(r.status, r.op) for r in found.recurrences} == {("raised", "linear_recurrence")}
+
+
+class Normed(torch.nn.Module):
+    """What dynamic=True makes a symbol of besides sizes: the eps of a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.RMSNorm(4, 1e-3)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+        normed: Tensor = self.norm(gla(q, k, v, g)[0])
+        return normed
+
+
+@torch.no_grad()
+def test_numbers_that_are_symbols() -> None:
+    torch.manual_seed(0)
+    model = Normed()
+    fast = torch.compile(model, backend="spikingbrain", dynamic=True)
+    with collect_found() as found:
+        for batch, eps in ((2, 1e-3), (3, 1e-3), (3, 0.5)):
+            model.norm.eps = eps
+            shapes = [(batch, 6, 3, 5)] * 2 + [(batch, 6, 3, 4), (batch, 6, 3, 5)]
+            q, k, v, g = (torch.randn(s) for s in shapes)
+            torch.testing.assert_close(
+                fast(q, k, v, -g.abs()), model(q, k, v, -g.abs()), rtol=1e-4, atol=1e-5
+            )
+    assert {(r.status, r.op) for r in found.recurrences} == {("raised", "linear_recurrence")}
