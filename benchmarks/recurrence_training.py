@@ -1,12 +1,14 @@
-"""Forward and backward of gated linear attention, called from PyTorch on one thread, and the memory that they take.
+"""Forward and backward of gated linear attention or a delta rule, from PyTorch on one thread, and the memory that they take.
 
     python benchmarks/recurrence_training.py                 # speed: 1024 and 4096 steps
+    python benchmarks/recurrence_training.py --delta         # the gated delta rule instead
     python benchmarks/recurrence_training.py --memory        # peak memory above the inputs, a process for each form
 
 Time is that of the thread, which other processes disturb less. Candidates: the op under
 ``torch.compile(backend="spikingbrain")``, chunks of 64 in plain torch (eager, and compiled by inductor), and the loop over time.
-Every round runs each; a ratio is the median over rounds of one round's ratio. Allocators keep memory, for all, where
-time is measured, and give it back where memory is.
+The delta rule in chunks is that of ``spikingbrain.models.recurrences``; there is no loop of it. Every round runs each; a ratio is
+the median over rounds of one round's ratio. Allocators keep memory, for all, where time is measured, and give it back where
+memory is.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor
 
 import spikingbrain.frontend.ops  # noqa: F401  (registers the op)
+from spikingbrain.models.recurrences import gated_delta_rule
 
 HEADS, SIZE, CHUNK = 8, 128, 64
 KEPT_MEMORY = {
@@ -33,7 +36,7 @@ KEPT_MEMORY = {
     "MALLOC_TOP_PAD_": "200000000",
 }
 RETURNED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}  # what is freed is gone at once
-Form = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Form = Callable[..., Tensor]
 
 
 def op(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
@@ -68,20 +71,29 @@ def loop(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
     return torch.stack(outputs, 1)
 
 
-def forms(names: list[str]) -> dict[str, Form]:
+def delta(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    """In chunks; the compiler puts the op in its place."""
+    return gated_delta_rule(q, k, v, g, beta, scale=1.0)[0]
+
+
+def forms(names: list[str], of_delta: bool = False) -> dict[str, Form]:
+    by_op, by_chunks = (delta, delta) if of_delta else (op, chunks)
     made: dict[str, Callable[[], Form]] = {
-        "spikingbrain": lambda: torch.compile(op, backend="spikingbrain"),
-        "chunks, eager": lambda: chunks,
-        "chunks, inductor": lambda: torch.compile(chunks),
+        "spikingbrain": lambda: torch.compile(by_op, backend="spikingbrain"),
+        "chunks, eager": lambda: by_chunks,
+        "chunks, inductor": lambda: torch.compile(by_chunks),
         "loop, eager": lambda: loop,
     }
     return {name: made[name]() for name in names}
 
 
-def inputs(steps: int) -> list[Tensor]:
+def inputs(steps: int, of_delta: bool = False) -> list[Tensor]:
     torch.manual_seed(0)
     q, k, v, g = (torch.randn(1, steps, HEADS, SIZE) for _ in range(4))
     tensors = [q / SIZE**0.5, k, v, torch.nn.functional.logsigmoid(g) / 16]
+    if of_delta:
+        k, g = torch.nn.functional.normalize(k, dim=-1), tensors[3][..., 0].clone()
+        tensors = [tensors[0], k, v, g, torch.rand(1, steps, HEADS)]
     return [t.requires_grad_() for t in tensors]
 
 
@@ -94,11 +106,11 @@ def step(form: Form, tensors: list[Tensor], backward: bool) -> None:
             form(*tensors)
 
 
-def speed(steps: int, backward: bool, rounds: int) -> None:
+def speed(steps: int, backward: bool, rounds: int, of_delta: bool) -> None:
     names = ["spikingbrain", "chunks, eager", "chunks, inductor"]
-    if steps <= 1024:
+    if steps <= 1024 and not of_delta:
         names.append("loop, eager")
-    candidates, tensors = forms(names), inputs(steps)
+    candidates, tensors = forms(names, of_delta), inputs(steps, of_delta)
     for form in candidates.values():
         step(form, tensors, backward)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -148,6 +160,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--delta", action="store_true")
     parser.add_argument("--peak")
     parser.add_argument("--steps", type=int, nargs="+", default=[1024, 4096])
     parser.add_argument("--rounds", type=int, default=7)
@@ -163,7 +176,7 @@ def main() -> None:
         for steps in arguments.steps:
             for backward in (False, True):
                 torch._dynamo.reset()
-                speed(steps, backward, arguments.rounds)
+                speed(steps, backward, arguments.rounds, arguments.delta)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 Without the rank-one part the backward is written in the op itself, so that whatever compiles the op compiles its backward
 too. D_t, the gradient of S_t, is the recurrence D_t = q_t do_t^T + a_(t+1) * D_(t+1), run the other way; dv_t = D_t^T k_t is
-its read, dk_t = D_t v_t the read of its transpose and dq_t = S_t do_t that of the transpose of S. The rest is
-`linear_recurrence_backward`.
+its read, dk_t = D_t v_t the read of its transpose and dq_t = S_t do_t that of the transpose of S. With that part it is
+written in the op too (`linear_recurrence_rank_one`), unless decays scale columns or the number of steps is a symbol. The rest
+is `linear_recurrence_backward`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,12 @@ from spikingbrain.frontend.ops.checks import (
     require_shape,
     state_dtype,
     up,
+)
+from spikingbrain.frontend.ops.linear_recurrence_rank_one import (
+    by_recurrences,
+    of_log_decay,
+    per_query,
+    summed,
 )
 from spikingbrain.models.recurrences.linear_recurrence import linear_recurrence as blockwise
 
@@ -160,8 +167,16 @@ def _backward(ctx: Any, do: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
     options = (ctx.decay_axis, ctx.log_decay, ctx.exclusive, ctx.reverse)
     wanted = needed(ctx, len(tensors))
     of_factor = tensors[3] is not None and wanted[3] and not ctx.log_decay
-    if tensors[4] is not None or of_factor:
+    of_rank_one = tensors[4] is not None
+    steps = tensors[1].shape[1]
+    known = isinstance(steps, int) and steps > 0
+    if of_factor or (of_rank_one and (ctx.decay_axis == "value" or not known)):
         gradients = torch.ops.spikingbrain.linear_recurrence_backward(do, dlast, *tensors, *options)
+    elif of_rank_one:
+        q, k, v, decay, erase, predict, bonus, state = tensors
+        gradients = by_recurrences(
+            do, dlast, last, q, k, v, decay, erase, predict, bonus, state, *options, wanted[3]
+        )
     else:
         q, k, v, decay, _, _, bonus, state = tensors
         gradients = _by_recurrences(do, dlast, last, q, k, v, decay, bonus, state, *options, wanted)
@@ -199,42 +214,35 @@ def _by_recurrences(
             q, k, v, a, None, None, None, s, axis, log, exclusive, back
         )
 
-    def per_query(x: Tensor) -> Tensor:
-        """[B, T, S, ...] -> [B, T, H, ...]: D is a sum over queries, and each gets a recurrence of its own."""
-        return x if groups == 1 else x.repeat_interleave(groups, 2)
-
-    def summed(x: Tensor) -> Tensor:
-        """[B, T, H, D] -> [B, T, S, D]"""
-        return x if groups == 1 else torch.unflatten(x, 2, (-1, groups)).sum(3)
-
+    # D is a sum over queries: each gets a recurrence of its own.
     following = decay if decay is None or exclusive else _shifted(decay, 0.0 if log else 1.0, reverse)
-    following = None if following is None else per_query(following)
+    following = None if following is None else per_query(following, groups)
     end = dlast if groups == 1 else pad(dlast.unsqueeze(2), (0, 0, 0, 0, 0, groups - 1)).flatten(1, 2)
-    dv, carried = recur(per_query(k), q, do, following, end, axis, not reverse)
-    dk, _ = recur(per_query(v), do, q, following, end.mT.contiguous(), turned, not reverse)
-    dv, dk = summed(dv), summed(dk)
+    dv, carried = recur(per_query(k, groups), q, do, following, end, axis, not reverse)
+    dk, _ = recur(per_query(v, groups), do, q, following, end.mT.contiguous(), turned, not reverse)
+    dv, dk = summed(dv, groups), summed(dk, groups)
     dq, _ = recur(do, v, k, decay, None if state is None else state.mT.contiguous(), turned, reverse)
 
     of_decay = of_state = of_bonus = None
     if of_decay_wanted and decay is not None:
         if axis == "value":
             read, _ = recur(q, k, v, decay, state, axis, reverse)
-            towards, away, at_end = summed(do * read), v * dv, (last * dlast).sum(2)
+            towards, away, at_end = summed(do * read, groups), v * dv, (last * dlast).sum(2)
         else:
-            towards, away, at_end = summed(q * dq), k * dk, (last * dlast).sum(3)
+            towards, away, at_end = summed(q * dq, groups), k * dk, (last * dlast).sum(3)
         if axis == "head":
             towards, away, at_end = towards.sum(-1), away.sum(-1), at_end.sum(-1)
-        of_decay = _of_log_decay(decay, towards, away, at_end, exclusive, reverse)
+        of_decay = of_log_decay(decay, towards, away, at_end, exclusive, reverse)
     if wanted[7]:
         if groups > 1:
             carried = torch.unflatten(carried, 1, (-1, groups)).sum(2)
         of_state = carried if exclusive or decay is None else _by_first(carried, decay, axis, log, reverse)
     if bonus is not None:
-        weight = (do * per_query(v)).sum(-1, keepdim=True)
-        read_key = per_query(k * bonus)
-        dv = dv + summed((q * read_key).sum(-1, keepdim=True) * do)
+        weight = (do * per_query(v, groups)).sum(-1, keepdim=True)
+        read_key = per_query(k * bonus, groups)
+        dv = dv + summed((q * read_key).sum(-1, keepdim=True) * do, groups)
         dq = dq + weight * read_key
-        of_read_key = summed(weight * q)
+        of_read_key = summed(weight * q, groups)
         dk = dk + of_read_key * bonus
         of_bonus = (up(of_read_key) * up(k)).sum((0, 1)).to(bonus.dtype)
     dq, dk, dv = dq.to(dtype), dk.to(dtype), dv.to(dtype)
@@ -255,23 +263,6 @@ def _by_first(carried: Tensor, decay: Tensor, axis: str, log: bool, reverse: boo
     first = first.exp() if log else first
     wide = {"head": (..., None, None), "key": (..., None), "value": (..., None, slice(None))}
     return carried * first[wide[axis]]
-
-
-def _of_log_decay(
-    decay: Tensor, towards: Tensor, away: Tensor, at_end: Tensor, exclusive: bool, reverse: bool
-) -> Tensor:
-    """Returns the gradient e_t = rowsum(a_t S_(t-1) * D_t) of log a_t without any state but the last.
-
-    As S_t = a_t S_(t-1) + k_t v_t^T, e_t = rowsum(S_t * D_t) - k_t * dk_t; as D_t = q_t do_t^T + a_(t+1) D_(t+1),
-    rowsum(S_t * D_t) = q_t * dq_t + e_(t+1). So e is a sum from the end, where rowsum(S_T * dS_T) stands. With exclusive
-    reads D_t = q_(t+1) do_(t+1)^T + ..., so that q_t * dq_t counts from the step before on. Where a_t = 0, e_t is 0.
-    """
-    steps = (towards - away).flatten(2)
-    sums, _ = torch.ops.spikingbrain.linear_scan(
-        torch.zeros_like(steps), steps, at_end.flatten(1), True, not reverse
-    )
-    sums = torch.reshape(sums, towards.shape)
-    return (sums - towards if exclusive else sums).masked_fill(decay == -torch.inf, 0.0)
 
 
 linear_recurrence.register_autograd(_backward, setup_context=_save)

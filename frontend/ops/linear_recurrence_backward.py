@@ -1,8 +1,9 @@
 """`spikingbrain::linear_recurrence_backward`: all gradients of the recurrence by explicit formulas, block by block.
 
-It serves the rank-one part and decays given as factors. (Other gradients are written in the op itself, see
-`linear_recurrence`.) Let every read be of the state before the step, as `models.recurrences.blockwise` explains, and let
-D_t be the gradient of S_t, p_t = S_(t-1)^T w_t and r_t the gradient of p_t. Then
+It serves gradients of decays given as factors, and the rank-one part where decays scale columns or the number of steps is a
+symbol. (Other gradients are written in the op itself, see `linear_recurrence`.) Let every read be of the state before the
+step, as `models.recurrences.blockwise` explains, and let D_t be the gradient of S_t, p_t = S_(t-1)^T w_t and r_t the gradient
+of p_t. Then
 
     D_(t-1) = a_t * D_t + w_t r_t^T + q_t do_t^T,    r_t = D_t^T u_t + (what the outputs add)
 
@@ -131,7 +132,9 @@ def _(
 
 
 linear_recurrence_backward.register_autograd(
-    once_only("linear_recurrence with erase and predict, or a decay as factor")
+    once_only(
+        "linear_recurrence with a decay as factor, or erase and predict and a decay of values or a symbol for steps"
+    )
 )
 
 
