@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from spikingbrain.backend import Buffer, SharedMemory
+from spikingbrain.errors import CallError
 from spikingbrain.frontend.weights import as_numpy
 from spikingbrain.passes import recipes
 
@@ -70,7 +71,14 @@ class FrozenWeights:
             found = _packed.get(key)
             if found and found[1] == stamps and all(r() is t for r, t in zip(found[0], sources, strict=True)):
                 return found[2]
-            array = recipes.apply(entry["recipe"], [as_numpy(t) for t in sources])
+            try:
+                array = recipes.apply(entry["recipe"], [as_numpy(t) for t in sources])
+            except ValueError as error:
+                raise CallError(
+                    "weights have changed so that the compiled code cannot hold them",
+                    why=str(error),
+                    hint="torch._dynamo.reset(), and call the compiled model again",
+                ) from error
             buffer = self._executable.to_device(array)
             _packed[key] = (
                 [weakref.ref(t, lambda _: _packed.pop(key, None)) for t in sources],

@@ -168,7 +168,7 @@ def _raise_spikes(program: torch.export.ExportedProgram) -> list[SpikeReport]:
         for n in program.graph.find_nodes(op="placeholder")
         if isinstance(held.get(names.get(n.name, "")), torch.Tensor)
     }
-    found = raise_spikes(program.graph_module, weights)
+    found = raise_spikes(program.graph_module, weights, fixed=True)
     if any(s.status == "raised" for s in found):
         name_outputs(program)
     return found

@@ -196,7 +196,9 @@ def find_weights(
 ) -> Iterator[Weight]:
     """Yields what the integer weights of a projection may be; only a comparison of results tells which is right."""
     behind = constants.behind(projection.weight)
-    scalings = behind + [n for m in _multiplied(projection.product, result) for n in constants.behind(m)]
+    scalings = behind + [
+        n for m in _multiplied(projection.product, result, constants) for n in constants.behind(m)
+    ]
     size = outputs * channels
     for node in behind:
         value = node.meta["val"]
@@ -219,28 +221,22 @@ def find_weights(
                 yield from _with_scales(source, codes, scale, constants, turned)
 
 
-def _multiplied(product: fx.Node, result: fx.Node) -> Iterator[fx.Node]:
+def _multiplied(product: fx.Node, result: fx.Node, constants: Constants) -> Iterator[fx.Node]:
     """Yields what a product's value is multiplied with on the way to the result."""
     node = result
     while node is not product:
-        inner = next(n for n in node.all_input_nodes if _reaches(product, n))
+        inner = next(
+            n for n in node.all_input_nodes if n not in constants and _reaches(product, n, constants)
+        )
         if name_of(node) == "mul":
             yield from (n for n in node.all_input_nodes if n is not inner)
         node = inner
 
 
-def _reaches(product: fx.Node, node: fx.Node) -> bool:
-    while True:
-        if node is product:
-            return True
-        if not node.all_input_nodes or node.op != "call_function":
-            return False
-        following = [n for n in node.all_input_nodes if n.op == "call_function"]
-        if len(following) > 1:
-            return any(_reaches(product, n) for n in following)
-        if not following:
-            return False
-        node = following[0]
+def _reaches(product: fx.Node, node: fx.Node, constants: Constants) -> bool:
+    return node is product or any(
+        _reaches(product, n, constants) for n in node.all_input_nodes if n not in constants
+    )
 
 
 def _matrix(codes: Tensor, outputs: int, channels: int, turned: bool) -> Tensor:

@@ -7,6 +7,7 @@ agree. The values then come from integers; gradients, where there are any, go th
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -52,11 +53,12 @@ def may_spike(graph: fx.Graph) -> bool:
 
 
 def raise_spikes(
-    module: fx.GraphModule, tensors: Mapping[fx.Node, Tensor], training: bool = False
+    module: fx.GraphModule, tensors: Mapping[fx.Node, Tensor], training: bool = False, fixed: bool = False
 ) -> list[SpikeReport]:
     """Raises in place, in a functional graph of ATen ops; returns what was found.
 
     ``tensors`` are the weights that placeholders stand for. With ``training``, gradients may be asked for.
+    ``fixed`` weights will not change, so that codes which fit 4 bits are stored in 4.
     """
     neurons, reports = [], []
     for node in module.graph.nodes:
@@ -70,7 +72,7 @@ def raise_spikes(
     if not neurons:
         return reports
     constants = Constants(module.graph, tensors)
-    raiser = _Raiser(module, constants, training)
+    raiser = _Raiser(module, constants, training, fixed)
     for neuron in neurons:
         try:
             found = list(find_projections(neuron, constants))
@@ -98,8 +100,8 @@ def _left(node: fx.Node, reason: str) -> SpikeReport:
 class _Raiser:
     """Carries out what was found in one graph; neurons of the same input are encoded once."""
 
-    def __init__(self, module: fx.GraphModule, constants: Constants, training: bool):
-        self.module, self.constants, self.training = module, constants, training
+    def __init__(self, module: fx.GraphModule, constants: Constants, training: bool, fixed: bool):
+        self.module, self.constants, self.training, self.fixed = module, constants, training, fixed
         self.encoded: dict[Any, tuple[fx.Node, fx.Node]] = {}
         values = (n.meta.get("val") for n in module.graph.nodes)
         self.mode = next((m for v in values if (m := getattr(v, "fake_mode", None))), None)
@@ -121,22 +123,22 @@ class _Raiser:
     def _matched(self, neuron: Neuron, projection: Projection) -> tuple[fx.Node, Weight, int, int]:
         """Returns which result is that of the op, with which weight, the result's axis of outputs, and the codes' bits."""
         channels = hint(neuron.x.meta["val"].shape[neuron.axis])
+        if not all(hint(s) for s in neuron.x.meta["val"].shape):
+            raise NotSpiking("its input is empty")
         if not projection.results:
             raise NotSpiking("its result is not multiplied by the threshold")
         x, given = self._trial(neuron)
         rows = x.numel() // channels
         why = "no weights that are integers times scales give its result"
         for result in projection.results:
-            outputs, rest = divmod(
-                result.meta["val"].numel() if not _symbolic(result) else _numel(result), rows
-            )
+            outputs, rest = divmod(_numel(result), rows)
             axis = _output_axis(neuron, result, outputs)
             if rest or axis is None:
                 continue
             wanted = evaluate(result, given, self.constants)
             for weight in find_weights(projection, result, self.constants, outputs, channels):
                 try:
-                    bits = _bits(weight.codes)
+                    bits = _bits(weight.codes, self.fixed)
                     got = self._computed(neuron, projection, result, weight, given)
                 except NotSpiking as reason:
                     why = str(reason)
@@ -183,9 +185,7 @@ class _Raiser:
     ) -> Tensor:
         """Returns what the op gives, channels last, for the counts and thresholds that the user's form has."""
         counts = evaluate(neuron.counts, given, self.constants).movedim(neuron.axis, -1)
-        threshold = evaluate(neuron.threshold, given, self.constants).broadcast_to(
-            neuron.x.meta["val"].shape if not _symbolic(neuron.x) else given[neuron.x].shape
-        )
+        threshold = evaluate(neuron.threshold, given, self.constants).broadcast_to(given[neuron.x].shape)
         threshold = threshold.movedim(neuron.axis, -1)[..., :1]
         bias = projection.biases.get(result)
         values = self.constants.value(bias).flatten() if bias is not None else None
@@ -251,15 +251,8 @@ class _Raiser:
         return self.encoded[key]
 
 
-def _symbolic(node: fx.Node) -> bool:
-    return any(isinstance(s, torch.SymInt) for s in node.meta["val"].shape)
-
-
 def _numel(node: fx.Node) -> int:
-    size = 1
-    for s in node.meta["val"].shape:
-        size *= hint(s)
-    return size
+    return math.prod(hint(s) for s in node.meta["val"].shape)
 
 
 def _output_axis(neuron: Neuron, result: fx.Node, outputs: int) -> int | None:
@@ -276,12 +269,15 @@ def _output_axis(neuron: Neuron, result: fx.Node, outputs: int) -> int | None:
     return None
 
 
-def _bits(codes: Tensor) -> int:
-    """Returns how many bits the codes take: 4, 8 or 16."""
+def _bits(codes: Tensor, fixed: bool) -> int:
+    """Returns how many bits the codes take: 8 or 16, and 4 if they are ``fixed``."""
     low, high = (float(codes.min()), float(codes.max())) if codes.numel() else (0.0, 0.0)
     if codes.is_floating_point() and not bool((codes == codes.round()).all()):
         raise NotSpiking("its weights are no integers times scales")
-    bits = next((b for b in (4, 8, 16) if low >= -(2 ** (b - 1)) and high < 2 ** (b - 1)), None)
+    bits = next(
+        (b for b in ((4, 8, 16) if fixed else (8, 16)) if low >= -(2 ** (b - 1)) and high < 2 ** (b - 1)),
+        None,
+    )
     if bits is None or (codes.dtype == torch.int8 and bits > 8):
         raise NotSpiking(f"a weight code of {max(-low, high):.0f}; up to 16 bits are")
     return 16 if codes.dtype == torch.int16 else bits
@@ -293,6 +289,6 @@ def _is_stored_order(weight: Weight) -> bool:
 
 def _agree(got: Tensor, wanted: Tensor, axis: int) -> bool:
     """Tells whether two results agree within the rounding of float32, row by row."""
-    got, wanted = (t.double().movedim(axis, -1).flatten(0, -2) for t in (got, wanted))
+    got, wanted = (t.double().movedim(axis, -1).reshape(-1, wanted.shape[axis]) for t in (got, wanted))
     size = wanted.abs().amax(-1, keepdim=True).clamp(min=1e-30)
     return bool(((got - wanted).abs() <= 2e-5 * size).all())
