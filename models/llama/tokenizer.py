@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from spikingbrain.models.llama.errors import MissingPackage, WeightsError
+from spikingbrain.models.errors import MissingPackage, WeightsError
 from spikingbrain.models.llama.gguf import GgufFile
 
 if TYPE_CHECKING:
