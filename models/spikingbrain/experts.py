@@ -32,7 +32,7 @@ class ExpertLinear(nn.Module):
 
     def forward(self, x_RK: Tensor, expert_R: Tensor) -> Tensor:
         """x [R, K], expert [R] int64, 0 to N - 1 -> [R, O]. Raises IndexError for an expert that there is not."""
-        if torch.compiler.is_compiling() or not len(x_RK):
+        if torch.compiler.is_compiling() or x_RK.is_meta or not len(x_RK):
             return torch.bmm(self.weight[expert_R], x_RK.unsqueeze(-1)).squeeze(-1)
         order, counts = rows_by_expert(expert_R, len(self.weight))
         groups = zip(x_RK[order].split(counts), self.weight.unbind(), strict=True)
