@@ -1,10 +1,10 @@
-"""Weights of a Llama from a GGUF file.
+"""Weights of a Llama or Qwen2 from a GGUF file.
 
 `GgufFile` reads the container, `entries` says how its tensors become ours, `load` builds the model.
 
 From GGUF to our names, tensor by tensor:
   renamed         all, by the tables `MODEL` and `LAYER`
-  un-interleaved  attn_q, attn_k: see `unpair_rotary`
+  un-interleaved  attn_q, attn_k of a Llama: see `unpair_rotary`
   tied            no `output.weight` in the file means that the head is the embedding
 Everything is decoded to float32 and then cast.
 """
@@ -28,6 +28,8 @@ from spikingbrain.models.errors import MissingPackage, WeightsError
 from spikingbrain.models.llama.model import Llama, LlamaConfig
 
 Array = npt.NDArray[Any]
+
+ARCHITECTURES = ("llama", "qwen2")
 
 # GGUF metadata: type number -> struct format; 8 is a string, 9 an array.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -77,20 +79,20 @@ def load(
 def read_config(file: GgufFile, *, window: int | None = None, sinks: int = 0) -> LlamaConfig:
     """Returns the config that the metadata describes."""
     metadata = file.metadata
-    if (architecture := metadata.get("general.architecture")) != "llama":
+    if (kind := metadata.get("general.architecture")) not in ARCHITECTURES:
         raise WeightsError(
-            f"architecture {architecture!r} is not 'llama'",
+            f"architecture {kind!r} is not {' or '.join(map(repr, ARCHITECTURES))}",
             where=str(file.path),
-            why="this loader knows the names and the layout of Llama weights only",
-            hint="a GGUF file whose general.architecture is 'llama'",
+            why="this loader knows the names and the layout of their weights only",
+            hint="a GGUF file of one of these",
         )
     needed = [
-        "llama.block_count",
-        "llama.context_length",
-        "llama.embedding_length",
-        "llama.feed_forward_length",
-        "llama.attention.head_count",
-        "llama.attention.layer_norm_rms_epsilon",
+        f"{kind}.block_count",
+        f"{kind}.context_length",
+        f"{kind}.embedding_length",
+        f"{kind}.feed_forward_length",
+        f"{kind}.attention.head_count",
+        f"{kind}.attention.layer_norm_rms_epsilon",
     ]
     absent = [key for key in needed if not _is_positive(metadata.get(key))]
     absent += [] if "token_embd.weight" in file.tensors else ["tensor token_embd.weight"]
@@ -101,13 +103,13 @@ def read_config(file: GgufFile, *, window: int | None = None, sinks: int = 0) ->
             why="the file is incomplete, or holds only a part of a split model",
             hint="one unsplit GGUF file with its metadata",
         )
-    width, heads = metadata["llama.embedding_length"], metadata["llama.attention.head_count"]
-    head_size = metadata.get("llama.attention.key_length", width // heads)
+    width, heads = metadata[f"{kind}.embedding_length"], metadata[f"{kind}.attention.head_count"]
+    head_size = metadata.get(f"{kind}.attention.key_length", width // heads)
     supported = {
-        "llama.attention.value_length": head_size,
-        "llama.rope.dimension_count": head_size,
-        "llama.rope.scaling.type": "none",
-        "llama.expert_count": 0,
+        f"{kind}.attention.value_length": head_size,
+        f"{kind}.rope.dimension_count": head_size,
+        f"{kind}.rope.scaling.type": "none",
+        f"{kind}.expert_count": 0,
     }
     for key, only in supported.items():
         if (value := metadata.get(key, only)) != only:
@@ -120,17 +122,18 @@ def read_config(file: GgufFile, *, window: int | None = None, sinks: int = 0) ->
     return LlamaConfig(
         vocabulary=file.tensors["token_embd.weight"].shape[0],
         width=width,
-        layers=metadata["llama.block_count"],
+        layers=metadata[f"{kind}.block_count"],
         heads=heads,
-        key_value_heads=metadata.get("llama.attention.head_count_kv", heads),
+        key_value_heads=metadata.get(f"{kind}.attention.head_count_kv", heads),
         head_size=head_size,
-        feed_forward=metadata["llama.feed_forward_length"],
-        context=metadata["llama.context_length"],
-        rope_base=metadata.get("llama.rope.freq_base", 10_000.0),
-        norm_eps=metadata["llama.attention.layer_norm_rms_epsilon"],
+        feed_forward=metadata[f"{kind}.feed_forward_length"],
+        context=metadata[f"{kind}.context_length"],
+        rope_base=metadata.get(f"{kind}.rope.freq_base", 10_000.0),
+        norm_eps=metadata[f"{kind}.attention.layer_norm_rms_epsilon"],
         tied_head="output.weight" not in file.tensors,
         window=window,
         sinks=sinks,
+        qkv_bias=kind == "qwen2",
     )
 
 
@@ -163,6 +166,11 @@ MODEL = [
     Entry("output_norm.weight", "norm.weight"),
 ]
 HEAD = Entry("output.weight", "head.weight")
+BIASES = [
+    Entry("attn_q.bias", "attention.query.bias"),
+    Entry("attn_k.bias", "attention.key.bias"),
+    Entry("attn_v.bias", "attention.value.bias"),
+]
 LAYER = [
     Entry("attn_norm.weight", "attention_norm.weight"),
     Entry("attn_q.weight", "attention.query.weight", unpair_rotary),
@@ -182,8 +190,10 @@ def entries(config: LlamaConfig) -> Iterator[Entry]:
     if not config.tied_head:
         yield HEAD
     for i in range(config.layers):
-        for entry in LAYER:
-            yield Entry(f"blk.{i}.{entry.source}", f"blocks.{i}.{entry.target}", entry.transform)
+        for entry in (*LAYER, *(BIASES if config.qkv_bias else [])):
+            # Qwen2's files hold rotary halves one after the other, as they are computed.
+            transform = as_stored if config.qkv_bias else entry.transform
+            yield Entry(f"blk.{i}.{entry.source}", f"blocks.{i}.{entry.target}", transform)
 
 
 def check_tensors(file: GgufFile, config: LlamaConfig, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -205,8 +215,8 @@ def check_tensors(file: GgufFile, config: LlamaConfig, shapes: dict[str, tuple[i
         raise WeightsError(
             "the tensors of the file do not fit the model:\n    " + "\n    ".join(problems),
             where=str(file.path),
-            why="the file is damaged, or its model differs from a plain Llama",
-            hint=f"a Llama without biases or rope tables, in {', '.join(e.name for e in ENCODINGS.values())}",
+            why="the file is damaged, or its model differs from a plain Llama or Qwen2",
+            hint=f"a plain Llama or Qwen2 without rope tables, in {', '.join(e.name for e in ENCODINGS.values())}",
         )
 
 

@@ -1,4 +1,4 @@
-"""Llama in plain PyTorch: a pure function `(tokens, state) -> (logits, state)`.
+"""Llama and Qwen2 in plain PyTorch: a pure function `(tokens, state) -> (logits, state)`.
 
 Prefill and decode are the same call: any number of tokens may be fed at a time, and splitting a text
 differently changes nothing but rounding. The state is explicit; it is never changed in place.
@@ -34,6 +34,7 @@ class LlamaConfig:
     rope_base: float = 10_000.0
     norm_eps: float = 1e-5
     tied_head: bool = True
+    qkv_bias: bool = False  # of queries, keys and values: Qwen2 has them
     # Attention over the last `window` tokens (None: over all), plus the first `sinks` tokens of the text.
     window: int | None = None
     sinks: int = 0
@@ -202,9 +203,9 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.key_value_heads = config.heads, config.key_value_heads
         self.head_size = config.head_size
-        self.query = nn.Linear(config.width, config.heads * config.head_size, bias=False)
-        self.key = nn.Linear(config.width, config.key_value_heads * config.head_size, bias=False)
-        self.value = nn.Linear(config.width, config.key_value_heads * config.head_size, bias=False)
+        self.query = nn.Linear(config.width, config.heads * config.head_size, config.qkv_bias)
+        self.key = nn.Linear(config.width, config.key_value_heads * config.head_size, config.qkv_bias)
+        self.value = nn.Linear(config.width, config.key_value_heads * config.head_size, config.qkv_bias)
         self.output = nn.Linear(config.heads * config.head_size, config.width, bias=False)
 
     def forward(

@@ -483,8 +483,8 @@ def test_one_error_lists_every_tensor_that_does_not_fit(tmp_path: Path) -> None:
         "    blk.0.attn_q.bias: not part of the model\n"
         "    rope_freqs.weight: not part of the model\n"
         f"  at: {tmp_path / 'model.gguf'}\n"
-        "  because: the file is damaged, or its model differs from a plain Llama\n"
-        "  try: a Llama without biases or rope tables, in F32, F16, Q4_0, Q4_1, Q8_0, Q4_K, Q6_K, BF16"
+        "  because: the file is damaged, or its model differs from a plain Llama or Qwen2\n"
+        "  try: a plain Llama or Qwen2 without rope tables, in F32, F16, Q4_0, Q4_1, Q8_0, Q4_K, Q6_K, BF16"
     )
 
 
@@ -513,8 +513,8 @@ def test_models_of_another_kind_are_refused(tmp_path: Path, change: dict[str, An
 
 
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="architecture 'qwen2' is not 'llama'"):
-        load(write_gguf(tmp_path / "model.gguf", random_tensors(), architecture="qwen2"))
+    with pytest.raises(WeightsError, match="architecture 'gemma' is not 'llama' or 'qwen2'"):
+        load(write_gguf(tmp_path / "model.gguf", random_tensors(), architecture="gemma"))
 
 
 def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:

@@ -18,9 +18,24 @@ from spikingbrain.models.spikingbrain.checkpoint import load, save
 from spikingbrain.models.spikingbrain.spiking_checkpoint import load_spiking, save_spiking
 
 # The published names, written out for a layer of each kind.
-GLA_LAYER = """attn_norm.weight mlp_norm.weight attn.q_proj.weight attn.q_proj.bias attn.k_proj.weight attn.k_proj.bias
-    attn.v_proj.weight attn.v_proj.bias attn.o_proj.weight attn.gk_proj.0.weight attn.gk_proj.1.weight attn.gk_proj.1.bias
-    attn.g_norm.weight mlp.gate_proj.weight mlp.up_proj.weight mlp.down_proj.weight""".split()
+GLA_LAYER = [
+    "attn_norm.weight",
+    "mlp_norm.weight",
+    "attn.q_proj.weight",
+    "attn.q_proj.bias",
+    "attn.k_proj.weight",
+    "attn.k_proj.bias",
+    "attn.v_proj.weight",
+    "attn.v_proj.bias",
+    "attn.o_proj.weight",
+    "attn.gk_proj.0.weight",
+    "attn.gk_proj.1.weight",
+    "attn.gk_proj.1.bias",
+    "attn.g_norm.weight",
+    "mlp.gate_proj.weight",
+    "mlp.up_proj.weight",
+    "mlp.down_proj.weight",
+]
 WINDOW_LAYER = [name for name in GLA_LAYER if "gk_proj" not in name and "g_norm" not in name]
 
 
