@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from spikingbrain import errors
-from spikingbrain.artifact import TOKENIZER, Artifact, check_writable
+from spikingbrain.artifact import STATE, TOKENIZER, Artifact, check_writable, pack
 from spikingbrain.backend import TargetStatus, backends, resolve_target
 from spikingbrain.program import Program
 
@@ -45,7 +45,7 @@ def export(
             the weights.
         path: where the artifact is written (to a temporary name first, then renamed).
         state: name of the argument of forward that carries the state. Forward must return ``(*outputs, new_state)``;
-            compiled, the state is updated in place.
+            compiled, the state is updated in place. A fresh state of the program is the one given to the first entry.
         target: a name from ``targets()``.
         options: options of the target's backend.
         tokenizer: content of a ``tokenizer.json``, for ``Program.generate``.
@@ -72,6 +72,8 @@ def export(
     captured = capture(model, entries, state, tell)
     code = compile_code(captured.module, target, options or {}, tell, Path(dump) if dump else None, use_cache)
     extra = {TOKENIZER: tokenizer.encode()} if tokenizer else {}
+    if captured.blocks:
+        extra[STATE] = pack({name: as_numpy(block) for name, block in captured.blocks.items()})
     write_artifact(
         Path(path),
         code,

@@ -7,6 +7,7 @@ draws the format as a byte map and says which versions read which.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import mmap
 import os
@@ -29,6 +30,7 @@ ALIGNMENT = 64  # of members and tensors: zero-copy import into the IREE runtime
 BLOCK = 16 << 20  # weights are hashed in blocks of this size
 _READ = 1 << 20
 MANIFEST, WEIGHTS, REPORT, TOKENIZER = "manifest.json", "weights.safetensors", "report.json", "tokenizer.json"
+STATE = "state.safetensors"
 CODE = "code/"
 
 Array = np.ndarray[Any, Any]
@@ -44,6 +46,7 @@ DTYPES = {
     "i1": ("BOOL", "bool"),
 }  # MLIR's name -> safetensors' name, numpy's name
 _FROM_SAFETENSORS = {st: name for st, name in DTYPES.values()}
+_ELEMENTS = {name: element for element, (_, name) in DTYPES.items()}
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
@@ -144,6 +147,14 @@ def write(
         raise
 
 
+def pack(arrays: Mapping[str, Array]) -> bytes:
+    """Returns tensors as a member of the same form as the weights', for a few of them."""
+    headers = [TensorHeader(key, array.shape, _ELEMENTS[array.dtype.name]) for key, array in arrays.items()]
+    sink = io.BytesIO()
+    _write_safetensors(sink, headers, lambda header: arrays[header.key], None)
+    return sink.getvalue()
+
+
 def check_writable(path: Path) -> None:
     """Raises ArtifactError if no file can be written at ``path``: better before a long compile than after it."""
     folder = Path(path).parent
@@ -174,7 +185,7 @@ def _aligned(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
 
 
 def _write_safetensors(
-    sink: _Hashing,
+    sink: _Hashing | io.BytesIO,
     tensors: list[TensorHeader],
     content: Callable[[TensorHeader], Array],
     progress: Callable[[int, int], None] | None,
@@ -304,7 +315,14 @@ class Artifact:
 
     def weights(self) -> dict[str, Array]:
         """Returns the stored tensors by key, mapped read-only."""
-        data = self.member(WEIGHTS)
+        return self._tensors(WEIGHTS)
+
+    def state_blocks(self) -> dict[str, Array]:
+        """Returns what fresh states hold besides their fill values, by the state's field names, mapped read-only."""
+        return self._tensors(STATE) if self.has(STATE) else {}
+
+    def _tensors(self, member: str) -> dict[str, Array]:
+        data = self.member(member)
         (length,) = struct.unpack_from("<Q", data, 0)
         header = json.loads(bytes(data[8 : 8 + length]))
         base = 8 + length

@@ -65,6 +65,7 @@ class Program:
         self.executable, self.artifact = executable, artifact
         self.entries = {name: EntrySpec.from_manifest(name, e) for name, e in manifest["entries"].items()}
         self._state_layout = manifest.get("state", [])
+        self._state_blocks = artifact.state_blocks() if artifact else {}
         self._points = {n: EntryPoint(s, executable, self._state_layout) for n, s in self.entries.items()}
         for name, point in self._points.items():
             if not hasattr(self, name):  # one called like a method is reached by call()
@@ -74,7 +75,7 @@ class Program:
         """Returns a fresh state. ``batch`` is needed when the artifact leaves the batch dynamic."""
         if not self._state_layout:
             raise CallError("this program has no state", hint="call its entry points without one")
-        return State(self.executable, self._state_layout, batch)
+        return State(self.executable, self._state_layout, batch, self._state_blocks)
 
     def call(self, entry: str, *arguments: Any, state: State | None = None) -> list[Array]:
         """Runs an entry point and returns its results as host arrays; ``state`` is updated.

@@ -26,8 +26,14 @@ class State:
         sizes: values of the dynamic dimensions of the state, e.g. ``{"B": 2}``.
     """
 
-    def __init__(self, executable: Any, layout: Sequence[Mapping[str, Any]], batch: int | None = None):
-        self._executable, self._layout = executable, layout
+    def __init__(
+        self,
+        executable: Any,
+        layout: Sequence[Mapping[str, Any]],
+        batch: int | None = None,
+        blocks: Mapping[str, Array] | None = None,
+    ):
+        self._executable, self._layout, self._blocks = executable, layout, blocks or {}
         names = {d for field in layout for d in field["shape"] if isinstance(d, str)}
         if len(names) > 1:
             raise CallError(f"the state has several dynamic dimensions: {', '.join(sorted(names))}")
@@ -39,8 +45,13 @@ class State:
 
     def _initial(self, field: Mapping[str, Any]) -> Array:
         shape = [self.sizes.get(d, d) if isinstance(d, str) else d for d in field["shape"]]
-        dtype = numpy_dtype(field["dtype"])
-        return np.full(shape, field["fill"], dtype)
+        value = np.full(shape, field["fill"], numpy_dtype(field["dtype"]))
+        if "block" in field:
+            block = self._blocks[field["name"]]
+            sizes = zip(field["block"], block.shape, field["shape"], strict=True)
+            # along a dynamic dimension the block holds for each entry
+            value[tuple(slice(None) if isinstance(d, str) else slice(a, a + n) for a, n, d in sizes)] = block
+        return value
 
     def take(self) -> list[Any]:
         """Hands the buffers to a call; until ``give`` or ``lose`` the state cannot be used elsewhere."""
@@ -120,7 +131,8 @@ class State:
     def fork(self) -> State:
         """Returns an independent copy."""
         copy = object.__new__(State)
-        copy._executable, copy._layout, copy.sizes = self._executable, self._layout, dict(self.sizes)
+        copy._executable, copy._layout, copy._blocks = self._executable, self._layout, self._blocks
+        copy.sizes = dict(self.sizes)
         copy._lock, copy._busy, copy._buffers = threading.Lock(), False, None
         copy.restore(self.snapshot())
         return copy

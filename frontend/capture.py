@@ -17,6 +17,7 @@ from torch_mlir import ir
 from spikingbrain.errors import CompileError, ShapeError, SourceLine, UnsupportedOp
 from spikingbrain.frontend.checks import check
 from spikingbrain.frontend.importer import Importer
+from spikingbrain.frontend.initial import initial_values
 from spikingbrain.frontend.normalise import normalise
 from spikingbrain.frontend.recurrences.exporting import Exported, export_program
 
@@ -26,6 +27,9 @@ aten = torch.ops.aten
 @dataclass(frozen=True)
 class Entry:
     """One entry point of an artifact: example arguments for the model's forward, and which sizes may vary.
+
+    The state given to the first entry is the state before the first call, which the artifact keeps; those given to others
+    only tell shapes.
 
     Attributes:
         args: positional arguments; tensors give shape and dtype, other values become constants.
@@ -47,12 +51,14 @@ class Capture:
         module: torch-dialect IR as text, with the user's source lines as locations.
         entries: the manifest's description of each entry point.
         state: the manifest's description of the state's tensors, empty without one.
+        blocks: of the state's tensors that do not begin with one value everywhere, the part that holds others.
         weights: the model's tensors by name, not copied.
     """
 
     module: str
     entries: dict[str, Any]
     state: list[dict[str, Any]]
+    blocks: dict[str, torch.Tensor]
     weights: dict[str, torch.Tensor]
 
 
@@ -138,7 +144,7 @@ class _Call:
                 if is_tensor:
                     # torch.export takes one tensor given twice for one argument
                     self.tensors.append(leaf.clone() if any(leaf is t for t in self.tensors) else leaf)
-                    self.names.append(n + pytree.keystr(path) if n != state else _field_path(path))
+                    self.names.append(n + pytree.keystr(path) if n != state else _field_path(path) or n)
                     self.dims.append(dim)
             self._slots.append((n, spec, leaves))
             if n == state:
@@ -174,6 +180,7 @@ def capture(
     importer = Importer(names.name)
     described: dict[str, Any] = {}
     layout: list[dict[str, Any]] = []
+    blocks: dict[str, torch.Tensor] = {}
     donated: dict[str, list[int]] = {}
     for name, entry in entries.items():
         if not name.isidentifier():
@@ -191,11 +198,10 @@ def capture(
             "fixed_lengths": exported.fixed,
         }
         donated[name] = list(range(call.inputs, len(call.tensors)))
-        if layout and [(f["name"], f["shape"]) for f in layout] != [
-            (f["name"], f["shape"]) for f in state_fields
-        ]:
+        if len(described) == 1:
+            layout, blocks = initial_values(state_fields, call.tensors[call.inputs :])
+        elif [(f["name"], f["shape"]) for f in layout] != [(f["name"], f["shape"]) for f in state_fields]:
             raise CompileError(f"entry {name!r} has a state of another shape than the first entry")
-        layout = state_fields
     module = importer.module
     with module.context:
         i64 = ir.IntegerType.get_signless(64)
@@ -208,7 +214,7 @@ def capture(
                     [ir.IntegerAttr.get(i64, i) for i in donated[function]]
                 )
         text: str = module.operation.get_asm(enable_debug_info=True)
-    return Capture(text, described, layout, names.tensors)
+    return Capture(text, described, layout, blocks, names.tensors)
 
 
 class _WeightNames:
@@ -280,9 +286,7 @@ def _describe(
     shared = _shares_state(program.graph, nodes[call.inputs :], len(outputs))
     for output, flag in zip(outputs, shared, strict=True):
         output["shares_state"] = flag
-    fields = []
-    for described, value in zip(inputs[call.inputs :], call.tensors[call.inputs :], strict=True):
-        fields.append({**described, **_initial(value, described["name"])})
+    fields = inputs[call.inputs :]
     for before, after in zip(fields, results[len(results) - state_count :], strict=True):
         if spec("", after)["shape"] != before["shape"]:
             raise ShapeError(
@@ -345,18 +349,6 @@ def _shares_state(graph: torch.fx.Graph, state: list[torch.fx.Node], outputs: in
         )
     held = {*state, *results[outputs:]}
     return [node in held for node in results[:outputs]]
-
-
-def _initial(value: torch.Tensor, name: str) -> dict[str, Any]:
-    """Returns how a state tensor begins; the example given to the first entry is the state before the first call."""
-    first = value.reshape(-1)[0] if value.numel() else torch.zeros((), dtype=value.dtype)
-    if not bool((value == first).all()):
-        raise CompileError(
-            f"state tensor {name} does not begin with one value everywhere",
-            why="a compiled program makes its own fresh states, and stores one number for each tensor",
-            hint="pass the state as it is before the first token",
-        )
-    return {"fill": first.item()}
 
 
 def _leaf_shapes(value: Any, spec: Any, name: str) -> list[Any]:

@@ -1,0 +1,173 @@
+"""States of compiled SpikingBrain models: what they begin with, any split of a text, batches of texts of different lengths."""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+import spikingbrain
+from spikingbrain.artifact import STATE
+from spikingbrain.errors import CompileError, CorruptArtifact
+from spikingbrain.frontend.weights import as_numpy
+from spikingbrain.models.spikingbrain import LayerConfig, SpikingBrain, tiny_76b
+from spikingbrain.state import State
+
+CAPACITY = 48
+ATOL = 1e-5  # of logits around 1
+TOKENS = np.random.default_rng(0).integers(0, 256, (3, 40))
+
+
+@dataclass
+class Compiled:
+    model: SpikingBrain
+    program: spikingbrain.Program
+
+    def eager(
+        self, rows: Any, *pieces: slice
+    ) -> tuple[np.ndarray[Any, Any], dict[str, np.ndarray[Any, Any]]]:
+        """Returns the last logits and the state of the model after pieces of the texts."""
+        tokens = torch.from_numpy(TOKENS[rows])
+        with torch.no_grad():
+            state = self.model.initial_state(len(tokens), CAPACITY)
+            for piece in pieces:
+                logits, state = self.model(tokens[:, piece], state, last_only=True)
+        return logits.numpy(), numbers(state)
+
+    def run(self, state: State, rows: Any, *pieces: slice) -> np.ndarray[Any, Any]:
+        """Feeds pieces of the texts and returns the last logits."""
+        tokens = TOKENS[rows]
+        for piece in pieces:
+            part = tokens[:, piece]
+            if part.shape[1] == 1:
+                logits = self.program.decode(part, state=state)
+            else:
+                lengths = np.full(len(part), part.shape[1])
+                logits = self.program.prefill(part, lengths, state=state)
+        return np.array(logits)
+
+
+def numbers(state: Any) -> dict[str, np.ndarray[Any, Any]]:
+    """Returns a model's state by field name. The last slot of a cache is never read."""
+    named = {"memories": state.memories, "keys": state.keys, "values": state.values}
+    found = {f"{name}.{i}": t.detach().numpy() for name, ts in named.items() for i, t in enumerate(ts)}
+    return {**found, "position": state.position.numpy()}
+
+
+def assert_close(got: dict[str, Any], expected: dict[str, Any], atol: float = ATOL) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        live = slice(None, -1 if name.startswith(("keys", "values")) else None)
+        np.testing.assert_allclose(
+            got[name][:, live] if value.ndim > 1 else got[name],
+            value[:, live] if value.ndim > 1 else value,
+            atol=atol,
+            err_msg=name,
+        )
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    """The 76B's attention in two layers: linear beside window, linear beside full, and sinks before the text."""
+    layers = (LayerConfig(linear=True, softmax="window"), LayerConfig(linear=True, softmax="full"))
+    torch.manual_seed(0)
+    model = SpikingBrain(replace(tiny_76b(), layers=layers)).eval()
+    b, t = Dim("B", min=1, max=8), Dim("T", min=1, max=64)
+    state = model.initial_state(2, CAPACITY)
+    tokens, lengths = torch.zeros(2, 5, dtype=torch.int64), torch.tensor([5, 3])
+    entries = {
+        "prefill": spikingbrain.Entry(
+            (tokens, state, lengths),
+            {"last_only": True},
+            {"tokens_BT": {0: b, 1: t}, "state": {0: b}, "lengths_B": {0: b}},
+        ),
+        "decode": spikingbrain.Entry(
+            (tokens[:, :1], state), {"last_only": True}, {"tokens_BT": {0: b}, "state": {0: b}}
+        ),
+    }
+    path = tmp_path_factory.mktemp("spikingbrain") / "tiny.sbrain"
+    spikingbrain.export(model, entries, path, state="state")
+    return Compiled(model, spikingbrain.load(path))
+
+
+def test_a_fresh_state_has_seen_the_sinks(compiled: Compiled) -> None:
+    expected = numbers(compiled.model.initial_state(1, CAPACITY))
+    for batch in (1, 3):
+        state = compiled.program.new_state(batch)
+        state.reset()
+        got = state.snapshot()
+        assert_close(got, {name: value.repeat(batch, 0) for name, value in expected.items()})
+        assert np.abs(got["memories.0"]).min() > 0 and not got["keys.1"][:, 3:].any()
+
+
+ONES = [slice(i, i + 1) for i in range(40)]
+
+
+@pytest.mark.parametrize(
+    "pieces", [[slice(0, 40)], ONES, [slice(0, 21), *ONES[21:]], [slice(0, 3), slice(3, 4), slice(4, 40)]]
+)
+def test_any_split_gives_the_same(compiled: Compiled, pieces: list[slice]) -> None:
+    """Five windows long: prefill, decode, and what lies between."""
+    expected, after = compiled.eager([0], slice(0, 40))
+    state = compiled.program.new_state(1)
+    np.testing.assert_allclose(compiled.run(state, [0], *pieces), expected, atol=ATOL)
+    assert_close(state.snapshot(), after)
+
+
+class Counting(nn.Module):
+    def forward(self, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        return x + table, table + 1
+
+
+def export_counting(path: Path, table: Tensor, batch: bool) -> None:
+    b = {0: Dim("B", min=1, max=8)} if batch else {}
+    entry = spikingbrain.Entry((table.clone(), table), dynamic_shapes={"x": b, "table": b})
+    spikingbrain.export(Counting(), {"step": entry}, path, state="table")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64])
+def test_only_what_differs_is_stored(tmp_path: Path, dtype: torch.dtype) -> None:
+    table = torch.zeros(3, 5, 4, dtype=dtype)
+    table[:, 1:4, 2] = torch.arange(3, 6, dtype=dtype)
+    export_counting(tmp_path / "a.sbrain", table, batch=True)
+    program = spikingbrain.load(tmp_path / "a.sbrain")
+    assert program.artifact.state_blocks()["table"].shape == (1, 3, 1)
+    assert program.manifest["state"][0]["block"] == [0, 1, 2]
+    state = program.new_state(2)
+    program.step(program.new_state(2).snapshot()["table"], state=state)
+    expected = as_numpy(table[:2])
+    np.testing.assert_array_equal(state.snapshot()["table"], expected + np.ones_like(expected))
+    state.reset()
+    np.testing.assert_array_equal(state.snapshot()["table"], expected)
+    np.testing.assert_array_equal(state.fork().snapshot()["table"], expected)
+
+
+def test_entries_that_begin_differently(tmp_path: Path) -> None:
+    table = torch.arange(6.0).view(2, 3)
+    export_counting(tmp_path / "a.sbrain", table, batch=False)
+    np.testing.assert_array_equal(
+        spikingbrain.load(tmp_path / "a.sbrain").new_state().snapshot()["table"], table.numpy()
+    )
+    with pytest.raises(
+        CompileError, match="state tensor table begins with other values in each entry of axis 0"
+    ):
+        export_counting(tmp_path / "b.sbrain", table, batch=True)
+
+
+def test_a_damaged_state_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.sbrain"
+    export_counting(path, torch.arange(6.0).view(2, 3), batch=False)
+    with zipfile.ZipFile(path) as archive:
+        start = archive.getinfo(STATE).header_offset + 300  # in the values
+    content = bytearray(path.read_bytes())
+    content[start] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CorruptArtifact, match=r"state\.safetensors is damaged"):
+        spikingbrain.load(path)
