@@ -17,6 +17,7 @@ from torch_mlir.dialects import torch as torch_dialect  # noqa: F401  (registers
 from torch_mlir.passmanager import PassManager
 
 from spikingbrain.passes.dialect_base import SpikingBrain, after_declaration, fail, fits, shape
+from spikingbrain.passes.dialect_experts import GroupedLinear  # noqa: F401
 from spikingbrain.passes.dialect_fused import verify_fused_recurrence
 from spikingbrain.passes.dialect_recurrences import LinearRecurrence, LinearScan, SelectiveScan  # noqa: F401
 from spikingbrain.passes.dialect_scans import verify_pointwise_scan
@@ -120,12 +121,14 @@ class Attention(SpikingBrain.Operation, name="attention", traits=[ext.Pure]):
     ``G = H / Hk``. With ``i = query_positions[b,t]`` and ``j = key_positions[b,s]``, key s is visible when
     ``0 <= j <= i and (j > i - window or j < sinks)``; ``window = 0`` means unlimited. A query that sees no key
     yields 0. Keys come in up to two segments, a cache and the new tokens; an empty slot has position -1.
+    Keys and values may be f16 or bf16; the arithmetic is that of f32. Those of the cache may be codes of 8 bits, which
+    count in steps of a scale per slot and head, ``k[b,s,h] = key_scales[b,s,h] * codes[b,s,h]``.
 
         %o = "spikingbrain.attention"(%q, %qpos, %k, %v, %kpos, %k_cache, %v_cache, %pos_cache)
                {scale = 0.125 : f64, window = 256 : i64, sinks = 1 : i64,
-                operandSegmentSizes = array<i32: 1, 1, 1, 1, 1, 1, 1, 1>}
+                operandSegmentSizes = array<i32: 1, 1, 1, 1, 1, 1, 1, 1, 0, 0>}
                : (tensor<1x?x9x64xf32>, tensor<1x?xi64>, tensor<1x?x3x64xf32>, tensor<1x?x3x64xf32>, tensor<1x?xi64>,
-                  tensor<1x257x3x64xf32>, tensor<1x257x3x64xf32>, tensor<1x257xi64>) -> tensor<1x?x9x64xf32>
+                  tensor<1x257x3x64xf16>, tensor<1x257x3x64xf16>, tensor<1x257xi64>) -> tensor<1x?x9x64xf32>
     """
 
     query: ext.Operand[ir.RankedTensorType]
@@ -140,6 +143,8 @@ class Attention(SpikingBrain.Operation, name="attention", traits=[ext.Pure]):
     cache_keys: ext.Operand[ir.RankedTensorType] | None = None
     cache_values: ext.Operand[ir.RankedTensorType] | None = None
     cache_positions: ext.Operand[ir.RankedTensorType] | None = None
+    cache_key_scales: ext.Operand[ir.RankedTensorType] | None = None
+    cache_value_scales: ext.Operand[ir.RankedTensorType] | None = None
 
     @staticmethod
     @after_declaration
@@ -167,6 +172,15 @@ class Attention(SpikingBrain.Operation, name="attention", traits=[ext.Pure]):
                 )
             if len(ps) != 2 or not (fits(ps[0], ks[0]) and fits(ps[1], ks[1])):
                 return fail(op.operation, f"key positions {ps} do not match keys {ks}")
+        for codes, scales in (
+            (op.cache_keys, op.cache_key_scales),
+            (op.cache_values, op.cache_value_scales),
+        ):
+            coded = codes is not None and str(codes.type.element_type) == "i8"
+            if coded != (scales is not None):
+                return fail(op.operation, "codes of 8 bits, and nothing else, need scales")
+            if coded and (shape(scales) != shape(codes)[:3] or str(scales.type.element_type) != "f32"):
+                return fail(op.operation, f"scales must be f32, one for each of {shape(codes)[:3]}")
         return True
 
 

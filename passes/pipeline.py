@@ -20,6 +20,7 @@ from spikingbrain.passes.fuse_shared_input import FuseSharedInput
 from spikingbrain.passes.lower_attention import LowerAttention
 from spikingbrain.passes.lower_cache_write import LowerCacheWrite
 from spikingbrain.passes.lower_embedding import LowerEmbedding
+from spikingbrain.passes.lower_grouped_linear import LowerGroupedLinear
 from spikingbrain.passes.lower_linear import LowerLinear
 from spikingbrain.passes.lower_pointwise_scan import LowerPointwiseScan
 from spikingbrain.passes.lower_recurrence import LowerRecurrence
@@ -30,6 +31,7 @@ from spikingbrain.passes.pack_weights import PackWeights
 from spikingbrain.passes.raise_attention import RaiseAttention
 from spikingbrain.passes.raise_cache_write import RaiseCacheWrite
 from spikingbrain.passes.raise_embedding import RaiseEmbedding
+from spikingbrain.passes.raise_grouped_linear import RaiseGroupedLinear
 from spikingbrain.passes.raise_linear import RaiseLinear
 from spikingbrain.passes.raise_pointwise_scan import RaisePointwiseScan
 from spikingbrain.passes.raise_recurrence import RaiseRecurrence
@@ -46,6 +48,7 @@ PHASES: dict[str, list[type[Any]]] = {
         RaiseAttention,
         RaiseCacheWrite,
         RaiseEmbedding,
+        RaiseGroupedLinear,
         RaiseLinear,
         RaiseRecurrence,
         RaiseSpikes,
@@ -68,6 +71,7 @@ PHASES: dict[str, list[type[Any]]] = {
         LowerAttention,
         LowerCacheWrite,
         LowerEmbedding,
+        LowerGroupedLinear,
         LowerLinear,
         LowerRecurrence,
         WeightsToArguments,

@@ -41,17 +41,23 @@ def matrix(arrays: list[Array]) -> list[Array]:
     return [array.reshape(len(array), -1)]
 
 
+def transpose(arrays: list[Array]) -> list[Array]:
+    """Swaps the last two axes."""
+    (array,) = arrays
+    return [np.ascontiguousarray(array.swapaxes(-1, -2))]
+
+
 def pack_columns(arrays: list[Array], block: int) -> list[Array]:
-    """Packs ``[N, K]`` as ``[ceil(N / block), K, block]``: one column block is read front to back by a kernel.
+    """Packs ``[..., N, K]`` as ``[..., ceil(N / block), K, block]``: one column block is read front to back by a kernel.
 
     Columns beyond N are zero.
     """
-    (matrix,) = arrays
-    n, k = matrix.shape
+    (array,) = arrays
+    *stack, n, k = array.shape
     blocks = -(-n // block)
     if n % block:
-        matrix = np.concatenate([matrix, np.zeros((blocks * block - n, k), matrix.dtype)])
-    return [np.ascontiguousarray(matrix.reshape(blocks, block, k).transpose(0, 2, 1))]
+        array = np.concatenate([array, np.zeros((*stack, blocks * block - n, k), array.dtype)], axis=-2)
+    return [np.ascontiguousarray(array.reshape(*stack, blocks, block, k).swapaxes(-1, -2))]
 
 
 def pack_dot(arrays: list[Array], lanes: int, vectors: int, width: int, offset: int) -> list[Array]:
@@ -88,7 +94,7 @@ def _steps(codes: Array, lanes: int, vectors: int, width: int, multiple: int) ->
 
 
 STEPS: dict[str, Callable[..., list[Array]]] = {
-    f.__name__: f for f in (concat, codes, matrix, pack_columns, pack_dot, pack_nibbles)
+    f.__name__: f for f in (concat, codes, matrix, transpose, pack_columns, pack_dot, pack_nibbles)
 }
 
 

@@ -147,7 +147,7 @@ def build_linear(
     entry = function.add_entry_block()
     with ir.InsertionPoint(entry):
         group, chunk, _, x, weight, *addend, y = entry.arguments
-        kernel = _Kernel(cut, k, columns, x, weight, y, addend[0] if addend else None)
+        kernel = LinearKernel(cut, k, columns, x, weight, y, addend[0] if addend else None)
         first_panel = mul(group, cut.group_panels)
         end_panel = kernel.at_most(kernel.plus(first_panel, cut.group_panels), index(panels))
         first_row = mul(chunk, cut.group_rows)
@@ -167,8 +167,11 @@ def build_linear(
     return function
 
 
-class _Kernel:
-    """Emits the parts of one kernel function at the insertion point."""
+class LinearKernel:
+    """Emits the parts of one kernel function at the insertion point.
+
+    Who reads rows or weights from other places says so in ``row_numbers`` and ``weight_at``.
+    """
 
     def __init__(
         self,
@@ -237,7 +240,7 @@ class _Kernel:
 
         With ``resume`` it is added to what y holds, except where ``first_k`` is 0.
         """
-        rows = [self.plus(row, r) for r in range(count)]
+        rows = self.row_numbers(row, count)
         size = count * self.cut.vectors
 
         def fresh() -> list[ir.Value]:
@@ -268,6 +271,14 @@ class _Kernel:
             values = self.accumulate(rows, panel, [first_rest], rest, 1, values)
         self.store(self.y, rows, panel, values)
 
+    def row_numbers(self, first: ir.Value, count: int) -> list[ir.Value]:
+        """Returns which rows of x and y a tile covers."""
+        return [self.plus(first, r) for r in range(count)]
+
+    def weight_at(self, panel: ir.Value, k: ir.Value, column: ir.Value) -> list[ir.Value]:
+        """Returns where the weight of a panel's column for one channel is stored."""
+        return [panel, k, column]
+
     def accumulate(
         self,
         rows: list[ir.Value],
@@ -287,10 +298,12 @@ class _Kernel:
             values = list(op.inner_iter_args)
             for step, (run, first) in itertools.product(range(unroll), enumerate(firsts)):
                 k = arith.AddIOp(first, self.plus(op.induction_variable, step)).result
-                weights = [vector.LoadOp(self.vector, self.weight, [panel, k, at]).result for at in offsets]
+                places = [self.weight_at(panel, k, at) for at in offsets]
+                weights = [vector.LoadOp(self.vector, self.weight, place).result for place in places]
                 if 1 < len(rows) < self.cut.rows:  # many tiles find the weight in the L2 cache
                     for line in lines:
-                        memref.PrefetchOp(self.weight, [panel, self.plus(k, ahead), line], False, 3, True)
+                        place = self.weight_at(panel, self.plus(k, ahead), line)
+                        memref.PrefetchOp(self.weight, place, False, 3, True)
                 for r, row in enumerate(rows):
                     value = memref.LoadOp(self.x, [row, k]).result
                     factor = vector.BroadcastOp(self.vector, value).result

@@ -103,7 +103,7 @@ func.func @embedding_result(%ids: tensor<3xi64>, %table: tensor<8x4xf32>) {
 func.func @attention_result(%q: !q, %i: tensor<1x3xi64>, %k: !kv, %j: tensor<1x5xi64>) {
   // expected-error@+1 {{'spikingbrain.attention' query and result must both be [B, T, H, D]}}
   %o = "spikingbrain.attention"(%q, %i, %k, %k, %j)
-      {scale = 1.0 : f64, window = 0 : i64, sinks = 0 : i64, operandSegmentSizes = array<i32: 1, 1, 1, 1, 1, 0, 0, 0>}
+      {scale = 1.0 : f64, window = 0 : i64, sinks = 0 : i64, operandSegmentSizes = array<i32: 1, 1, 1, 1, 1, 0, 0, 0, 0, 0>}
       : (!q, tensor<1x3xi64>, !kv, !kv, tensor<1x5xi64>) -> tensor<1x4x3x8xf32>
   return
 }
@@ -115,7 +115,7 @@ func.func @attention_result(%q: !q, %i: tensor<1x3xi64>, %k: !kv, %j: tensor<1x5
 func.func @attention_small_positions(%q: !q, %i: tensor<1x3xi32>, %k: !kv, %j: tensor<1x5xi32>) {
   // expected-error@+1 {{'spikingbrain.attention' positions must be i64}}
   %o = "spikingbrain.attention"(%q, %i, %k, %k, %j)
-      {scale = 1.0 : f64, window = 0 : i64, sinks = 0 : i64, operandSegmentSizes = array<i32: 1, 1, 1, 1, 1, 0, 0, 0>}
+      {scale = 1.0 : f64, window = 0 : i64, sinks = 0 : i64, operandSegmentSizes = array<i32: 1, 1, 1, 1, 1, 0, 0, 0, 0, 0>}
       : (!q, tensor<1x3xi32>, !kv, !kv, tensor<1x5xi32>) -> !q
   return
 }
@@ -127,7 +127,7 @@ func.func @attention_small_positions(%q: !q, %i: tensor<1x3xi32>, %k: !kv, %j: t
 func.func @attention_query_positions(%q: !q, %i: tensor<1x1xi64>, %k: !kv, %j: tensor<1x5xi64>) {
   // expected-error@+1 {{'spikingbrain.attention' query positions [1, 1] do not match queries [1, 3, 4, 8]}}
   %o = "spikingbrain.attention"(%q, %i, %k, %k, %j)
-      {scale = 1.0 : f64, window = 0 : i64, sinks = 0 : i64, operandSegmentSizes = array<i32: 1, 1, 1, 1, 1, 0, 0, 0>}
+      {scale = 1.0 : f64, window = 0 : i64, sinks = 0 : i64, operandSegmentSizes = array<i32: 1, 1, 1, 1, 1, 0, 0, 0, 0, 0>}
       : (!q, tensor<1x1xi64>, !kv, !kv, tensor<1x5xi64>) -> !q
   return
 }
@@ -139,7 +139,7 @@ func.func @attention_query_positions(%q: !q, %i: tensor<1x1xi64>, %k: !kv, %j: t
 func.func @attention_negative_window(%q: !q, %i: tensor<1x3xi64>, %k: !kv, %j: tensor<1x5xi64>) {
   // expected-error@+1 {{'spikingbrain.attention' window and sinks must not be negative}}
   %o = "spikingbrain.attention"(%q, %i, %k, %k, %j)
-      {scale = 1.0 : f64, window = -1 : i64, sinks = 0 : i64, operandSegmentSizes = array<i32: 1, 1, 1, 1, 1, 0, 0, 0>}
+      {scale = 1.0 : f64, window = -1 : i64, sinks = 0 : i64, operandSegmentSizes = array<i32: 1, 1, 1, 1, 1, 0, 0, 0, 0, 0>}
       : (!q, tensor<1x3xi64>, !kv, !kv, tensor<1x5xi64>) -> !q
   return
 }
@@ -151,7 +151,7 @@ func.func @attention_negative_window(%q: !q, %i: tensor<1x3xi64>, %k: !kv, %j: t
 func.func @attention_half_a_cache(%q: !q, %i: tensor<1x3xi64>, %k: !kv, %j: tensor<1x5xi64>) {
   // expected-error@+1 {{'spikingbrain.attention' needs cache keys, values and positions together}}
   %o = "spikingbrain.attention"(%q, %i, %k, %k, %j, %k)
-      {scale = 1.0 : f64, window = 0 : i64, sinks = 0 : i64, operandSegmentSizes = array<i32: 1, 1, 1, 1, 1, 1, 0, 0>}
+      {scale = 1.0 : f64, window = 0 : i64, sinks = 0 : i64, operandSegmentSizes = array<i32: 1, 1, 1, 1, 1, 1, 0, 0, 0, 0>}
       : (!q, tensor<1x3xi64>, !kv, !kv, tensor<1x5xi64>, !kv) -> !q
   return
 }
@@ -163,7 +163,7 @@ func.func @attention_half_a_cache(%q: !q, %i: tensor<1x3xi64>, %k: !kv, %j: tens
 func.func @attention_values(%q: !q, %i: tensor<1x3xi64>, %k: !kv, %v: tensor<1x6x2x8xf32>, %j: tensor<1x5xi64>) {
   // expected-error@+1 {{'spikingbrain.attention' keys and values must both be [B, S, Hk, D]}}
   %o = "spikingbrain.attention"(%q, %i, %k, %v, %j)
-      {scale = 1.0 : f64, window = 0 : i64, sinks = 0 : i64, operandSegmentSizes = array<i32: 1, 1, 1, 1, 1, 0, 0, 0>}
+      {scale = 1.0 : f64, window = 0 : i64, sinks = 0 : i64, operandSegmentSizes = array<i32: 1, 1, 1, 1, 1, 0, 0, 0, 0, 0>}
       : (!q, tensor<1x3xi64>, !kv, tensor<1x6x2x8xf32>, tensor<1x5xi64>) -> !q
   return
 }
@@ -175,7 +175,7 @@ func.func @attention_values(%q: !q, %i: tensor<1x3xi64>, %k: !kv, %v: tensor<1x6
 func.func @attention_heads(%q: !q, %i: tensor<1x3xi64>, %k: !kv, %j: tensor<1x5xi64>) {
   // expected-error@+1 {{'spikingbrain.attention' keys [1, 5, 3, 8] do not fit queries [1, 3, 4, 8]: batch, grouped heads, head size}}
   %o = "spikingbrain.attention"(%q, %i, %k, %k, %j)
-      {scale = 1.0 : f64, window = 0 : i64, sinks = 0 : i64, operandSegmentSizes = array<i32: 1, 1, 1, 1, 1, 0, 0, 0>}
+      {scale = 1.0 : f64, window = 0 : i64, sinks = 0 : i64, operandSegmentSizes = array<i32: 1, 1, 1, 1, 1, 0, 0, 0, 0, 0>}
       : (!q, tensor<1x3xi64>, !kv, !kv, tensor<1x5xi64>) -> !q
   return
 }
@@ -187,7 +187,7 @@ func.func @attention_heads(%q: !q, %i: tensor<1x3xi64>, %k: !kv, %j: tensor<1x5x
 func.func @attention_key_positions(%q: !q, %i: tensor<1x3xi64>, %k: !kv, %j: tensor<1x6xi64>) {
   // expected-error@+1 {{'spikingbrain.attention' key positions [1, 6] do not match keys [1, 5, 2, 8]}}
   %o = "spikingbrain.attention"(%q, %i, %k, %k, %j)
-      {scale = 1.0 : f64, window = 0 : i64, sinks = 0 : i64, operandSegmentSizes = array<i32: 1, 1, 1, 1, 1, 0, 0, 0>}
+      {scale = 1.0 : f64, window = 0 : i64, sinks = 0 : i64, operandSegmentSizes = array<i32: 1, 1, 1, 1, 1, 0, 0, 0, 0, 0>}
       : (!q, tensor<1x3xi64>, !kv, !kv, tensor<1x6xi64>) -> !q
   return
 }
@@ -418,5 +418,61 @@ func.func @selective_scan_types(%x: tensor<2x?x8xf32>, %a: tensor<8x4xf64>, %b: 
 func.func @scan_segments(%a: tensor<2x?x8xf32>) {
   // expected-error@+1 {{'spikingbrain.linear_scan' needs operandSegmentSizes, as its state is optional}}
   %h, %s = "spikingbrain.linear_scan"(%a, %a) {log_decay = false, reverse = false} : (tensor<2x?x8xf32>, tensor<2x?x8xf32>) -> (tensor<2x?x8xf32>, tensor<2x8xf32>)
+  return
+}
+
+// -----
+
+func.func @grouped_types(%x: tensor<?x4xf32>, %w: tensor<3x40x4xf16>, %e: tensor<?xi64>) {
+  // expected-error@+1 {{'spikingbrain.grouped_linear' takes and returns one element type apart from the experts}}
+  %y = "spikingbrain.grouped_linear"(%x, %w, %e) {columns = 40 : i64} : (tensor<?x4xf32>, tensor<3x40x4xf16>, tensor<?xi64>) -> tensor<?x40xf32>
+  return
+}
+
+// -----
+
+func.func @grouped_experts(%x: tensor<?x4xf32>, %w: tensor<3x40x4xf32>, %e: tensor<?xi32>) {
+  // expected-error@+1 {{'spikingbrain.grouped_linear' experts are i64, got i32}}
+  %y = "spikingbrain.grouped_linear"(%x, %w, %e) {columns = 40 : i64} : (tensor<?x4xf32>, tensor<3x40x4xf32>, tensor<?xi32>) -> tensor<?x40xf32>
+  return
+}
+
+// -----
+
+func.func @grouped_weight(%x: tensor<?x4xf32>, %w: tensor<40x4xf32>, %e: tensor<?xi64>) {
+  // expected-error@+1 {{'spikingbrain.grouped_linear' weight must be [N, O, K] or [N, O/block, K, block], got [40, 4]}}
+  %y = "spikingbrain.grouped_linear"(%x, %w, %e) {columns = 40 : i64} : (tensor<?x4xf32>, tensor<40x4xf32>, tensor<?xi64>) -> tensor<?x40xf32>
+  return
+}
+
+// -----
+
+func.func @grouped_columns(%x: tensor<?x4xf32>, %w: tensor<3x2x4x16xf32>, %e: tensor<?xi64>) {
+  // expected-error@+1 {{'spikingbrain.grouped_linear' weight stores 32 columns, columns = 40}}
+  %y = "spikingbrain.grouped_linear"(%x, %w, %e) {columns = 40 : i64} : (tensor<?x4xf32>, tensor<3x2x4x16xf32>, tensor<?xi64>) -> tensor<?x40xf32>
+  return
+}
+
+// -----
+
+func.func @grouped_channels(%x: tensor<2x5xf32>, %w: tensor<3x40x4xf32>, %e: tensor<?xi64>) {
+  // expected-error@+1 {{'spikingbrain.grouped_linear' input [2, 5] must be [R, K] for weight [3, 40, 4]}}
+  %y = "spikingbrain.grouped_linear"(%x, %w, %e) {columns = 40 : i64} : (tensor<2x5xf32>, tensor<3x40x4xf32>, tensor<?xi64>) -> tensor<?x40xf32>
+  return
+}
+
+// -----
+
+func.func @grouped_rows(%x: tensor<2x4xf32>, %w: tensor<3x40x4xf32>, %e: tensor<3xi64>) {
+  // expected-error@+1 {{'spikingbrain.grouped_linear' experts [3] must be [R], one for each row of [2, 4]}}
+  %y = "spikingbrain.grouped_linear"(%x, %w, %e) {columns = 40 : i64} : (tensor<2x4xf32>, tensor<3x40x4xf32>, tensor<3xi64>) -> tensor<?x40xf32>
+  return
+}
+
+// -----
+
+func.func @grouped_result(%x: tensor<2x4xf32>, %w: tensor<3x40x4xf32>, %e: tensor<2xi64>) {
+  // expected-error@+1 {{'spikingbrain.grouped_linear' result shape [2, 16] does not follow from [2, 4] and 40 columns}}
+  %y = "spikingbrain.grouped_linear"(%x, %w, %e) {columns = 40 : i64} : (tensor<2x4xf32>, tensor<3x40x4xf32>, tensor<2xi64>) -> tensor<2x16xf32>
   return
 }

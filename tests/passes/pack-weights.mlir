@@ -36,3 +36,23 @@ func.func @not_packed(%ids: tensor<?xi64>, %w: tensor<40x4xf32>) -> tensor<?x40x
   %y = "spikingbrain.linear"(%x, %w) {columns = 40 : i64} : (tensor<?x4xf32>, tensor<40x4xf32>) -> tensor<?x40xf32>
   return %y : tensor<?x40xf32>
 }
+
+// Weights of experts: each is packed by itself.
+// CHECK-LABEL: func.func @experts(
+func.func @experts(%x: tensor<?x4xf32>, %e: tensor<?xi64>) -> tensor<?x40xf32> {
+  // CHECK:         %[[W:.+]] = "spikingbrain.parameter"() {recipe = ["transpose", "pack_columns block=16"], sources = ["experts"]} : () -> tensor<5x3x4x16xf32>
+  // CHECK:         "spikingbrain.grouped_linear"(%{{.+}}, %[[W]], %{{.+}}) {columns = 40 : i64}
+  %w = "spikingbrain.parameter"() {sources = ["experts"], recipe = ["transpose"]} : () -> tensor<5x40x4xf32>
+  %y = "spikingbrain.grouped_linear"(%x, %w, %e) {columns = 40 : i64} : (tensor<?x4xf32>, tensor<5x40x4xf32>, tensor<?xi64>) -> tensor<?x40xf32>
+  return %y : tensor<?x40xf32>
+}
+
+// There are kernels for f32 only.
+// CHECK-LABEL: func.func @half_experts(
+// CHECK-NOT:     pack_columns
+// CHECK:         return
+func.func @half_experts(%x: tensor<?x4xbf16>, %e: tensor<?xi64>) -> tensor<?x40xbf16> {
+  %w = "spikingbrain.parameter"() {sources = ["experts"], recipe = []} : () -> tensor<5x40x4xbf16>
+  %y = "spikingbrain.grouped_linear"(%x, %w, %e) {columns = 40 : i64} : (tensor<?x4xbf16>, tensor<5x40x4xbf16>, tensor<?xi64>) -> tensor<?x40xbf16>
+  return %y : tensor<?x40xbf16>
+}

@@ -23,6 +23,13 @@ def test_joined_then_packed_equals_packed_whole() -> None:
     np.testing.assert_array_equal(joined, recipes.apply(["pack_columns block=4"], [np.concatenate(parts)]))
 
 
+def test_each_matrix_of_a_stack_is_packed() -> None:
+    stack = np.random.default_rng(0).random((3, 6, 5), np.float32)
+    packed = recipes.apply(["transpose", "pack_columns block=4"], [stack])
+    for matrix, expected in zip(stack, packed, strict=True):
+        np.testing.assert_array_equal(expected, recipes.apply(["pack_columns block=4"], [matrix.T]))
+
+
 @pytest.mark.parametrize(("offset", "element"), [(128, np.int8), (0, np.int8), (0, np.int16)])
 def test_packing_for_dot_products(offset: int, element: type) -> None:
     codes = np.random.default_rng(0).integers(-128, 128, (5, 6)).astype(element)
