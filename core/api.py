@@ -36,6 +36,7 @@ def export(
     progress: Callable[[str], None] = lambda _: None,
     dump: str | Path | None = None,
     use_cache: bool = True,
+    check_finite: bool = False,
 ) -> Artifact:
     """Compiles a model ahead of time and writes an artifact.
 
@@ -52,6 +53,7 @@ def export(
         metadata: further manifest entries, such as ``{"generation": {...}}``.
         progress: called with a line at each step.
         dump: folder for the IR after each pass and stage.
+        check_finite: for debugging: the program raises NotFinite where the input of a spiking layer held NaN or infinity.
 
     Raises CompileError and its kinds (with the user's line), OptionError, TargetError.
     """
@@ -69,7 +71,7 @@ def export(
 
     check_writable(Path(path))
     _, status = resolve_target(target)
-    captured = capture(model, entries, state, tell)
+    captured = capture(model, entries, state, tell, check_finite)
     code = compile_code(captured.module, target, options or {}, tell, Path(dump) if dump else None, use_cache)
     extra = {TOKENIZER: tokenizer.encode()} if tokenizer else {}
     if captured.blocks:

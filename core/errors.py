@@ -87,6 +87,10 @@ class CallError(SpikingBrainError, ValueError):
     """Raised when a compiled program is called with arguments that do not fit its entry point."""
 
 
+class NotFinite(SpikingBrainError, ArithmeticError):
+    """Raised with ``check_finite`` when the input of a spiking layer holds NaN or infinity."""
+
+
 def needs_compiler(error: ModuleNotFoundError) -> MissingDependency:
     """Returns the error to raise where the slim installation was asked to compile."""
     return MissingDependency(

@@ -13,6 +13,7 @@ import numpy as np
 from spikingbrain.artifact import Artifact, numpy_dtype
 from spikingbrain.backend import Executable
 from spikingbrain.errors import CallError
+from spikingbrain.finite import WatchedLayer, require_finite
 from spikingbrain.state import State
 
 Array = np.ndarray[Any, Any]
@@ -44,6 +45,7 @@ class EntrySpec:
     outputs: tuple[TensorSpec, ...]
     ranges: Mapping[str, tuple[int, int | None]]
     uses_state: bool
+    watched: tuple[WatchedLayer, ...] = ()  # whose inputs' states follow the results
 
     @staticmethod
     def from_manifest(name: str, entry: Mapping[str, Any]) -> EntrySpec:
@@ -54,7 +56,8 @@ class EntrySpec:
             )
 
         ranges = {d: (low, high) for d, (low, high) in entry["ranges"].items()}
-        return EntrySpec(name, specs("inputs"), specs("outputs"), ranges, entry["uses_state"])
+        watched = tuple(WatchedLayer(**layer) for layer in entry.get("watched", ()))
+        return EntrySpec(name, specs("inputs"), specs("outputs"), ranges, entry["uses_state"], watched)
 
 
 class Program:
@@ -138,10 +141,14 @@ class EntryPoint:
             except BaseException:
                 state.lose()
                 raise
-            count = len(spec.outputs)
+            count = len(spec.outputs) + len(spec.watched)
             state.give(results[count:])
             results = results[:count]
         arrays = list(map(to_host, results))
+        if spec.watched:
+            count = len(spec.outputs)
+            require_finite(spec.watched, arrays[count:])
+            arrays = arrays[:count]
         for i in self._copied:
             arrays[i] = arrays[i].copy()
         return arrays

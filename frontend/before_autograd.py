@@ -22,6 +22,7 @@ from spikingbrain.frontend.recurrences.raising import promising, raise_recurrenc
 from spikingbrain.frontend.recurrences.report import RecurrenceReport
 from spikingbrain.frontend.recurrences.symbolic import at_sizes, is_symbolic, sizes_of
 from spikingbrain.frontend.recurrences.unify import NotUnified, unify
+from spikingbrain.frontend.spikes.finite import Watch, WatchedLayer
 from spikingbrain.frontend.spikes.raising import may_spike, raise_spikes
 from spikingbrain.frontend.spikes.report import SpikeReport
 
@@ -30,28 +31,39 @@ log = logging.getLogger("spikingbrain.compile")
 
 @dataclass
 class Found:
-    """What was found in a graph, raised or not."""
+    """What was found in a graph, raised or not. For each of ``watched`` the graph returns a tensor more, at the end."""
 
     recurrences: list[RecurrenceReport] = field(default_factory=list)
     spikes: list[SpikeReport] = field(default_factory=list)
+    watched: list[WatchedLayer] = field(default_factory=list)
 
     @property
     def raised(self) -> bool:
-        return any(r.status != "unrolled" for r in self.recurrences) or any(
-            s.status == "raised" for s in self.spikes
+        return (
+            bool(self.watched)
+            or any(r.status != "unrolled" for r in self.recurrences)
+            or any(s.status == "raised" for s in self.spikes)
         )
 
 
-def raise_in_dynamo_graph(module: fx.GraphModule, inputs: Sequence[Any] = ()) -> tuple[fx.GraphModule, Found]:
+def raise_in_dynamo_graph(
+    module: fx.GraphModule, inputs: Sequence[Any] = (), check_finite: bool = False
+) -> tuple[fx.GraphModule, Found]:
     """Returns a module with what was found raised, or ``module`` itself where nothing was.
 
-    ``inputs`` are the arguments that Dynamo gives, of which the model's own weights are read.
+    ``inputs`` are the arguments that Dynamo gives, of which the model's own weights are read. With ``check_finite`` it also
+    returns whether inputs of spiking layers are finite (`frontend.spikes.finite`).
     """
     if not promising(module.graph) and not may_spike(module.graph):
         return module, Found()
     try:
         with _no_collection():
-            raised, found = _raised(module, _weights(module.graph, inputs))
+            raised, found = _raised(module, _weights(module.graph, inputs), check_finite)
+        if check_finite and found.spikes and not found.watched:
+            left = found.spikes[0]
+            log.warning(
+                "check_finite sees no inputs of the spiking layers at %s: %s", left.where, left.reason
+            )
         if raised is not module:
             _tell_origin(raised, module)
         return raised, found
@@ -65,18 +77,22 @@ def raise_in_dynamo_graph(module: fx.GraphModule, inputs: Sequence[Any] = ()) ->
         return module, _nothing(module, reason, "")
 
 
-def _raised(module: fx.GraphModule, weights: Mapping[str, Tensor]) -> tuple[fx.GraphModule, Found]:
+def _raised(
+    module: fx.GraphModule, weights: Mapping[str, Tensor], check_finite: bool
+) -> tuple[fx.GraphModule, Found]:
     try:
         if is_symbolic(module.graph):
-            return _raise_at_symbols(module, weights)
+            return _raise_at_symbols(module, weights, check_finite)
         functional = functionalise(module)
-        found = _raise(functional, weights)
+        found = _raise(functional, weights, check_finite)
         return (functional if found.raised else module), found
     except NotFunctional as stop:
         return module, _nothing(module, str(stop), str(user_line(stop.node) or ""))
 
 
-def _raise_at_symbols(module: fx.GraphModule, weights: Mapping[str, Tensor]) -> tuple[fx.GraphModule, Found]:
+def _raise_at_symbols(
+    module: fx.GraphModule, weights: Mapping[str, Tensor], check_finite: bool
+) -> tuple[fx.GraphModule, Found]:
     """Raises in a graph with symbolic sizes, by way of several graphs whose sizes are known."""
     try:
         sizes = sizes_of(module.graph)
@@ -85,7 +101,7 @@ def _raise_at_symbols(module: fx.GraphModule, weights: Mapping[str, Tensor]) -> 
         found = Found()
         for point in points:
             graphs.append(functionalise(at_sizes(module, point)))
-            found = _raise(graphs[-1], weights)
+            found = _raise(graphs[-1], weights, check_finite)
             if not found.raised:
                 return module, found
         return unify(graphs, sizes, points), found
@@ -93,7 +109,7 @@ def _raise_at_symbols(module: fx.GraphModule, weights: Mapping[str, Tensor]) -> 
         return module, _nothing(module, f"sizes are symbols: {stop}", "")
 
 
-def _raise(functional: fx.GraphModule, weights: Mapping[str, Tensor]) -> Found:
+def _raise(functional: fx.GraphModule, weights: Mapping[str, Tensor], check_finite: bool) -> Found:
     found = Found()
     placeholders = functional.graph.find_nodes(op="placeholder")
     if promising(functional.graph):
@@ -102,7 +118,10 @@ def _raise(functional: fx.GraphModule, weights: Mapping[str, Tensor]) -> Found:
         of = {n: weights[n.target] for n in placeholders if n.target in weights}
         values = (n.meta.get("example_value") for n in placeholders)
         gradients = any(isinstance(v, Tensor) and v.requires_grad for v in values)
-        found.spikes = raise_spikes(functional, of, torch.is_grad_enabled() and gradients)
+        watch = Watch() if check_finite else None
+        training = torch.is_grad_enabled() and gradients
+        found.spikes = raise_spikes(functional, of, training, watch=watch)
+        found.watched = watch.layers if watch else []
     return found
 
 

@@ -20,6 +20,7 @@ from spikingbrain.frontend.importer import Importer
 from spikingbrain.frontend.initial import initial_values
 from spikingbrain.frontend.normalise import normalise
 from spikingbrain.frontend.recurrences.exporting import Exported, export_program
+from spikingbrain.frontend.spikes.finite import Watch
 
 aten = torch.ops.aten
 
@@ -166,11 +167,13 @@ def capture(
     entries: Mapping[str, Entry],
     state: str | None = None,
     progress: Callable[[str], None] = lambda _: None,
+    check_finite: bool = False,
 ) -> Capture:
     """Exports every entry point and imports all of them into one module.
 
     Args:
         state: name of the parameter of forward that carries the state; forward then returns ``(*outputs, new_state)``.
+        check_finite: let entry points return whether inputs of spiking layers are finite, between outputs and state.
 
     Raises CompileError (or ShapeError, UnsupportedOp) naming the entry and the user's line.
     """
@@ -187,15 +190,16 @@ def capture(
             raise CompileError(f"entry point name {name!r} is not an identifier")
         progress(f"capture {name}")
         call = _Call(model, name, entry, state)
-        exported = _export(model, call)
+        exported = _export(model, call, Watch(len(call.tensors) - call.inputs) if check_finite else None)
         names.entry = name
         _import(importer, exported.program, call)
-        described[name], state_fields = _describe(exported.program, call)
+        described[name], state_fields = _describe(exported.program, call, len(exported.watched))
         described[name] |= {
             "recurrences": [r.to_dict() for r in exported.recurrences],
             "spikes": [s.to_dict() for s in exported.spikes],
             "verified_lengths": exported.verified,
             "fixed_lengths": exported.fixed,
+            "watched": [layer.to_dict() for layer in exported.watched],
         }
         donated[name] = list(range(call.inputs, len(call.tensors)))
         if len(described) == 1:
@@ -238,9 +242,9 @@ class _WeightNames:
         return own
 
 
-def _export(model: nn.Module, call: _Call) -> Exported:
+def _export(model: nn.Module, call: _Call, watch: Watch | None) -> Exported:
     try:
-        exported = export_program(_Flat(model, call), call.tensors, call.dims, call.name)
+        exported = export_program(_Flat(model, call), call.tensors, call.dims, call.name, watch)
     except CompileError:
         raise
     except Exception as error:
@@ -263,7 +267,7 @@ def _import(importer: Importer, program: torch.export.ExportedProgram, call: _Ca
 
 
 def _describe(
-    program: torch.export.ExportedProgram, call: _Call
+    program: torch.export.ExportedProgram, call: _Call, watched: int
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     placeholders = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
     nodes = [placeholders[name] for name in program.graph_signature.user_inputs]
@@ -282,7 +286,7 @@ def _describe(
     inputs = [spec(n, node.meta["val"]) for n, node in zip(call.names, nodes, strict=True)]
     results = [n.meta["val"] for n in program.graph.output_node().args[0]]
     state_count = len(call.tensors) - call.inputs
-    outputs = [spec(f"output{i}", v) for i, v in enumerate(results[: len(results) - state_count])]
+    outputs = [spec(f"output{i}", v) for i, v in enumerate(results[: len(results) - state_count - watched])]
     shared = _shares_state(program.graph, nodes[call.inputs :], len(outputs))
     for output, flag in zip(outputs, shared, strict=True):
         output["shares_state"] = flag

@@ -22,6 +22,7 @@ from spikingbrain.frontend.dynamo.partition import Region, Step
 from spikingbrain.frontend.dynamo.plan import carry_out, plan
 from spikingbrain.frontend.dynamo.program import GraphProgram, assemble
 from spikingbrain.frontend.ops.substitutions import register_for_dynamo
+from spikingbrain.frontend.spikes.finite import WatchedLayer, checked
 
 _numbers = itertools.count()
 register_for_dynamo()  # before the first model is traced: torch looks for this module when it is asked for the backend
@@ -36,10 +37,12 @@ def spikingbrain(
 ) -> Callable[..., Any]:
     """The backend, as Dynamo calls it; see ``CompileOptions`` for the options."""
     chosen = parse(options, mode)
+    watched: list[WatchedLayer] = []
     if chosen.level:
         workers.prewarm()  # it imports while AOTAutograd traces
-        module, found = raise_in_dynamo_graph(module, example_inputs)
+        module, found = raise_in_dynamo_graph(module, example_inputs, chosen.check_finite)
         report.publish_found(found)
+        watched = found.watched
 
     def compiler(kind: str) -> Callable[..., Any]:
         return aot_cache.cacheable(lambda graph: compile_graph(graph, kind, chosen))
@@ -50,7 +53,7 @@ def spikingbrain(
         )(module, example_inputs)
     # torch copies this mark from our compiled graph onto its wrapper, which takes plain arguments; the minifier believes it
     made._boxed_call = False
-    return made  # type: ignore[no-any-return]
+    return checked(made, watched) if watched else made  # type: ignore[no-any-return]
 
 
 def compile_graph(

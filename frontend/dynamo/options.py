@@ -28,6 +28,7 @@ class CompileOptions:
         strict: raise one error that lists every op that would have run in eager for want of a lowering.
         dump: a folder for the IR of each graph after every pass.
         cache: keep compiled code on disk and take it from there.
+        check_finite: raise NotFinite, after the call, where the input of a spiking layer held NaN or infinity.
     """
 
     target: str = "cpu"
@@ -37,6 +38,7 @@ class CompileOptions:
     strict: bool = False
     dump: str = ""
     cache: bool = True
+    check_finite: bool = False
 
     @property
     def thread_count(self) -> int:
@@ -65,6 +67,10 @@ def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> Compile
         if not low <= value <= high:
             raise OptionError(f"option {name!r} is {value!r}", why=f"it must be in {low} to {high}")
     parsed = CompileOptions(**(options or {}))
+    if parsed.check_finite and not parsed.level:
+        raise OptionError(
+            "check_finite at level 0", why="level 0 looks for no spiking layers", hint="level 1 or 2"
+        )
     _, status = resolve_target(parsed.target)
     if not (status.compiles and status.runs):
         raise TargetError(f"cannot run target {parsed.target!r} here", why=status.note)

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.export.graph_signature import OutputKind, OutputSpec, TensorArgument
+from torch.utils import _pytree as pytree
 
 from spikingbrain.errors import CompileError
 from spikingbrain.frontend.decompose import decompose
@@ -26,6 +28,7 @@ from spikingbrain.frontend.recurrences.lengths import (
 from spikingbrain.frontend.recurrences.raising import calls, promising, raise_recurrences, would_raise
 from spikingbrain.frontend.recurrences.report import RecurrenceReport
 from spikingbrain.frontend.recurrences.unify import Dims, NotUnified, root_of, step_of
+from spikingbrain.frontend.spikes.finite import Watch, WatchedLayer
 from spikingbrain.frontend.spikes.raising import may_spike, raise_spikes
 from spikingbrain.frontend.spikes.report import SpikeReport
 
@@ -43,6 +46,7 @@ class Exported:
         spikes: the products of spike counts found in it.
         verified: for a dimension that the code loops over, the lengths at which the program was compared with the model.
         fixed: for a dimension that had to be fixed, why.
+        watched: spiking layers whose inputs' states the program returns, after the model's results and before its state.
     """
 
     program: torch.export.ExportedProgram
@@ -50,10 +54,19 @@ class Exported:
     spikes: list[SpikeReport] = field(default_factory=list)
     verified: dict[str, list[int]] = field(default_factory=dict)
     fixed: dict[str, str] = field(default_factory=dict)
+    watched: list[WatchedLayer] = field(default_factory=list)
 
 
-def export_program(model: nn.Module, tensors: Sequence[torch.Tensor], dims: Dims, name: str) -> Exported:
+def export_program(
+    model: nn.Module,
+    tensors: Sequence[torch.Tensor],
+    dims: Dims,
+    name: str,
+    watch: Watch | None = None,
+) -> Exported:
     """Exports ``model(*tensors)``; ``dims`` are the dynamic axes of each tensor, as torch.export takes them.
+
+    With a ``watch`` the program also returns whether inputs of spiking layers are finite.
 
     Raises what torch.export raises.
     """
@@ -70,7 +83,8 @@ def export_program(model: nn.Module, tensors: Sequence[torch.Tensor], dims: Dims
             exported = _of_looped(model, tensors, dims, looped, name)
         else:
             exported = _raised(exported, model, tensors, dims, name)
-        exported.spikes = _raise_spikes(exported.program)
+        exported.spikes = _raise_spikes(exported.program, watch)
+        exported.watched = watch.layers if watch else []
         exported.program = decompose(exported.program)
     return exported
 
@@ -155,7 +169,7 @@ def _raise(exported: Exported) -> None:
         name_outputs(program)
 
 
-def _raise_spikes(program: torch.export.ExportedProgram) -> list[SpikeReport]:
+def _raise_spikes(program: torch.export.ExportedProgram, watch: Watch | None) -> list[SpikeReport]:
     """Raises in place what multiplies spike counts by weights."""
     if not may_spike(program.graph):
         return []
@@ -168,10 +182,22 @@ def _raise_spikes(program: torch.export.ExportedProgram) -> list[SpikeReport]:
         for n in program.graph.find_nodes(op="placeholder")
         if isinstance(held.get(names.get(n.name, "")), torch.Tensor)
     }
-    found = raise_spikes(program.graph_module, weights, fixed=True)
-    if any(s.status == "raised" for s in found):
+    found = raise_spikes(program.graph_module, weights, fixed=True, watch=watch)
+    if watch is not None and watch.states:
+        _declare_results(program, watch)
+    if (watch and watch.states) or any(s.status == "raised" for s in found):
         name_outputs(program)
     return found
+
+
+def _declare_results(program: torch.export.ExportedProgram, watch: Watch) -> None:
+    """Makes what a ``watch`` has added to the results of a flat program known to everything that counts them."""
+    specs = program.graph_signature.output_specs
+    place = len(specs) - watch.behind
+    specs[place:place] = [
+        OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in watch.states
+    ]
+    program.module_call_graph[0].signature.out_spec = pytree.tree_structure([0] * len(specs))
 
 
 def _functional(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

@@ -110,7 +110,7 @@ class _Concrete(fx.Interpreter):  # type: ignore[misc]
         is_float = isinstance(known, torch.SymFloat) and known.node.has_hint()
         value = self._symbol(n.name, known.node.hint) if is_float else super().run_node(n)
         made = self.graph_copy.node_copy(n, self._copied)
-        made.meta = {k: v for k, v in n.meta.items() if k in ("stack_trace",)}
+        made.meta = {k: v for k, v in n.meta.items() if k in ("stack_trace", "nn_module_stack")}
         if value is not None and n.op != "output":
             made.meta["example_value"] = value
         self.new[n] = made

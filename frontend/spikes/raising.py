@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from spikingbrain.frontend.checks import user_line
 from spikingbrain.frontend.recurrences.emit import Emitter
+from spikingbrain.frontend.spikes.finite import Watch
 from spikingbrain.frontend.spikes.neuron import Neuron, NotSpiking, find_neuron, through
 from spikingbrain.frontend.spikes.projection import (
     Constants,
@@ -53,12 +54,16 @@ def may_spike(graph: fx.Graph) -> bool:
 
 
 def raise_spikes(
-    module: fx.GraphModule, tensors: Mapping[fx.Node, Tensor], training: bool = False, fixed: bool = False
+    module: fx.GraphModule,
+    tensors: Mapping[fx.Node, Tensor],
+    training: bool = False,
+    fixed: bool = False,
+    watch: Watch | None = None,
 ) -> list[SpikeReport]:
     """Raises in place, in a functional graph of ATen ops; returns what was found.
 
     ``tensors`` are the weights that placeholders stand for. With ``training``, gradients may be asked for.
-    ``fixed`` weights will not change, so that codes which fit 4 bits are stored in 4.
+    ``fixed`` weights will not change, so that codes which fit 4 bits are stored in 4. A ``watch`` is told of every neuron.
     """
     neurons, reports = [], []
     for node in module.graph.nodes:
@@ -74,6 +79,8 @@ def raise_spikes(
     constants = Constants(module.graph, tensors)
     raiser = _Raiser(module, constants, training, fixed)
     for neuron in neurons:
+        if watch is not None and neuron.x not in constants:
+            watch.add(raiser.emitter(), through(neuron.x, shapes=False), neuron.axis, neuron.counts)
         try:
             found = list(find_projections(neuron, constants))
         except NotSpiking as why:
@@ -84,7 +91,9 @@ def raise_spikes(
         for projection in found:
             reports.append(raiser.carry_out(neuron, projection))
             constants.forget()
-    if any(r.status == "raised" for r in reports):
+    if watch is not None:
+        watch.append_to(module.graph)
+    if (watch and watch.states) or any(r.status == "raised" for r in reports):
         module.graph.eliminate_dead_code(
             lambda n: bool(n.meta.get("opaque")) or n.op in ("placeholder", "output")
         )
@@ -105,6 +114,9 @@ class _Raiser:
         self.encoded: dict[Any, tuple[fx.Node, fx.Node]] = {}
         values = (n.meta.get("val") for n in module.graph.nodes)
         self.mode = next((m for v in values if (m := getattr(v, "fake_mode", None))), None)
+
+    def emitter(self) -> Emitter:
+        return Emitter(self.module.graph, self.mode)
 
     def carry_out(self, neuron: Neuron, projection: Projection) -> SpikeReport:
         where = str(user_line(projection.product) or "")
@@ -211,8 +223,7 @@ class _Raiser:
         axis: int,
         bits: int,
     ) -> None:
-        graph = self.module.graph
-        emit = Emitter(graph, self.mode)
+        graph, emit = self.module.graph, self.emitter()
         emit.trace = projection.product.meta.get("stack_trace")
         with graph.inserting_before(neuron.counts):
             counts, threshold = self._encode(emit, neuron)

@@ -12,6 +12,7 @@ from spikingbrain.models.spiking.codings import (
 )
 from spikingbrain.models.spiking.convert import SpikeReport, spike
 from spikingbrain.models.spiking.errors import SpikingError
+from spikingbrain.models.spiking.finite import check_finite
 from spikingbrain.models.spiking.linear import SpikeLinear, SpikeLinearTraining, exact_dtype, spike_linear
 from spikingbrain.models.spiking.neurons import integrate_and_fire, lif
 from spikingbrain.models.spiking.quantise import (
@@ -32,6 +33,7 @@ __all__ = [
     "SpikeReport",
     "SpikingError",
     "budget",
+    "check_finite",
     "check_group_size",
     "decode",
     "dequantise_weight",
