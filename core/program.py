@@ -96,6 +96,12 @@ class Program:
 
         return generate(self, prompt, max_tokens, **options)
 
+    def generate_batch(self, prompts: Sequence[str], max_tokens: int = 128, **options: Any) -> list[str]:
+        """Returns the continuation of each prompt; options are those of ``generate.generate_batch``."""
+        from spikingbrain.generate import generate_batch
+
+        return generate_batch(self, prompts, max_tokens, **options)
+
     if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> EntryPoint: ...

@@ -39,6 +39,9 @@ class State:
             raise CallError(f"the state has several dynamic dimensions: {', '.join(sorted(names))}")
         if names and batch is None:
             raise CallError("the batch size of the state is dynamic", hint="program.new_state(batch=1)")
+        if batch is not None and (batch < 1 or (batch > 1 and not names)):
+            why = "a state holds one conversation or more" if batch < 1 else "it was fixed when compiled"
+            raise CallError(f"a state of batch size {batch}", why=why, hint="program.new_state()")
         self.sizes: dict[str, int] = {name: int(batch or 0) for name in names}
         self._lock, self._busy = threading.Lock(), False
         self._buffers: list[Any] | None = [self._executable.to_device(self._initial(f)) for f in layout]

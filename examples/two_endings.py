@@ -13,7 +13,9 @@ import sys
 import numpy as np
 
 import spikingbrain
-from spikingbrain.generate import Sampling, Tokens, generate_ids
+from spikingbrain.generate import generate_ids
+from spikingbrain.sampling import Sampling
+from spikingbrain.tokens import Tokens
 
 
 def main(path: str, beginning: str) -> None:

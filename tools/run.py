@@ -8,33 +8,33 @@ import time
 from pathlib import Path
 
 import spikingbrain
-from spikingbrain.generate import Sampling, Timing
+from spikingbrain.generate import Timing
 from spikingbrain.tools import named_models
 from spikingbrain.tools.progress import Progress
+from spikingbrain.tools.sampling import add_sampling_arguments, sampling
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="an artifact file, or a model known by name such as smollm2")
+    parser.add_argument("model", help="an artifact file, the folder of a checkpoint, or a model known by name such as smollm2")
     parser.add_argument("prompt", help="the text to continue")
-    parser.add_argument("--tokens", type=int, default=64, help="new tokens at the most")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the most likely token")
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int)
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
+    )
+    add_sampling_arguments(parser)
     named_models.add_model_arguments(parser)
     parser.add_argument("--quiet", action="store_true", help="print the text only")
 
 
 def run(args: argparse.Namespace) -> int:
+    timing, chosen = Timing(), sampling(args)
     path, compiled = _artifact(args)
     start = time.perf_counter()
     program = spikingbrain.load(path)
     loaded = time.perf_counter() - start
-    timing = Timing()
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     if not args.quiet:
         sys.stdout.write(args.prompt)
-    for piece in program.generate(args.prompt, args.tokens, sampling=sampling, timing=timing):
+    options = {"sampling": chosen, "timing": timing, "stop": args.stop}
+    for piece in program.generate(args.prompt, args.tokens, **options):
         sys.stdout.write(piece)
         sys.stdout.flush()
     print()

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 import spikingbrain
-from spikingbrain.generate import Sampling, Timing, Tokens, generate_ids
+from spikingbrain.generate import Timing, generate_ids
 from spikingbrain.models.llama import Llama
+from spikingbrain.sampling import Sampling
+from spikingbrain.tokens import Tokens
 from spikingbrain.tools.clean_wiki import wiki_text
 from spikingbrain.tools.named_models import ModelOptions, compile_named
 

@@ -171,3 +171,48 @@ def test_a_damaged_state_is_refused(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(CorruptArtifact, match=r"state\.safetensors is damaged"):
         spikingbrain.load(path)
+
+
+def test_texts_of_different_lengths(compiled: Compiled) -> None:
+    """A batch prefilled together, shorter and longer than the window, then decoded together: each as if alone."""
+    lengths = np.array([1, 8, 27])
+    padded = TOKENS[:, :27].copy()
+    padded[np.arange(27) >= lengths[:, None]] = 77
+    state = compiled.program.new_state(3)
+    logits = [np.array(compiled.program.prefill(padded, lengths, state=state))]
+    for step in range(6):
+        logits.append(np.array(compiled.program.decode(TOKENS[:, 27 + step : 28 + step], state=state)))
+    snapshot = state.snapshot()
+    np.testing.assert_array_equal(snapshot["position"], 3 + lengths + 6)  # three sinks
+    for row, length in enumerate(lengths):
+        pieces = [slice(0, int(length)), *ONES[27:33]]
+        for step in range(7):
+            expected, after = compiled.eager([row], *pieces[: 1 + step])
+            np.testing.assert_allclose(logits[step][row], expected[0], atol=ATOL)
+        assert_close({name: value[row : row + 1] for name, value in snapshot.items()}, after)
+
+
+def test_batch_entries_do_not_touch_each_other(compiled: Compiled) -> None:
+    one, other = compiled.program.new_state(2), compiled.program.new_state(2)
+    compiled.run(one, [0, 1], slice(0, 12), *ONES[12:14])
+    compiled.run(other, [0, 2], slice(0, 12), *ONES[12:14])
+    one_after, other_after = one.snapshot(), other.snapshot()
+    for name, value in one_after.items():
+        np.testing.assert_array_equal(value[0], other_after[name][0])
+        assert name == "position" or not np.array_equal(value[1], other_after[name][1])
+
+
+def test_a_conversation_is_forked_saved_and_taken_up_again(compiled: Compiled, tmp_path: Path) -> None:
+    state = compiled.program.new_state(2)
+    compiled.run(state, [0, 1], slice(0, 11))
+    fork, snapshot = state.fork(), state.snapshot()
+    state.save(tmp_path / "talk.safetensors")
+    expected = compiled.run(state, [0, 1], *ONES[11:14])
+    restored, loaded = compiled.program.new_state(2), compiled.program.new_state(2)
+    restored.restore(snapshot)
+    loaded.load(tmp_path / "talk.safetensors")
+    for other in (fork, restored, loaded):
+        np.testing.assert_array_equal(compiled.run(other, [0, 1], *ONES[11:14]), expected)
+        other.reset()
+        assert_close(other.snapshot(), compiled.program.new_state(2).snapshot(), atol=0)
+        np.testing.assert_array_equal(compiled.run(other, [0, 1], slice(0, 11), *ONES[11:14]), expected)
