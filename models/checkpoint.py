@@ -166,16 +166,17 @@ def save(
     tensors: Iterable[tuple[str, Tensor]],
     config: Mapping[str, Any],
     companions: str | os.PathLike[str] | None = None,
+    files: Mapping[str, str] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes a checkpoint: to a folder of another name first, which is then renamed.
 
     ``tensors`` may be made one at a time; a shard of them is held in memory. Tokenizer and generation settings are copied
-    from the folder ``companions``. Raises WeightsError if the folder exists and is not empty.
+    from the folder ``companions``; ``files`` are written beside them, name -> text. Raises WeightsError if the folder exists
+    and is not empty.
     """
     folder = Path(folder)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise WeightsError("the folder is not empty", where=str(folder), hint="a new folder")
+    check_new(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(folder) as beside:
         places: dict[str, str] = {}
@@ -183,12 +184,22 @@ def save(
         for number, shard in enumerate(_in_shards(tensors, shard_bytes)):
             file = f"shard-{number}"
             save_file(shard, beside / file, metadata={"format": "pt"})
+            (beside / file).chmod(0o644)  # as any file of the user's
             places |= dict.fromkeys(shard, file)
             total += sum(t.nbytes for t in shard.values())
         _name_shards(beside, places, total)
         (beside / CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
         if companions is not None:
             _copy_companions(Path(companions), beside)
+        for name, text in (files or {}).items():
+            (beside / name).write_text(text, encoding="utf-8")
+
+
+def check_new(folder: str | os.PathLike[str]) -> None:
+    """Raises WeightsError if there is something where a checkpoint is to be written."""
+    path = Path(folder)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise WeightsError("the folder is not empty", where=str(path), hint="a new folder")
 
 
 def _in_shards(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:

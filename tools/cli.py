@@ -13,6 +13,8 @@ from spikingbrain.errors import SpikingBrainError, needs_compiler
 COMMANDS = {
     "run": ("spikingbrain.tools.run", "generate text with a model or an artifact"),
     "compile": ("spikingbrain.tools.compile", "compile a model into an artifact"),
+    "convert": ("spikingbrain.tools.convert", "make a SpikingBrain of a Llama or Qwen2"),
+    "forecast": ("spikingbrain.tools.forecast", "the memory that an artifact will need"),
     "report": ("spikingbrain.tools.report", "what is in an artifact, and how it was compiled"),
     "explain": ("spikingbrain.tools.explain", "what torch.compile with this compiler does with a model"),
     "compare": ("spikingbrain.tools.compare", "find the first op that differs between torch and compiled"),

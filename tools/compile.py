@@ -11,7 +11,7 @@ from spikingbrain.tools.progress import Progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help=f"one of {', '.join(named_models.MODELS)}")
+    parser.add_argument("model", help=f"{', '.join(named_models.MODELS)}, or the folder of a checkpoint")
     parser.add_argument("-o", "--output", type=Path, required=True, help="file to write")
     parser.add_argument("--dump", type=Path, help="folder for the IR after each pass and stage")
     named_models.add_model_arguments(parser)

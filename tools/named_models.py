@@ -10,11 +10,12 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spikingbrain.errors import MissingDependency, OptionError, needs_compiler
+from spikingbrain.tools import checkpoint_models
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,11 +33,19 @@ class SpikeOptions:
     k: float = 3.0
     group_size: int | str | None = "auto"
     bits: int = 8
+    head: bool | int = False
+    embedding: bool | int = False
 
     @staticmethod
     def parse(text: str) -> SpikeOptions:
-        """Reads ``k=3,group_size=64,bits=4``; each may be left out. Raises OptionError."""
-        known: dict[str, Callable[[str], Any]] = {"k": float, "group_size": _group_size, "bits": int}
+        """Reads ``k=3,group_size=64,bits=4,head=true``; each may be left out. Raises OptionError."""
+        known: dict[str, Callable[[str], Any]] = {
+            "k": float,
+            "group_size": _group_size,
+            "bits": int,
+            "head": _switch,
+            "embedding": _switch,
+        }
         found: dict[str, Any] = {}
         for part in filter(None, text.split(",")):
             name, _, value = part.partition("=")
@@ -44,13 +53,18 @@ class SpikeOptions:
                 found[name] = known[name](value)
             except (KeyError, ValueError):
                 raise OptionError(
-                    f"--spike {text}: {part!r} is not understood", hint="--spike k=3,group_size=64,bits=8"
+                    f"--spike {text}: {part!r} is not understood", hint="--spike k=3,group_size=64,bits=8,head=true"
                 ) from None
         return SpikeOptions(**found)
 
 
 def _group_size(text: str) -> int | str | None:
     return {"auto": "auto", "none": None}[text] if text in ("auto", "none") else int(text)
+
+
+def _switch(text: str) -> bool | int:
+    """Reads true, false, or a number of bits."""
+    return {"true": True, "false": False}[text] if text in ("true", "false") else int(text)
 
 
 @dataclass(frozen=True)
@@ -78,7 +92,7 @@ class NamedModel:
 
     model: nn.Module
     entries: dict[str, Entry]
-    tokenizer: str
+    tokenizer: str | None
     metadata: dict[str, Any]
 
 
@@ -93,8 +107,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--capacity", type=int, default=2048, help="tokens kept when there is no window")
     parser.add_argument(
         "--spike",
-        metavar="k=3[,group_size=N][,bits=4]",
-        help="linear layers add integers: inputs are spike counts, weights int8 or int4",
+        metavar="k=3[,group_size=N][,bits=4][,head=true]",
+        help="linear layers add integers: inputs are spike counts, weights int8 or int4; head=true (or bits): head and embedding too",
     )
 
 
@@ -105,18 +119,42 @@ def model_options(args: argparse.Namespace) -> ModelOptions:
 
 def smollm2(options: ModelOptions) -> NamedModel:
     """SmolLM2-135M-Instruct from its package."""
-    import torch
-
-    from spikingbrain.frontend.capture import Entry
     from spikingbrain.models.llama import smollm2 as source
     from spikingbrain.models.llama import tokenizer_json
-    from spikingbrain.models.spiking import spike
 
     path = source.locate()
     model = source.load(window=options.window, sinks=options.sinks).eval()
+    _spike(model, options)
+    return _ready("smollm2", model, tokenizer_json(path), [0, 2], options)
+
+
+def in_folder(folder: str, options: ModelOptions) -> NamedModel:
+    """The model of a checkpoint's folder."""
+    model, spikes = checkpoint_models.load(folder, options.window, options.sinks)
+    if not spikes:
+        _spike(model, options)
+    tokenizer = checkpoint_models.tokenizer(folder)
+    return _ready(
+        Path(folder).resolve().name, model, tokenizer, checkpoint_models.stop_tokens(folder), options
+    )
+
+
+def _spike(model: nn.Module, options: ModelOptions) -> None:
+    from spikingbrain.models.spiking import spike
+
     if options.spike is not None:
-        spike(model, options.spike.k, options.spike.group_size, options.spike.bits)
-    state = model.initial_state(1, None if options.window else options.capacity)
+        spike(model, **asdict(options.spike))
+
+
+def _ready(
+    name: str, model: Any, tokenizer: str | None, stop: Sequence[int], options: ModelOptions
+) -> NamedModel:
+    """Returns a model with the entry points ``prefill`` and ``decode``, and ``score`` if asked for."""
+    import torch
+
+    from spikingbrain.frontend.capture import Entry
+
+    state = model.initial_state(1, options.capacity)
     length = torch.export.Dim("T", min=1, max=ALIGN)
     some, one = torch.zeros(1, 5, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
     shapes = {"tokens_BT": {1: length}}
@@ -126,8 +164,9 @@ def smollm2(options: ModelOptions) -> NamedModel:
     }
     if options.score:
         entries["score"] = Entry((some, state), {}, shapes)
-    generation = {"stop": [0, 2], "capacity": None if options.window else options.capacity}
-    return NamedModel(model, entries, tokenizer_json(path), {"model": "smollm2", "generation": generation})
+    capacity = options.capacity if model.keeps_all_tokens else None
+    generation = {"stop": list(stop), "capacity": capacity}
+    return NamedModel(model, entries, tokenizer, {"model": name, "generation": generation})
 
 
 # name -> (loader, the installed package that holds the weights, the packages of the model's source)
@@ -138,10 +177,12 @@ KEPT_ARTIFACTS = 3  # of models known by name; each is as large as its weights
 
 
 def known(name: str) -> None:
-    """Raises OptionError unless ``name`` is a named model."""
-    if name not in MODELS:
+    """Raises OptionError unless ``name`` is a named model or a checkpoint's folder."""
+    if checkpoint_models.is_checkpoint(name):
+        checkpoint_models.sources(name)
+    elif name not in MODELS:
         raise OptionError(
-            f"{name!r} is neither an artifact file nor a model known by name",
+            f"{name!r} is neither an artifact file, nor the folder of a checkpoint, nor a model known by name",
             hint=f"known models: {', '.join(MODELS)}",
         )
 
@@ -151,7 +192,7 @@ def load(name: str, options: ModelOptions, progress: Callable[[str], None]) -> N
     known(name)
     progress(f"load {name}")
     try:
-        return MODELS[name][0](options)
+        return in_folder(name, options) if checkpoint_models.is_checkpoint(name) else MODELS[name][0](options)
     except ModuleNotFoundError as error:
         raise needs_compiler(error) from error
     except ImportError as error:
@@ -192,14 +233,16 @@ def cached_artifact(name: str, target: str, options: ModelOptions) -> Path:
     from spikingbrain.build import source_hash, versions
 
     known(name)
-    _, package, sources = MODELS[name]
     backend, status = resolve_target(target)
-    try:
-        identity = importlib.metadata.distribution(package).read_text(
-            "RECORD"
-        )  # names each file with its hash
-    except importlib.metadata.PackageNotFoundError:
-        identity = None  # loading will say what to install
+    identity: Any
+    if checkpoint_models.is_checkpoint(name):
+        identity, sources = checkpoint_models.identity(name), checkpoint_models.sources(name)
+    else:
+        _, package, sources = MODELS[name]
+        try:  # RECORD names each file with its hash
+            identity = importlib.metadata.distribution(package).read_text("RECORD")
+        except importlib.metadata.PackageNotFoundError:
+            identity = None  # loading will say what to install
     parts: Mapping[str, Any] = {
         "model": identity,
         "options": repr(options),
@@ -210,7 +253,7 @@ def cached_artifact(name: str, target: str, options: ModelOptions) -> Path:
         "sources": _source_hash(sources),
     }
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    return cache_folder() / "models" / f"{name}-{key[:24]}.sbrain"
+    return cache_folder() / "models" / f"{Path(name).resolve().name}-{key[:24]}.sbrain"
 
 
 def obtain(name: str, target: str, options: ModelOptions, progress: Callable[[str], None]) -> Path:

@@ -108,16 +108,20 @@ def names(config: SpikingBrainConfig, model: SpikingBrain) -> list[Entry]:
 
 
 def save(
-    model: SpikingBrain, folder: str | os.PathLike[str], companions: str | os.PathLike[str] | None = None
+    model: SpikingBrain,
+    folder: str | os.PathLike[str],
+    companions: str | os.PathLike[str] | None = None,
+    files: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a checkpoint that `load` reads, the tensors bit for bit; tokenizer files are copied from ``companions``.
+    """Writes a checkpoint that `load` reads, the tensors bit for bit; tokenizer files are copied from ``companions``, and
+    ``files`` (name -> text) written beside them.
 
     Raises WeightsError if the folder is not empty.
     """
     parameters = dict(model.named_parameters())
     tensors = ((e.stored, parameters[e.parameter]) for e in names(model.config, model))
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
-    save_checkpoint(folder, tensors, {**write_config(model.config), "torch_dtype": dtype}, companions)
+    save_checkpoint(folder, tensors, {**write_config(model.config), "torch_dtype": dtype}, companions, files)
 
 
 def read_config(checkpoint: Checkpoint, *, window_of_flash_attention: bool = False) -> SpikingBrainConfig:

@@ -88,7 +88,7 @@ class SpikingBrainConfig:
             raise _wrong(f"window of {self.window} tokens", "a token sees itself", "a window of 1 or more")
         if not 0 <= self.sinks < self.context:
             raise _wrong(f"{self.sinks} sinks", f"the context holds {self.context} tokens", "0 or more")
-        if any(layer.experts for layer in self.layers) and not 1 <= self.experts_per_token <= self.experts:
+        if not 1 <= self.experts_per_token <= self.experts:
             raise _wrong(
                 f"{self.experts_per_token} experts per token of {self.experts}", "", "at most all of them"
             )

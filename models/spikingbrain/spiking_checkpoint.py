@@ -11,7 +11,7 @@ their code divides, rounds and multiplies at every call. Here that happens once:
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,11 @@ from spikingbrain.models.spikingbrain.checkpoint import entries, read_config, wr
 from spikingbrain.models.spikingbrain.model import SpikingBrain
 
 SCALES = ".weight_quantizer.scales"
+
+
+def is_spiking(folder: str | os.PathLike[str]) -> bool:
+    """Returns whether a checkpoint is a W8ASpike one: it has scales beside its weights."""
+    return any(name.endswith(SCALES) for name in Checkpoint(folder).tensors)
 
 
 def load_spiking(
@@ -64,7 +69,10 @@ def load_spiking(
 
 
 def save_spiking(
-    model: SpikingBrain, folder: str | os.PathLike[str], companions: str | os.PathLike[str] | None = None
+    model: SpikingBrain,
+    folder: str | os.PathLike[str],
+    companions: str | os.PathLike[str] | None = None,
+    files: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a W8ASpike checkpoint. Weights are stored in float32 as code * scale, which gives the same codes when it is
     loaded; the floats that codes were once rounded from are not known any more.
@@ -75,7 +83,7 @@ def save_spiking(
         **write_config(model.config),
         "torch_dtype": str(model.embedding.weight.dtype).removeprefix("torch."),
     }
-    save_checkpoint(folder, _stored(model), config, companions)
+    save_checkpoint(folder, _stored(model), config, companions, files)
 
 
 def _stored(model: SpikingBrain) -> Iterator[tuple[str, Tensor]]:

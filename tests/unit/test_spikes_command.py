@@ -71,7 +71,7 @@ def test_a_raster_shows_the_train_and_says_what_it_leaves_out() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["gpt5", "text"], "neither an artifact file nor a model known by name"),
+        (["gpt5", "text"], "nor a model known by name"),
         (["smollm2", "@/no/such/file"], "no text in"),
         (["smollm2", "text", "--tokens", "0"], "--tokens 0"),
         (["smollm2", "text", "--k", "-1"], "--k -1"),

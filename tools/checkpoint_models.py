@@ -1,0 +1,89 @@
+"""Models in a checkpoint's folder: what the command line makes of `spikingbrain run FOLDER "..."`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spikingbrain.errors import OptionError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# model_type in config.json -> the packages of the model's source
+SOURCES = {
+    "gla_swa": ("spikingbrain.models.spikingbrain", "spikingbrain.models.spiking"),
+    "spikingbrain_hybrid": ("spikingbrain.models.spikingbrain", "spikingbrain.models.spiking"),
+    "llama": ("spikingbrain.models.llama", "spikingbrain.models.spiking"),
+    "qwen2": ("spikingbrain.models.llama", "spikingbrain.models.spiking"),
+}
+
+
+def is_checkpoint(text: str) -> bool:
+    return (Path(text) / "config.json").is_file()
+
+
+def sources(text: str) -> tuple[str, ...]:
+    """Returns the packages that a folder's model is written in; raises OptionError for a kind that is not known."""
+    kind = _json(Path(text) / "config.json").get("model_type")
+    if kind not in SOURCES:
+        raise OptionError(
+            f"{text} holds a model of the type {kind!r}",
+            why=f"known are {', '.join(SOURCES)}",
+            hint="one of these",
+        )
+    return SOURCES[kind]
+
+
+def identity(text: str) -> list[Any]:
+    """Returns what tells a folder's content from another's without reading it all."""
+    files = sorted(file for file in Path(text).iterdir() if file.is_file())
+    return [str(Path(text).resolve()), [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]]
+
+
+def load(text: str, window: int | None, sinks: int) -> tuple[nn.Module, bool]:
+    """Returns the model of a folder, in float32, and whether it already spikes.
+
+    ``window`` and ``sinks`` choose the attention of a Llama; a SpikingBrain brings its own.
+    """
+    import torch
+
+    from spikingbrain.models import llama
+    from spikingbrain.models.llama import checkpoint as llama_checkpoint
+    from spikingbrain.models.spikingbrain import checkpoint
+    from spikingbrain.models.spikingbrain.spiking_checkpoint import is_spiking, load_spiking
+
+    if sources(text)[0] == llama.__name__:
+        return llama_checkpoint.load(text, torch.float32, window=window, sinks=sinks), False
+    if window is not None or sinks:
+        raise OptionError(
+            "--window and --sinks are for a Llama", why="this model has them in its config.json"
+        )
+    if is_spiking(text):
+        return load_spiking(text, dtype=torch.float32), True
+    return checkpoint.load(text, torch.float32), False
+
+
+def tokenizer(text: str) -> str | None:
+    """Returns the text of the folder's tokenizer.json, or None."""
+    file = Path(text) / "tokenizer.json"
+    return file.read_text(encoding="utf-8") if file.is_file() else None
+
+
+def stop_tokens(text: str) -> list[int]:
+    """Returns the tokens that end a text, as generation_config.json or config.json say."""
+    for name in ("generation_config.json", "config.json"):
+        file = Path(text) / name
+        found = _json(file).get("eos_token_id") if file.is_file() else None
+        if found is not None:
+            return list(found) if isinstance(found, list) else [found]
+    return []
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise OptionError(f"{file} cannot be read", why=str(error)) from error
+    return content
