@@ -160,6 +160,11 @@ class IreeExecutable:
         array: Array = memory.map().asarray(buffer.shape, _numpy_type(buffer.element_type))
         return array
 
+    def buffers(self) -> tuple[int, int]:
+        """Returns the bytes in buffers of the device now, and the most there ever were; mapped weights do not count."""
+        counts = self._allocator.statistics
+        return counts["device_bytes_allocated"] - counts["device_bytes_freed"], counts["device_bytes_peak"]
+
     def _download(self, source: Any) -> Any:
         """Copies a device's memory to where it can be mapped; drivers differ in what else they offer."""
         staging = self._allocator.allocate_buffer(_STAGED, _DOWNLOAD, source.byte_length())

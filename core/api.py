@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from spikingbrain import errors
 from spikingbrain.artifact import STATE, TOKENIZER, Artifact, check_writable, pack
 from spikingbrain.backend import TargetStatus, backends, resolve_target
+from spikingbrain.memory import Forecast
 from spikingbrain.program import Program
 
 log = logging.getLogger(__name__)
@@ -144,14 +145,14 @@ def refresh() -> None:
     weights.refresh()
 
 
-def load(path: str | Path | Artifact, *, verify: bool = False) -> Program:
+def load(path: str | Path | Artifact, *, verify: bool = False, check_memory: bool = True) -> Program:
     """Loads an artifact for this machine.
 
     Manifest and code are always checked, weights at the first load of a file (``verify=True``: always). Weights are mapped
-    from the file. Raises CorruptArtifact, NewerFormat or WrongTarget in plain words.
+    from the file. Raises CorruptArtifact, NewerFormat or WrongTarget in plain words; OutOfMemory, unless
+    ``check_memory=False``, where weights and state need clearly more of a CPU's memory than is available.
     """
     opened = path if isinstance(path, Artifact) else Artifact(path)
-    opened.verify_weights(force=verify)
     wanted = opened.manifest["target"]
     try:
         backend, status = resolve_target(wanted["name"])
@@ -173,8 +174,12 @@ def load(path: str | Path | Artifact, *, verify: bool = False) -> Program:
             why="this CPU lacks them",
             hint="compile it here, or with --target x86-64-v3 for most x86-64 machines",
         )
+    check_memory = check_memory and here.kind == "cpu"
+    if check_memory:
+        Forecast.of(opened).check(str(opened.path))
+    opened.verify_weights(force=verify)
     executable = backend.load(opened.code, opened.manifest, opened.weights())
-    return Program(opened.manifest, executable, opened)
+    return Program(opened.manifest, executable, opened, check_memory)
 
 
 def targets() -> list[TargetStatus]:

@@ -83,6 +83,10 @@ class WrongTarget(ArtifactError):
     """Raised when an artifact was compiled for another machine than this one."""
 
 
+class OutOfMemory(SpikingBrainError, MemoryError):
+    """Raised before something is loaded that needs clearly more memory than there is."""
+
+
 class CallError(SpikingBrainError, ValueError):
     """Raised when a compiled program is called with arguments that do not fit its entry point."""
 

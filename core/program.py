@@ -14,6 +14,7 @@ from spikingbrain.artifact import Artifact, numpy_dtype
 from spikingbrain.backend import Executable
 from spikingbrain.errors import CallError
 from spikingbrain.finite import WatchedLayer, require_finite
+from spikingbrain.memory import check_state
 from spikingbrain.state import State
 
 Array = np.ndarray[Any, Any]
@@ -63,8 +64,14 @@ class EntrySpec:
 class Program:
     """A loaded artifact. Entry points are attributes: ``program.prefill(tokens, state=state)``."""
 
-    def __init__(self, manifest: Mapping[str, Any], executable: Executable, artifact: Artifact | None = None):
-        self.manifest = manifest
+    def __init__(
+        self,
+        manifest: Mapping[str, Any],
+        executable: Executable,
+        artifact: Artifact | None = None,
+        check_memory: bool = False,
+    ):
+        self.manifest, self._check_memory = manifest, check_memory
         self.executable, self.artifact = executable, artifact
         self.entries = {name: EntrySpec.from_manifest(name, e) for name, e in manifest["entries"].items()}
         self._state_layout = manifest.get("state", [])
@@ -75,9 +82,14 @@ class Program:
                 setattr(self, name, point)
 
     def new_state(self, batch: int | None = None) -> State:
-        """Returns a fresh state. ``batch`` is needed when the artifact leaves the batch dynamic."""
+        """Returns a fresh state. ``batch`` is needed when the artifact leaves the batch dynamic.
+
+        Raises OutOfMemory where a large one needs clearly more memory than is available.
+        """
         if not self._state_layout:
             raise CallError("this program has no state", hint="call its entry points without one")
+        if self._check_memory:
+            check_state(self._state_layout, batch or 1)
         return State(self.executable, self._state_layout, batch, self._state_blocks)
 
     def call(self, entry: str, *arguments: Any, state: State | None = None) -> list[Array]:

@@ -12,6 +12,7 @@ from spikingbrain.errors import SpikingBrainError, needs_compiler
 # subcommand -> (module with add_arguments and run, help)
 COMMANDS = {
     "run": ("spikingbrain.tools.run", "generate text with a model or an artifact"),
+    "chat": ("spikingbrain.tools.chat", "talk with a model that was trained to"),
     "compile": ("spikingbrain.tools.compile", "compile a model into an artifact"),
     "convert": ("spikingbrain.tools.convert", "make a SpikingBrain of a Llama or Qwen2"),
     "forecast": ("spikingbrain.tools.forecast", "the memory that an artifact will need"),

@@ -15,21 +15,24 @@ from spikingbrain.tools.sampling import add_sampling_arguments, sampling
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="an artifact file, the folder of a checkpoint, or a model known by name such as smollm2")
+    parser.add_argument(
+        "model", help="an artifact file, the folder of a checkpoint, or a model known by name such as smollm2"
+    )
     parser.add_argument("prompt", help="the text to continue")
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
     )
     add_sampling_arguments(parser)
     named_models.add_model_arguments(parser)
+    parser.add_argument("--no-memory-check", action="store_true", help="try even where memory is too small")
     parser.add_argument("--quiet", action="store_true", help="print the text only")
 
 
 def run(args: argparse.Namespace) -> int:
     timing, chosen = Timing(), sampling(args)
-    path, compiled = _artifact(args)
+    path, compiled = obtain(args)
     start = time.perf_counter()
-    program = spikingbrain.load(path)
+    program = spikingbrain.load(path, check_memory=not args.no_memory_check)
     loaded = time.perf_counter() - start
     if not args.quiet:
         sys.stdout.write(args.prompt)
@@ -48,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _artifact(args: argparse.Namespace) -> tuple[Path, float]:
+def obtain(args: argparse.Namespace) -> tuple[Path, float]:
     """Returns the artifact to run and the seconds it took to compile it."""
     path = Path(args.model)
     if path.is_file():

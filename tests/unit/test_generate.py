@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from spikingbrain.artifact import TOKENIZER
-from spikingbrain.errors import CallError, OptionError
+from spikingbrain.chat import Chat
+from spikingbrain.errors import CallError, MissingDependency, OptionError
 from spikingbrain.generate import batch_ids, generate_batch, generate_ids, stream_batch
 from spikingbrain.program import Program
 from spikingbrain.sampling import Sampling
@@ -280,3 +282,66 @@ def test_no_tokenizer() -> None:
     made.artifact = holder
     with pytest.raises(CallError, match="holds no tokenizer"):
         made.generate("x")
+
+
+# Conversations
+
+TEMPLATE = """{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}
+{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"""
+
+
+def chatting(template: str = TEMPLATE, **special: str) -> Program:
+    return program(chat={"template": template, **special})
+
+
+def test_each_turn_reads_what_is_new() -> None:
+    """The template writes a reply's tokens as they were: the second turn goes on from the state."""
+    made = chatting()
+    tokens = Tokens(made)
+
+    def answer(system: str) -> str:
+        return tokens.decode(expected(tokens.encode(f"<s>{system}\n<u>Hi\n<a>"), 1))
+
+    # one that is answered by a byte that is a character
+    chat = Chat(made, system=next(s for s in map(str, range(99)) if answer(s).isalpha()))
+    assert "".join(chat.say("Hi", 1)).isalpha()
+    read = sum(shape[1] for _, shape in made.executable.calls)  # type: ignore[attr-defined]
+    "".join(chat.say("And?", 3))
+    new = sum(shape[1] for _, shape in made.executable.calls) - read  # type: ignore[attr-defined]
+    assert new == len("\n<u>And?\n<a>") + 3
+    assert [m["role"] for m in chat.messages] == ["system", "user", "assistant", "user", "assistant"]
+    text = "".join(f"<{m['role'][0]}>{m['content']}\n" for m in chat.messages[:-1]) + "<a>"
+    assert chat.messages[-1]["content"] == tokens.decode(expected(tokens.encode(text), 3)).rstrip("\ufffd")
+
+
+def test_a_reply_that_reads_differently_is_read_anew() -> None:
+    made = chatting(TEMPLATE.replace("m.content", "m.content | upper"))
+    chat, tokens = Chat(made), Tokens(made)
+    reply = next(chat.say("hello", 40))  # left after its first piece
+    assert chat.messages[-1] == {"role": "assistant", "content": reply}
+    second = "".join(chat.say("more", 9))
+    ids = tokens.encode(f"<u>HELLO\n<a>{reply.upper()}\n<u>MORE\n<a>")
+    assert second == "".join(tokens.stream(expected(ids, 9)))
+    chat.reset()
+    assert not chat.messages
+    assert next(chat.say("hello", 40)) == reply
+
+
+def test_templates_that_do_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CallError, match="no chat template"):
+        Chat(program())
+    with pytest.raises(CallError, match="no Jinja template"):
+        Chat(chatting("{% for %}"))
+    with pytest.raises(CallError, match="refuses these messages\n  because: no names"):
+        next(Chat(chatting("{{ raise_exception('no names') }}")).say("x"))
+    with pytest.raises(CallError, match=r"fails on these messages\n  because: .* unsafe"):
+        next(Chat(chatting("{{ ''.__class__.__mro__ }}")).say("x"))
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(MissingDependency, match="pip install jinja2"):
+        Chat(chatting())
+
+
+def test_special_tokens_reach_the_template() -> None:
+    made = chatting("{{ bos_token }}" + TEMPLATE, bos_token="#")
+    text = "".join(Chat(made).say("x", 5))
+    assert text == "".join(Tokens(made).stream(expected(Tokens(made).encode("#<u>x\n<a>"), 5)))
