@@ -12,9 +12,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Tests and benchmarks call tools of the environment (iree-compile) by name.
 RUN := PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python
-# A file stays in one process, for its fixtures. Threads that wait must sleep: spinning, they take the cores of the other
+# A file stays in one process, for its fixtures; files start in the order of tests/conftest.py. Threads that wait must sleep: spinning, they take the cores of the other
 # processes (a test of training took seven times as long).
-PYTEST = OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest -n $(JOBS) --dist loadfile
+PYTEST = OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 PROMPT ?= Once upon a time
 SETTINGS := pyproject.toml
 
@@ -68,7 +68,7 @@ test-all: lint types
 	$(PYTEST) --durations=20 $(PYTEST_FLAGS)
 
 bench: $(VENV)/.ready-dev
-	@for file in benchmarks/*.py; do echo "==> $$file"; $(RUN) "$$file" || exit 1; done
+	@for file in $$(grep -l __main__ benchmarks/*.py); do echo "==> $$file"; $(RUN) "$$file" || exit 1; done
 
 docs: $(VENV)/.ready-dev
 	$(BIN)/python -m spikingbrain.tools.gen_dialect_docs

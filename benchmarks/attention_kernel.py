@@ -14,7 +14,6 @@ import argparse
 import functools
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import iree.runtime as rt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from timing import interleave, mean, ratio
 from torch_mlir import ir
 
 from spikingbrain.backend_iree.dispatch import wrap_kernels
@@ -33,6 +33,7 @@ from spikingbrain.target import Target
 
 HEADS, KEY_HEADS, SIZE = 9, 3, 64
 CHAIN = 8
+ROUNDS, MEASURE = 15, mean(0.03)
 TARGETS = {
     "x86-64-v4": (512, 32, {"fma", "avx512f"}),
     "x86-64-v3": (256, 16, {"fma", "avx2"}),
@@ -60,7 +61,7 @@ def compiled(case: tuple[int, ...], target: Target, portable: bool) -> Callable[
         *(keys if slots else []),
     ]
     names = [f"%a{i}" for i in range(len(types))]
-    present = ", ".join("1" if i < len(types) else "0" for i in range(8))
+    present = ", ".join("1" if i < len(types) else "0" for i in range(10))
     body = "".join(
         f'%o{i} = "spikingbrain.attention"({", ".join([f"%o{i - 1}" if i else "%a0", *names[1:]])})'
         f" {{scale = {SIZE**-0.5} : f64, window = {window} : i64, sinks = {sinks} : i64,"
@@ -144,22 +145,6 @@ def torch_peers(
     return peers, mask
 
 
-def measure(
-    candidates: dict[str, Callable[[], Any]], rounds: int = 15, seconds: float = 0.03
-) -> dict[str, list[float]]:
-    """Returns seconds per call, one value per round; every round runs every candidate."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
-        for name, call in candidates.items():
-            call()
-            start, calls = time.perf_counter(), 0
-            while time.perf_counter() - start < seconds:
-                call()
-                calls += 1
-            times[name].append((time.perf_counter() - start) / calls)
-    return times
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -173,7 +158,7 @@ def main() -> None:
         options.target, "cpu", "iree", "x86-64", options.target, frozenset(features), bits, registers
     )
     square = torch.randn(1024, 1024)
-    peak = 2 * 1024**3 / min(measure({"": lambda: square @ square})[""]) / 1e9
+    peak = 2 * 1024**3 / min(interleave({"": lambda: square @ square}, ROUNDS, MEASURE)[""]) / 1e9
     print(f"{options.target}; torch matmul 1024: {peak:.0f} Gflop/s")
     for name, case in CASES.items():
         arrays = inputs(case)
@@ -185,14 +170,15 @@ def main() -> None:
             candidates[label] = functools.partial(run, *device_arrays)
             error = np.abs(run(*arrays).to_host() - peers["torch, mask"]().transpose(1, 2).numpy()).max()
             assert error < 1e-5, error
-        times = measure({**candidates, **peers})
+        times = interleave({**candidates, **peers}, ROUNDS, MEASURE)
         steps = CHAIN if case[0] == 1 else 1
-        ours = np.array(times["kernel"])
+        ours = times["kernel"]
         rate = 4 * SIZE * HEADS * int(mask.sum()) * steps / ours.min() / 1e9
         print(f"{name}: {rate:.0f} Gflop/s of visible scores")
         for label, values in times.items():
-            ratio = np.median(np.array(values) / ours)
-            print(f"    {label:14} {min(values) / steps * 1e3:8.3f} ms   {ratio:.2f}x the kernel's time")
+            print(
+                f"    {label:14} {min(values) / steps * 1e3:8.3f} ms   {ratio(values, ours):.2f}x the kernel's time"
+            )
 
 
 if __name__ == "__main__":

@@ -9,23 +9,24 @@ one behind the same wrappers.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
+from timing import interleave, ratio
 from torch import Tensor
+
+CALLS = 2000
 
 
 def function(x: Tensor) -> Tensor:
     return torch.sin(x) * 2 + x
 
 
-def microseconds(call: Callable[[Tensor], object], x: Tensor, calls: int = 2000) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
+def many(call: Callable[[Tensor], object], x: Tensor) -> None:
+    for _ in range(CALLS):
         call(x)
-    return (time.perf_counter() - start) / calls * 1e6
 
 
 def main() -> None:
@@ -37,7 +38,6 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     x = torch.randn(16)
-    times: dict[str, list[float]] = {}
     with torch.no_grad():
         calls = {"eager": function}
         for backend in args.backends.split(","):
@@ -46,12 +46,10 @@ def main() -> None:
             twin = type(function)(function.__code__.replace(co_name=f"function_{backend}"), globals())
             calls[backend] = torch.compile(twin, backend=backend)
             torch.testing.assert_close(calls[backend](x), function(x))
-        for _ in range(args.rounds):
-            for name, call in calls.items():
-                times.setdefault(name, []).append(microseconds(call, x))
+        times = interleave({name: partial(many, call, x) for name, call in calls.items()}, args.rounds)
     for name, values in times.items():
-        over = np.median(np.divide(values, times.get("inductor", values)))
-        print(f"{name:14} {np.median(values):7.2f} us a call, {over:.2f}x inductor's")
+        over = ratio(values, times.get("inductor", values))
+        print(f"{name:14} {np.median(values) / CALLS * 1e6:7.2f} us a call, {over:.2f}x inductor's")
 
 
 if __name__ == "__main__":

@@ -10,21 +10,13 @@ every candidate alike. "copy" reads and writes as much as the neurons do.
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
+from timing import interleave, keep_memory, ratio
 from torch import Tensor
 from torch._higher_order_ops import scan
-
-MALLOC = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "2000000000",
-    "MALLOC_TOP_PAD_": "600000000",
-}
 
 
 def lif_loop(x: Tensor, v: Tensor) -> Tensor:
@@ -62,12 +54,6 @@ def selective_op(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tens
     return torch.ops.spikingbrain.selective_scan(x, dt, a, b, c, None, False)[0]
 
 
-def milliseconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return (time.perf_counter() - start) * 1e3
-
-
 def check(found: Tensor, wanted: Tensor, bound: float) -> None:
     """Stops where more than a share of ``bound`` of the results differ."""
     wrong = float(((found - wanted).abs() > 1e-3 * (1 + wanted.abs())).float().mean())
@@ -77,14 +63,11 @@ def check(found: Tensor, wanted: Tensor, bound: float) -> None:
 
 def compare(title: str, calls: dict[str, Callable[[], Tensor]], rounds: int, reference: str) -> None:
     """Prints times of all candidates, each also as a multiple of the reference's."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(milliseconds(call))
+    times = interleave(calls, rounds)
     print(title)
     for name, values in times.items():
-        over = np.median(np.divide(values, times[reference]))
-        print(f"  {name:22} {np.median(values):9.2f} ms, least {min(values):9.2f}; {over:6.3f} x {reference}")
+        least, over = values.min() * 1e3, ratio(values, times[reference])
+        print(f"  {name:22} {np.median(values) * 1e3:9.2f} ms, least {least:9.2f}; {over:6.3f} x {reference}")
 
 
 def neurons(steps: int, count: int, rounds: int, loops: bool) -> None:
@@ -132,8 +115,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-loops", action="store_true", help="leave torch's loops out")
     args = parser.parse_args()
-    if any(os.environ.get(name) != value for name, value in MALLOC.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
+    keep_memory()
     torch.set_num_threads(1)
     import spikingbrain.frontend.ops  # noqa: F401  (registers the scans)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +20,7 @@ import iree.compiler.tools as compiler
 import iree.runtime as runtime
 import numpy as np
 import torch
+from timing import interleave, mean, ratio
 from torch_mlir import ir
 from torch_mlir.dialects import func
 
@@ -86,16 +86,6 @@ def compile_linears(k: int, n: int, rows: int | None, count: int, target: Target
     return call
 
 
-def seconds_per_call(call: Callable[[], Any]) -> float:
-    calls, start = 0, time.perf_counter()
-    while True:
-        call()
-        calls += 1
-        elapsed = time.perf_counter() - start
-        if elapsed > ROUND_SECONDS:
-            return elapsed / calls
-
-
 def compare(k: int, n: int, rows: int, rounds: int, total_bytes: float, target: Target) -> str:
     """Returns one line of the report."""
     copies = max(2, round(total_bytes / (8 * k * n))) if rows < 64 else 1
@@ -125,15 +115,11 @@ def compare(k: int, n: int, rows: int, rounds: int, total_bytes: float, target: 
         raise RuntimeError(f"wrong result for {k}x{n}, {rows} rows")
     if rows >= 64:
         del candidates["read"]
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
-        for name, call in candidates.items():
-            times[name].append(seconds_per_call(call))
+    times = interleave(candidates, rounds, mean(ROUND_SECONDS))
     best = {name: min(t) / copies for name, t in times.items()}
-    ratio = float(np.median(np.array(times["torch"]) / np.array(times["ours"])))
     line = (
         f"{k:5d} x {n:5d}, {rows:4d} rows: torch {best['torch'] * 1e6:8.1f} us, ours {best['ours'] * 1e6:8.1f} us,"
-        f" torch / ours {ratio:.2f}"
+        f" torch / ours {ratio(times['torch'], times['ours']):.2f}"
     )
     if "read" in best:
         ours_speed, read_speed = 4 * k * n / best["ours"] / 1e9, 4 * len(flat) / min(times["read"]) / 1e9

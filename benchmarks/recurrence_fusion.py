@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ import iree.runtime as rt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from timing import fastest, interleave, keep_memory, ratio
 from torch import Tensor, nn
 from torch_mlir import ir
 
@@ -38,11 +36,6 @@ from spikingbrain.passes.context import new_context
 from spikingbrain.passes.fuse_into_recurrence import FuseIntoRecurrence
 
 HEADS, SIZE = 8, 128
-KEPT_MEMORY = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "2000000000",
-    "MALLOC_TOP_PAD_": "200000000",
-}
 WAYS = {
     "apart": None,
     "in front": FuseIntoRecurrence(behind=False),
@@ -80,20 +73,6 @@ def compiled(inputs: tuple[Tensor, ...], target: str, way: FuseIntoRecurrence | 
     return rt.load_vm_module(rt.VmModule.copy_buffer(config.vm_instance, value[MODULE]), config).main
 
 
-def measure(candidates: dict[str, Callable[[], Any]], rounds: int, seconds: float) -> dict[str, np.ndarray]:
-    """Returns processor seconds per call (the fastest of a round), one per round; every round runs every candidate."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
-        for name, call in candidates.items():
-            begin, best = time.thread_time(), float("inf")
-            while best == float("inf") or time.thread_time() - begin < seconds:
-                start = time.thread_time()
-                call()
-                best = min(best, time.thread_time() - start)
-            times[name].append(best)
-    return {name: np.array(values) for name, values in times.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -101,8 +80,7 @@ def main() -> None:
     parser.add_argument("--target", default="cpu")
     parser.add_argument("--rounds", type=int, default=12)
     options = parser.parse_args()
-    if not KEPT_MEMORY.items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, *sys.argv], dict(os.environ) | KEPT_MEMORY)
+    keep_memory()
     torch.set_num_threads(1)
     device = rt.get_device("local-sync")
     for steps in (1, 1024, 4096):
@@ -121,11 +99,13 @@ def main() -> None:
             error = np.abs(program(*arrays)[0].to_host() - expected).max() / np.abs(expected).max()
             assert error < 1e-5, (name, error)
             candidates[name] = functools.partial(program, *arrays)
-        times = measure(candidates, options.rounds, 0.1)
+        times = interleave(candidates, options.rounds, fastest(0.1))
         print(f"{steps} steps")
         for name, values in times.items():
-            ratio = np.median(times["apart"] / values)
-            print(f"    {name:14} {values.min() * 1e3:9.3f} ms   {ratio:5.2f}x", flush=True)
+            print(
+                f"    {name:14} {values.min() * 1e3:9.3f} ms   {ratio(times['apart'], values):5.2f}x",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

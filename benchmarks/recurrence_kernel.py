@@ -13,11 +13,8 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +23,7 @@ from typing import Any
 import iree.runtime as rt
 import numpy as np
 import torch
+from timing import fastest, interleave, keep_memory, ratio
 from torch import Tensor
 from torch_mlir import ir
 from torch_mlir.dialects import func
@@ -38,11 +36,6 @@ from spikingbrain.passes.kernels.recurrence import emit_recurrence_launch
 from spikingbrain.target import Target
 
 SIZE = 128
-KEPT_MEMORY = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "2000000000",
-    "MALLOC_TOP_PAD_": "200000000",
-}
 PEAK_TURNS, PEAK_SUMS = 200_000, 12
 CHUNK = 64
 
@@ -244,20 +237,6 @@ def inputs(case: Case) -> tuple[dict[str, np.ndarray], list[Tensor]]:
     return arrays, theirs[:1] + [x.repeat_interleave(group, 1) for x in theirs[1:]]
 
 
-def measure(candidates: dict[str, Callable[[], Any]], rounds: int, seconds: float) -> dict[str, np.ndarray]:
-    """Returns processor seconds per call (the fastest of a round), one per round; every round runs every candidate."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
-        for name, call in candidates.items():
-            begin, best = time.thread_time(), float("inf")
-            while best == float("inf") or time.thread_time() - begin < seconds:
-                start = time.thread_time()
-                call()
-                best = min(best, time.thread_time() - start)
-            times[name].append(best)
-    return {name: np.array(values) for name, values in times.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -269,12 +248,11 @@ def main() -> None:
     parser.add_argument("--without-inductor", action="store_true")
     parser.add_argument("--rounds", type=int, default=12)
     options = parser.parse_args()
-    if not KEPT_MEMORY.items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, *sys.argv], dict(os.environ) | KEPT_MEMORY)
+    keep_memory()
     torch.set_num_threads(1)
     target = known()[options.target].target
     peak, peak_operations = multiply_adds(target)
-    fastest: dict[str, float] = {}
+    least: dict[str, float] = {}
     for name, case in CASES.items():
         if options.only not in name:
             continue
@@ -289,15 +267,17 @@ def main() -> None:
                 error = np.abs(out - theirs).max() / np.abs(theirs).max()
                 assert error < 1e-4, (label, error)
                 candidates[label] = functools.partial(form, *tensors)
-            times = measure(candidates, options.rounds, 0.05)
-        fastest[name] = times["kernel"].min()
+            times = interleave(candidates, options.rounds, fastest(0.05))
+        least[name] = times["kernel"].min()
         best = peak_operations / times.pop("peak").min()
-        print(f"{name}: {case.operations / fastest[name] / best:.0%} of {best / 1e9:.0f} Gflop/s")
+        print(f"{name}: {case.operations / least[name] / best:.0%} of {best / 1e9:.0f} Gflop/s")
         for label, values in times.items():
-            ratio = np.median(values / times["kernel"])
-            print(f"    {label:14} {values.min() * 1e3:9.3f} ms   {ratio:5.2f}x", flush=True)
-    if {"GLA 4k", "GLA 16k"} <= fastest.keys():
-        print(f"time(16k) / time(4k) = {fastest['GLA 16k'] / fastest['GLA 4k']:.2f}")
+            print(
+                f"    {label:14} {values.min() * 1e3:9.3f} ms   {ratio(values, times['kernel']):5.2f}x",
+                flush=True,
+            )
+    if {"GLA 4k", "GLA 16k"} <= least.keys():
+        print(f"time(16k) / time(4k) = {least['GLA 16k'] / least['GLA 4k']:.2f}")
 
 
 if __name__ == "__main__":

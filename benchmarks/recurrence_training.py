@@ -14,27 +14,22 @@ memory is.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
+from timing import fastest, interleave, keep_memory, ratio
 from torch import Tensor
 
 import spikingbrain.frontend.ops  # noqa: F401  (registers the op)
 from spikingbrain.models.recurrences import gated_delta_rule
 
 HEADS, SIZE, CHUNK = 8, 128, 64
-KEPT_MEMORY = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "2000000000",
-    "MALLOC_TOP_PAD_": "200000000",
-}
 RETURNED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}  # what is freed is gone at once
 Form = Callable[..., Tensor]
 
@@ -111,23 +106,12 @@ def speed(steps: int, backward: bool, rounds: int, of_delta: bool) -> None:
     if steps <= 1024 and not of_delta:
         names.append("loop, eager")
     candidates, tensors = forms(names, of_delta), inputs(steps, of_delta)
-    for form in candidates.values():
-        step(form, tensors, backward)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(rounds):
-        for name, form in candidates.items():
-            best, begin = float("inf"), time.thread_time()
-            while best == float("inf") or time.thread_time() - begin < 0.5:
-                start = time.thread_time()
-                step(form, tensors, backward)
-                best = min(best, time.thread_time() - start)
-            times[name].append(best)
+    calls = {n: functools.partial(step, form, tensors, backward) for n, form in candidates.items()}
+    times = interleave(calls, rounds, fastest(0.5))
     what = "forward + backward" if backward else "forward"
-    ours = np.array(times["spikingbrain"])
     print(f"{what}, {steps} steps")
-    for name in names:
-        values = np.array(times[name])
-        print(f"  {name:18} {values.min() * 1e3:9.1f} ms   x{np.median(values / ours):6.2f}")
+    for name, values in times.items():
+        print(f"  {name:18} {values.min() * 1e3:9.1f} ms   x{ratio(values, times['spikingbrain']):6.2f}")
 
 
 def memory(steps: int) -> None:
@@ -171,8 +155,7 @@ def main() -> None:
     elif arguments.memory:
         memory(arguments.steps[-1])
     else:
-        if "MALLOC_MMAP_MAX_" not in os.environ:
-            os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEPT_MEMORY})
+        keep_memory()
         for steps in arguments.steps:
             for backward in (False, True):
                 torch._dynamo.reset()

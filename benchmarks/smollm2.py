@@ -13,12 +13,11 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from timing import Times, interleave, mean, once, ratio
 
 import spikingbrain
 from spikingbrain.tools.named_models import ModelOptions, compile_named
@@ -42,42 +41,21 @@ print(first, int(status['VmHWM'].split()[0]) * 1024)
 """
 
 
-def interleave(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Returns the seconds of each candidate in each round."""
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for call in candidates.values():
-        call()
-    for _ in range(rounds):
-        for name, call in candidates.items():
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def report(title: str, seconds: dict[str, list[float]], tokens: int) -> None:
-    ours = np.array(seconds["spikingbrain"])
+def report(title: str, seconds: Times, tokens: int) -> None:
     print(f"\n{title}")
     for name, values in seconds.items():
-        ratio = np.median(np.array(values) / ours)
-        best = min(values)
+        over = ratio(values, seconds["spikingbrain"])
         print(
-            f"  {name:14} median {np.median(values) * 1e3:8.2f} ms  best {best * 1e3:8.2f} ms "
-            f" {tokens / np.median(values):8.1f} tokens/s   time over ours {ratio:5.2f}x"
+            f"  {name:14} median {np.median(values) * 1e3:8.2f} ms  best {values.min() * 1e3:8.2f} ms "
+            f" {tokens / np.median(values):8.1f} tokens/s   time over ours {over:5.2f}x"
         )
 
 
 def read_bandwidth() -> float:
     """Returns bytes per second of one thread summing an array far beyond the caches."""
     data = np.ones(1 << 26, np.float64)
-    best = min(_seconds(data.sum) for _ in range(5))
+    best = min(once(data.sum) for _ in range(5))
     return data.nbytes / best
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def speed(path: Path, rounds: int) -> None:
@@ -134,13 +112,8 @@ def overhead() -> None:
         program = spikingbrain.load(Path(folder) / "add.sbrain")
         array = x.numpy()
         program.call("main", array)
-        best = []
-        for _ in range(20):
-            start = time.perf_counter()
-            for _ in range(500):
-                program.call("main", array)
-            best.append((time.perf_counter() - start) / 500)
-    print(f"\ncall of a trivial graph: median {np.median(best) * 1e6:.1f} us, best {min(best) * 1e6:.1f} us")
+        found = interleave({"": lambda: program.call("main", array)}, 20, mean(0.02))[""] * 1e6
+    print(f"\ncall of a trivial graph: median {np.median(found):.1f} us, best {found.min():.1f} us")
 
 
 def memory(path: Path) -> None:
@@ -159,9 +132,8 @@ def memory(path: Path) -> None:
 def compile_time(folder: Path) -> None:
     def seconds(*arguments: str) -> float:
         command = [sys.executable, "-m", "spikingbrain.tools.cli", *arguments]
-        start = time.perf_counter()
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        return time.perf_counter() - start
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        return once(lambda: subprocess.run(command, check=True, **quiet))
 
     compile_ = (
         "compile",

@@ -14,12 +14,11 @@ import json
 import os
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from timing import once, ratio
 
 import spikingbrain
 from spikingbrain.frontend.capture import Entry
@@ -112,12 +111,6 @@ def programs(folder: Path) -> dict[str, tuple[spikingbrain.Program, int]]:
     return made
 
 
-def timed(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=12)
@@ -140,13 +133,13 @@ def main() -> None:
                         state = program.new_state()
                         if what == "decode":
                             program.prefill(tokens[None, :DEPTH], state=state)
-                            found = timed(
+                            found = once(
                                 lambda p=program, s=state: [
                                     p.decode(t[None, None], state=s) for t in tokens[:16]
                                 ]
                             )
                         else:
-                            found = timed(lambda p=program, s=state: p.prefill(tokens[None], state=s))
+                            found = once(lambda p=program, s=state: p.prefill(tokens[None], state=s))
                     else:
                         assert peer
                         given = tokens[:DEPTH] if what == "decode" else tokens
@@ -154,14 +147,14 @@ def main() -> None:
                     if round_:
                         seconds[n].append(found)
             print(f"\n{what}")
-            base = np.array(seconds["spikes, int8"])
+            base = seconds["spikes, int8"]
             for n, found in seconds.items():
-                ratio = np.median(np.array(found) / base)
+                over = ratio(found, base)
                 speed = count / np.median(found)
                 print(
-                    f"  {n:22} {speed:8.1f} tokens/s   int8 spikes are {ratio:5.2f}x   file {size[n] / 1e6:.0f} MB"
+                    f"  {n:22} {speed:8.1f} tokens/s   int8 spikes are {over:5.2f}x   file {size[n] / 1e6:.0f} MB"
                 )
-            exact = np.median(base / np.array(seconds["random weights, int8"])) - 1
+            exact = ratio(base, seconds["random weights, int8"]) - 1
             print(f"  exactness costs {exact:.1%}")
 
 

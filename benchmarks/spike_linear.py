@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,6 +23,7 @@ import iree.compiler.tools as compiler
 import iree.runtime as runtime
 import numpy as np
 import torch
+from timing import Call, interleave, keep_memory, mean, ratio
 from torch_mlir import ir
 from torch_mlir.dialects import arith, func, vector
 
@@ -43,15 +43,6 @@ CYCLE_BYTES = 160 << 20  # of weight that few rows go through: several times the
 MOST_COPIES = 64  # in one program
 PEAK_STEPS = 20000
 READ_BYTES = 256 << 20
-
-# A result that the allocator maps anew costs more than a small product: the same for every candidate.
-MALLOC = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "2000000000",
-    "MALLOC_TOP_PAD_": "200000000",
-}
-
-Call = Callable[[], Any]
 
 
 def compiled(module: ir.Module, target: Target) -> tuple[Any, Any]:
@@ -287,17 +278,6 @@ def _spread(scale: torch.Tensor, k: int) -> torch.Tensor:
 # The comparison
 
 
-def seconds(call: Call) -> float:
-    """Returns the thread's CPU time of one call."""
-    calls, start = 0, time.thread_time()
-    while True:
-        call()
-        calls += 1
-        elapsed = time.thread_time() - start
-        if elapsed > ROUND_SECONDS:
-            return elapsed / calls
-
-
 def expected(x: torch.Tensor, code: Any, scale: torch.Tensor) -> torch.Tensor:
     threshold = (x.double().abs().mean(-1, keepdim=True).float() / 3).clamp(1e-5, 1e4)
     counts = (x / threshold).round().double()
@@ -334,15 +314,11 @@ def compare(n: int, k: int, m: int, settings: argparse.Namespace, target: Target
                 notes.append(f"{name} skipped: {str(error).splitlines()[0]}")
     candidates["limit"] = read(dot, target) if m < 64 else peak(dot, target)
     count = {name: getattr(call, "copies", copies) for name, call in candidates.items()} | {"limit": 1}
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for call in candidates.values():
-        call()
-    for _ in range(settings.rounds):
-        for name, call in candidates.items():
-            times[name].append(seconds(call) / count[name])
+    found = interleave(candidates, settings.rounds, mean(ROUND_SECONDS, time.thread_time))
+    times = {name: values / count[name] for name, values in found.items()}
     best = {name: min(t) for name, t in times.items()}
     line = f"{n:5d} x {k:5d} {m:4d} rows: {best['ours'] * 1e6:9.1f} us"
-    limit = np.array(times["limit"]) / np.array(times["ours"])
+    limit = times["limit"] / times["ours"]
     if m < 64:
         share = limit * (n * k * bits / 8) / READ_BYTES
         line += (
@@ -354,8 +330,7 @@ def compare(n: int, k: int, m: int, settings: argparse.Namespace, target: Target
         line += f", {2 * m * n * k / best['ours'] / 1e9:5.0f} of {2 * work / best['limit'] / 1e9:5.0f} Gop/s"
     line += f" ({np.median(share):.0%})"
     for name in times.keys() - {"ours", "limit"}:
-        ratio = np.median(np.array(times[name]) / np.array(times["ours"]))
-        line += f", {name} {ratio:.2f}x"
+        line += f", {name} {ratio(times[name], times['ours']):.2f}x"
     return "; ".join([line, *notes])
 
 
@@ -371,8 +346,7 @@ def main() -> None:
     parser.add_argument("--target", default="cpu", help="of another instruction set, e.g. x86-64-v3")
     parser.add_argument("--peers", nargs="*", default=["oneDNN", "inductor", "ONNX Runtime"])
     settings = parser.parse_args()
-    if any(name not in os.environ for name in MALLOC):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
+    keep_memory()  # a result that is mapped anew costs more than a small product
     torch.set_num_threads(1)
     target = targets.known()[settings.target].target
     for rows in settings.rows:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
+from timing import interleave, ratio
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -87,18 +88,12 @@ def main() -> None:
         steps[backend] = stepper(model, backend, tokens)
         loss = steps[backend]()
         print(f"{backend}: first step {time.perf_counter() - start:.1f} s, loss {loss:.5f}")
-    times: dict[str, list[float]] = {backend: [] for backend in steps}
-    losses: dict[str, float] = {}
-    for _ in range(args.rounds):
-        for backend, step in steps.items():
-            start = time.perf_counter()
-            losses[backend] = step()
-            times[backend].append(time.perf_counter() - start)
+    times = interleave(steps, args.rounds)
     for backend, values in times.items():
-        over = np.median(np.divide(times["eager"], values))
+        over = ratio(times["eager"], values)
         print(
             f"{backend:14} {1e3 * np.median(values):8.1f} ms a step, {over:.2f}x eager, "
-            f"loss after {args.rounds + 1} steps {losses[backend]:.5f}"
+            f"loss in step {args.rounds + 3} {steps[backend]():.5f}"
         )
     for backend in steps if args.profile else []:
         with profile(activities=[ProfilerActivity.CPU]) as measured:

@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timing
 import torch
+from timing import interleave, once
 from torch.utils import _pytree as pytree
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # before this folder, whose zoo.py this is
@@ -31,12 +33,6 @@ from tolerances import assert_close
 from zoo import SIZES, ZOO
 
 Row = dict[str, Any]
-
-
-def seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def tensors(output: Any) -> list[torch.Tensor]:
@@ -58,7 +54,7 @@ def measure(name: str, size: str, backends: list[str], rounds: int) -> Row:
     torch.set_num_threads(1)
     model, inputs = ZOO[name].build(size), ZOO[name].inputs(size, 0)
     expected = model(**inputs)
-    eager = min(seconds(lambda: model(**inputs)) for _ in range(3))
+    eager = min(once(lambda: model(**inputs)) for _ in range(3))
     candidates: dict[str, Callable[[], object]] = {"eager": lambda: model(**inputs)}
     results: dict[str, Row] = {"eager": {}}
     for backend in backends:
@@ -77,15 +73,9 @@ def measure(name: str, size: str, backends: list[str], rounds: int) -> Row:
         check(result, actual, expected)
         candidates[backend] = lambda compiled=compiled: compiled(**inputs)
 
-    for call in candidates.values():
-        call()
-    times: dict[str, list[float]] = {candidate: [] for candidate in candidates}
-    for _ in range(rounds):
-        for candidate, call in candidates.items():
-            times[candidate].append(seconds(call))
-    for candidate, values in times.items():
+    for candidate, values in interleave(candidates, rounds).items():
         results[candidate]["milliseconds"] = float(np.median(values)) * 1e3
-        results[candidate]["rounds"] = values
+        results[candidate]["rounds"] = values.tolist()
     return {
         "model": name,
         "category": ZOO[name].category,
@@ -125,7 +115,7 @@ def ratio(row: Row, slow: str, fast: str) -> float | None:
     results = [row.get("results", {}).get(which, {"error": "not run"}) for which in (slow, fast)]
     if any("error" in result for result in results):
         return None
-    return float(np.median(np.divide(results[0]["rounds"], results[1]["rounds"])))
+    return timing.ratio(results[0]["rounds"], results[1]["rounds"])
 
 
 def pairs(backends: list[str]) -> list[tuple[str, str]]:
