@@ -162,5 +162,6 @@ def _slots(config: SpikingBrainConfig, state: State) -> dict[str, int]:
 
 
 def _last(x_BTE: Tensor, lengths_B: Tensor) -> Tensor:
-    """Returns the last token of each text, [B, 1, E]."""
-    return torch.gather(x_BTE, 1, (lengths_B - 1)[:, None, None].expand(-1, 1, x_BTE.shape[2]))
+    """Returns the last token of each text, [B, 1, E]; of a text without tokens, any of the padding."""
+    last_B = (lengths_B - 1).clamp(min=0)
+    return torch.gather(x_BTE, 1, last_B[:, None, None].expand(-1, 1, x_BTE.shape[2]))
