@@ -66,9 +66,10 @@ def load(text: str, window: int | None, sinks: int) -> tuple[nn.Module, bool]:
 
 
 def tokenizer(text: str) -> str | None:
-    """Returns the text of the folder's tokenizer.json, or None."""
-    file = Path(text) / "tokenizer.json"
-    return file.read_text(encoding="utf-8") if file.is_file() else None
+    """Returns the text of the folder's tokenizer.json, made of vocab.json and merges.txt if need be; None without any."""
+    from spikingbrain.models.spikingbrain.tokenizer import tokenizer_json
+
+    return tokenizer_json(text)
 
 
 def stop_tokens(text: str) -> list[int]:
@@ -79,6 +80,20 @@ def stop_tokens(text: str) -> list[int]:
         if found is not None:
             return list(found) if isinstance(found, list) else [found]
     return []
+
+
+def chat(text: str) -> dict[str, str]:
+    """Returns the template of conversations and the special tokens that it may name; empty where there is none."""
+    file, config = Path(text) / "chat_template.jinja", Path(text) / "tokenizer_config.json"
+    known = _json(config) if config.is_file() else {}
+    template = file.read_text(encoding="utf-8") if file.is_file() else known.get("chat_template")
+    if isinstance(template, list):  # several by name
+        template = next((t["template"] for t in template if t["name"] == "default"), None)
+    if template is None:
+        return {}
+    tokens = {name: known.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    texts = {name: t["content"] if isinstance(t, dict) else t for name, t in tokens.items()}
+    return {"template": template, **{name: t for name, t in texts.items() if t is not None}}
 
 
 def _json(file: Path) -> dict[str, Any]:

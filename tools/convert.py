@@ -90,12 +90,12 @@ def _layers(text: str) -> list[int]:
 def _source(text: str) -> tuple[Llama, dict[str, str]]:
     """Returns the model, and what belongs beside its weights: name of a file -> its text."""
     from spikingbrain.models.llama import checkpoint, gguf, smollm2, tokenizer_json
+    from spikingbrain.models.spikingbrain.tokenizer import tokenizer_json as tokenizer_of_folder
 
     path = smollm2.locate() if text == "smollm2" else Path(text)
     if path.is_dir():
-        file = path / "tokenizer.json"
-        tokenizer = {file.name: file.read_text(encoding="utf-8")} if file.is_file() else {}
-        return checkpoint.load(path), tokenizer
+        tokenizer = tokenizer_of_folder(path)
+        return checkpoint.load(path), {} if tokenizer is None else {"tokenizer.json": tokenizer}
     if not path.is_file():
         raise OptionError(f"no file or folder {text}", hint="a checkpoint's folder, a .gguf file, or smollm2")
     _, model = gguf.load(path)
