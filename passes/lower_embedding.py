@@ -41,7 +41,9 @@ def _gather(op: ir.Operation) -> ir.Value:
     block = ir.RankedTensorType(table.type).shape[2] if len(ir.RankedTensorType(table.type).shape) == 3 else 0
     zero, rows = build.constant_index(0), build.constant_index(op.attributes["rows"].value)
     width = build.constant_index(block) if block else None
-    nan = arith.ConstantOp(element, ir.FloatAttr.get(element, math.nan)).result
+    is_code = isinstance(element, ir.IntegerType)
+    none = ir.IntegerAttr.get(element, 0) if is_code else ir.FloatAttr.get(element, math.nan)
+    outside = arith.ConstantOp(element, none).result
     dims = [ir.AffineDimExpr.get(d) for d in range(rank)]
     maps = [ir.AffineMap.get(rank, 0, dims[:-1]), ir.AffineMap.get(rank, 0, dims)]
 
@@ -54,7 +56,7 @@ def _gather(op: ir.Operation) -> ir.Value:
             at = [row, column]
         else:
             at = [arith.DivUIOp(row, width).result, column, arith.RemUIOp(row, width).result]
-        return arith.SelectOp(inside, tensor.ExtractOp(table, at).result, nan).result
+        return arith.SelectOp(inside, tensor.ExtractOp(table, at).result, outside).result
 
     init = build.empty(result, build.dynamic_sizes(ids))
     return build.generic([ids], init, maps, ["parallel"] * rank, body)

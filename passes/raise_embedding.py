@@ -14,7 +14,7 @@ from spikingbrain.passes.casts import builtin_type, from_builtin, to_builtin
 
 @dataclass(frozen=True)
 class RaiseEmbedding:
-    """Raises look-ups in a stored float32 table, so that a head tied to the table can share its stored form.
+    """Raises look-ups in a stored table, of float32 or of codes, so that a head tied to the table can share its stored form.
 
     In: torch dialect. Out: ``spikingbrain.embedding`` between ``torch_c`` casts. Not handled: other element types and
     tables computed by the model (upstream lowers those).
@@ -29,8 +29,8 @@ class RaiseEmbedding:
             if cast is None or parameters.parameter(cast.operands[0]) is None:
                 context.record(self, "refused", op, "the table is computed by the model, not stored")
                 continue
-            if torch_ir.element_type(table) != "f32" or torch_ir.element_type(ids) != "si64":
-                context.record(self, "refused", op, "only f32 tables with int64 ids are raised")
+            if torch_ir.element_type(table) not in ("f32", "si8") or torch_ir.element_type(ids) != "si64":
+                context.record(self, "refused", op, "only tables of f32 or int8 with int64 ids are raised")
                 continue
             with ir.InsertionPoint(op), op.location:
                 lookup = ir.Operation.create(

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from spikingbrain.models.embedding import TiedEmbedding
 from spikingbrain.models.recurrences.gated import gla
 
 # How the recurrence is computed: in blocks of tokens, or token by token. The same function of the same weights.
@@ -102,7 +103,8 @@ class Gla(nn.Module):
     def __init__(self, config: GlaConfig):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocabulary, config.width)
+        table = TiedEmbedding if config.tied_head else nn.Embedding
+        self.embedding = table(config.vocabulary, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, config.norm_eps)
         self.head = None if config.tied_head else nn.Linear(config.width, config.vocabulary, bias=False)
@@ -110,7 +112,7 @@ class Gla(nn.Module):
 
     def initial_state(self, batch: int) -> State:
         """Returns the state before the first token."""
-        config, weight = self.config, self.embedding.weight
+        config, weight = self.config, self.norm.weight
         shape = (batch, config.key_heads, config.key_size, config.value_size)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         return State([weight.new_zeros(shape, dtype=dtype) for _ in range(config.layers)])
@@ -125,7 +127,7 @@ class Gla(nn.Module):
         if last_only:
             x_BTE = x_BTE[:, -1:]
         x_BTE = self.norm(x_BTE)
-        logits_BTC = F.linear(x_BTE, self.embedding.weight) if self.head is None else self.head(x_BTE)
+        logits_BTC = self.embedding.logits(x_BTE) if self.head is None else self.head(x_BTE)
         return logits_BTC, State(memories)
 
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from spikingbrain.models.embedding import TiedEmbedding
 from spikingbrain.models.errors import ConfigError
 
 
@@ -91,10 +92,16 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocabulary, config.width)
+        table = TiedEmbedding if config.tied_head else nn.Embedding
+        self.embedding = table(config.vocabulary, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.head = None if config.tied_head else nn.Linear(config.width, config.vocabulary, bias=False)
+
+    @property
+    def keeps_all_tokens(self) -> bool:
+        """Whether a state holds every token, up to its capacity; otherwise it has one size for texts of any length."""
+        return self.config.window is None
 
     def initial_state(self, batch: int, capacity: int | None = None) -> State:
         """Returns the state before the first token.
@@ -104,7 +111,7 @@ class Llama(nn.Module):
         the model checks that `position + T` stays within the capacity. With a window the state has one size,
         enough for any number of tokens, and `capacity` is not used.
         """
-        config, weight = self.config, self.embedding.weight
+        config, weight = self.config, self.norm.weight
         if config.window is None:
             slots = (config.context if capacity is None else capacity) + 1
         else:
@@ -123,7 +130,7 @@ class Llama(nn.Module):
         positions_BT = state.position[:, None] + torch.arange(T, device=tokens_BT.device)
         slots_BT, kept_BT = self.cache_slots(positions_BT, state)
         mask_B1TS = self.attention_mask(positions_BT, state)
-        rotation = rotary(positions_BT, self.config, self.embedding.weight.dtype)
+        rotation = rotary(positions_BT, self.config, self.norm.weight.dtype)
 
         x_BTE = self.embedding(tokens_BT)
         keys, values = [], []
@@ -137,7 +144,7 @@ class Llama(nn.Module):
         if last_only:
             x_BTE = x_BTE[:, -1:]
         x_BTE = self.norm(x_BTE)
-        logits_BTV = F.linear(x_BTE, self.embedding.weight) if self.head is None else self.head(x_BTE)
+        logits_BTV = self.embedding.logits(x_BTE) if self.head is None else self.head(x_BTE)
 
         slot_positions = state.slot_positions.scatter(1, slots_BT, kept_BT)
         return logits_BTV, State(keys, values, slot_positions, state.position + T)

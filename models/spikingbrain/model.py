@@ -18,10 +18,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from spikingbrain.models.embedding import TiedEmbedding
 from spikingbrain.models.spikingbrain.attention import Attention
 from spikingbrain.models.spikingbrain.config import LayerConfig, SpikingBrainConfig
 from spikingbrain.models.spikingbrain.feed_forward import MixtureOfExperts, SwiGLU
@@ -51,11 +51,17 @@ class SpikingBrain(nn.Module):
     def __init__(self, config: SpikingBrainConfig):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocabulary, config.width)
+        table = TiedEmbedding if config.tied_head else nn.Embedding
+        self.embedding = table(config.vocabulary, config.width)
         self.sinks = nn.Parameter(torch.randn(config.sinks, config.width) * 0.02) if config.sinks else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in config.layers)
         self.norm = nn.RMSNorm(config.width, config.norm_eps)
         self.head = None if config.tied_head else nn.Linear(config.width, config.vocabulary, bias=False)
+
+    @property
+    def keeps_all_tokens(self) -> bool:
+        """Whether a state holds every token, up to its capacity; otherwise it has one size for texts of any length."""
+        return any(layer.softmax == "full" for layer in self.config.layers)
 
     def initial_state(self, batch: int, capacity: int | None = None) -> State:
         """Returns the state before the first token of the text, which has seen the sinks.
@@ -65,7 +71,7 @@ class SpikingBrain(nn.Module):
         checks that ``position + T`` stays within the capacity. Without full attention a state has one size, enough for any
         number of tokens.
         """
-        config, weight = self.config, self.embedding.weight
+        config, weight = self.config, self.norm.weight
         wide = torch.promote_types(weight.dtype, torch.float32)
         heads, size = config.key_heads, config.head_size
         memories = [
@@ -111,7 +117,7 @@ class SpikingBrain(nn.Module):
         if last_only:
             x_BTE = x_BTE[:, -1:] if lengths_B is None else _last(x_BTE, lengths_B)
         x_BTE = self.norm(x_BTE)
-        logits_BTC = F.linear(x_BTE, self.embedding.weight) if self.head is None else self.head(x_BTE)
+        logits_BTC = self.embedding.logits(x_BTE) if self.head is None else self.head(x_BTE)
         return logits_BTC, state
 
     def run(self, x_BTE: Tensor, state: State, moment: Moment) -> tuple[Tensor, State]:

@@ -40,8 +40,21 @@ func.func @small_ids(%ids: !torch.vtensor<[1,?],si32>) -> !rows {
   %false = torch.constant.bool false
   %stored = "spikingbrain.parameter"() {sources = ["embedding.weight"], recipe = []} : () -> tensor<10x4xf32>
   %table = torch_c.from_builtin_tensor %stored : tensor<10x4xf32> -> !table
-  // expected-remark@+1 {{raise-embedding: only f32 tables with int64 ids are raised}}
+  // expected-remark@+1 {{raise-embedding: only tables of f32 or int8 with int64 ids are raised}}
   %y = torch.aten.embedding %table, %ids, %minus, %false, %false
       : !table, !torch.vtensor<[1,?],si32>, !torch.int, !torch.bool, !torch.bool -> !rows
   return %y : !rows
+}
+
+// A table of codes.
+// CHECK-LABEL: func.func @codes(
+func.func @codes(%ids: !ids) -> !torch.vtensor<[1,?,4],si8> {
+  %minus = torch.constant.int -1
+  %false = torch.constant.bool false
+  %stored = "spikingbrain.parameter"() {sources = ["codes"], recipe = []} : () -> tensor<10x4xi8>
+  %table = torch_c.from_builtin_tensor %stored : tensor<10x4xi8> -> !torch.vtensor<[10,4],si8>
+  // CHECK:         "spikingbrain.embedding"({{.*}}) {rows = 10 : i64} : (tensor<1x?xi64>, tensor<10x4xi8>) -> tensor<1x?x4xi8>
+  %y = torch.aten.embedding %table, %ids, %minus, %false, %false
+      : !torch.vtensor<[10,4],si8>, !ids, !torch.int, !torch.bool, !torch.bool -> !torch.vtensor<[1,?,4],si8>
+  return %y : !torch.vtensor<[1,?,4],si8>
 }
