@@ -53,7 +53,8 @@ class SpikeOptions:
                 found[name] = known[name](value)
             except (KeyError, ValueError):
                 raise OptionError(
-                    f"--spike {text}: {part!r} is not understood", hint="--spike k=3,group_size=64,bits=8,head=true"
+                    f"--spike {text}: {part!r} is not understood",
+                    hint="--spike k=3,group_size=64,bits=8,head=true",
                 ) from None
         return SpikeOptions(**found)
 
@@ -108,7 +109,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--spike",
         metavar="k=3[,group_size=N][,bits=4][,head=true]",
-        help="linear layers add integers: inputs are spike counts, weights int8 or int4; head=true (or bits): head and embedding too",
+        help="linear layers add integers: spike counts times int8 or int4 weights; head=true: head and embedding too",
     )
 
 
@@ -119,13 +120,15 @@ def model_options(args: argparse.Namespace) -> ModelOptions:
 
 def smollm2(options: ModelOptions) -> NamedModel:
     """SmolLM2-135M-Instruct from its package."""
+    from spikingbrain.models.llama import chat_template, tokenizer_json
     from spikingbrain.models.llama import smollm2 as source
-    from spikingbrain.models.llama import tokenizer_json
 
     path = source.locate()
     model = source.load(window=options.window, sinks=options.sinks).eval()
     _spike(model, options)
-    return _ready("smollm2", model, tokenizer_json(path), [0, 2], options)
+    template = chat_template(path)
+    chat = {"template": template} if template else {}
+    return _ready("smollm2", model, tokenizer_json(path), [0, 2], chat, options)
 
 
 def in_folder(folder: str, options: ModelOptions) -> NamedModel:
@@ -134,9 +137,8 @@ def in_folder(folder: str, options: ModelOptions) -> NamedModel:
     if not spikes:
         _spike(model, options)
     tokenizer = checkpoint_models.tokenizer(folder)
-    return _ready(
-        Path(folder).resolve().name, model, tokenizer, checkpoint_models.stop_tokens(folder), options
-    )
+    stop, chat = checkpoint_models.stop_tokens(folder), checkpoint_models.chat(folder)
+    return _ready(Path(folder).resolve().name, model, tokenizer, stop, chat, options)
 
 
 def _spike(model: nn.Module, options: ModelOptions) -> None:
@@ -147,7 +149,12 @@ def _spike(model: nn.Module, options: ModelOptions) -> None:
 
 
 def _ready(
-    name: str, model: Any, tokenizer: str | None, stop: Sequence[int], options: ModelOptions
+    name: str,
+    model: Any,
+    tokenizer: str | None,
+    stop: Sequence[int],
+    chat: Mapping[str, str],
+    options: ModelOptions,
 ) -> NamedModel:
     """Returns a model with the entry points ``prefill`` and ``decode``, and ``score`` if asked for."""
     import torch
@@ -165,7 +172,7 @@ def _ready(
     if options.score:
         entries["score"] = Entry((some, state), {}, shapes)
     capacity = options.capacity if model.keeps_all_tokens else None
-    generation = {"stop": list(stop), "capacity": capacity}
+    generation = {"stop": list(stop), "capacity": capacity, **({"chat": dict(chat)} if chat else {})}
     return NamedModel(model, entries, tokenizer, {"model": name, "generation": generation})
 
 
