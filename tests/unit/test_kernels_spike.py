@@ -140,7 +140,8 @@ def test_many_rows(compiled: Any, name: str) -> None:
 def test_one_hot_rows(compiled: Any, name: str) -> None:
     """All of a row's spikes in one channel: the largest count there is, k times K."""
     case = CASES[name]
-    rows = np.eye(case.k)[:: max(1, case.k // 7)]
+    hot = np.arange(0, case.k, max(1, case.k // 7))
+    rows = (np.arange(case.k) == hot[:, None]).astype(float)
     rows = np.concatenate([rows, -rows])
     for part in pieces(case, rows):
         check(compiled, name, part)
