@@ -1,4 +1,4 @@
-"""Perplexity of SmolLM2 on Wikipedia when its layers spike: adaptive and static thresholds, budgets of steps.
+"""Perplexity of SmolLM2 on Wikipedia when its layers spike: adaptive and static thresholds, head and embedding, budgets of steps.
 
     python benchmarks/spike_perplexity.py [NAME ...]
 
@@ -24,6 +24,11 @@ CHUNKS, LENGTH = 4, 1024
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "adaptive": {},
+    "adaptive, head int8": {"head": 8},
+    "adaptive, head int4": {"head": 4},
+    "adaptive, int4": {"bits": 4},
+    "adaptive, int4, head int8": {"bits": 4, "head": 8},
+    "adaptive, int4, head int4": {"bits": 4, "head": 4},
     "static": {"threshold": "static"},
     **{f"adaptive, {n} steps": {"budget": Budget(n, remainder="drop")} for n in (3, 4, 5, 6, 7, 8, 10)},
     **{

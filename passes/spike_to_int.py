@@ -20,6 +20,7 @@ from spikingbrain.passes.kernels.spike_encode import (
     encoding,
 )
 from spikingbrain.passes.kernels.spike_linear import Shape, emit_spike_linear, scale_recipe
+from spikingbrain.passes.kernels.spike_rows import emit_rows
 from spikingbrain.target import Target
 
 _Encoded = dict[tuple[int, Encoding], Spikes]
@@ -32,6 +33,7 @@ class SpikeToInt:
     A stored weight is packed for the target's dot products, and its counts come as bytes or words from a kernel that all
     projections of one input share. Where there is no such instruction, and for weights that the model computes and groups of
     other sizes than the instruction's, linear algebra. Counts and thresholds that something else asks for are computed too.
+    Look-ups in codes that a projection has packed, a head's, read them as they are packed, so that they are stored once.
     In: our dialect on builtin tensors. Out: ``spikingbrain_control.launch`` and kernel functions, or linalg.
     """
 
@@ -40,6 +42,7 @@ class SpikeToInt:
     def run(self, module: ir.Module, context: PassContext) -> None:
         _merge_encoders(module)
         encoded: _Encoded = {}
+        packed: dict[str, Dot] = {}  # weights and scales, by what they were before
         for op in torch_ir.operations(module, "spikingbrain.spike_linear"):
             dot = choose(context.target, op.attributes["bits"].value)
             reason = _refusal(op, dot)
@@ -48,10 +51,17 @@ class SpikeToInt:
             op.results[0].replace_all_uses_with(y)
             context.record(self, "lowered", op, f"linalg: {reason}" if reason else "kernel")
             stored = [parameters.parameter(value) for value in op.operands]
+            if dot and not reason:
+                packed |= {parameters.stored(p).key: dot for p in stored[2:4] if p}
             op.erase()
             for parameter in {hash(p): p for p in stored if p}.values():
-                if not list(parameter.results[0].uses):  # only its packed form is to be kept
-                    parameter.erase()
+                _erase_unused(parameter)  # only its packed form is to be kept
+        for op in torch_ir.operations(module, "spikingbrain.embedding"):
+            table = parameters.parameter(op.operands[1])
+            if table and (dot := packed.get(parameters.stored(table).key)):
+                context.record(self, "packed", op, "shared with a spiking projection")
+                with ir.InsertionPoint(op), op.location:
+                    _share(op, dot)
         for op in torch_ir.operations(module, "spikingbrain.spike_encode"):
             made = [spikes for (encode, _), spikes in encoded.items() if encode == hash(op)]
             if made:
@@ -62,6 +72,27 @@ class SpikeToInt:
                     _counts(op)
                 context.record(self, "lowered", op, "linalg")
             op.erase()
+
+
+def _erase_unused(parameter: ir.Operation) -> None:
+    if not list(parameter.results[0].uses):
+        parameter.erase()
+
+
+def _share(op: ir.Operation, dot: Dot) -> None:
+    """Lets a look-up in codes or scales read the form that a projection has stored them in."""
+    ids, table = op.operands
+    rows, channels = ir.RankedTensorType(table.type).shape
+    stored = parameters.parameter(table)
+    assert stored is not None
+    if ir.RankedTensorType(table.type).element_type == ir.F32Type.get():  # scales: packed as any table is
+        type_ = ir.RankedTensorType.get([-(-rows // dot.block), channels, dot.block], ir.F32Type.get())
+        op.operands[1] = _with_step(table, scale_recipe(dot), type_)
+    else:
+        packed = _with_step(table, dot.recipe(), dot.stored_type(rows, channels))
+        op.results[0].replace_all_uses_with(emit_rows(ids, packed, rows, op.results[0].type, dot))
+        op.erase()
+    _erase_unused(stored)
 
 
 def _merge_encoders(module: ir.Module) -> None:

@@ -1,5 +1,7 @@
 """Puts the recurrence ops where models call plain functions: those of `models.recurrences`, and GPU kernels of `fla.ops`.
 
+When a model is exported, our spiking layers become the spiking ops, so that nothing of theirs has to be found and tried.
+
 Two ways, for the two doors. `substituted()` exchanges the functions while a model is captured by running it
 (torch.export); `register_for_dynamo()` tells Dynamo to trace the replacement instead, for torch.compile. Either way the
 graph holds the op, and the op its gradient. Outside both, models run as they are written.
@@ -18,6 +20,7 @@ from torch import Tensor
 from spikingbrain.frontend.ops import fla
 from spikingbrain.models.recurrences import linear_recurrence as matrices
 from spikingbrain.models.recurrences import scan
+from spikingbrain.models.spiking import linear as spiking
 
 
 def linear_recurrence(
@@ -57,6 +60,18 @@ def selective_scan(
     return y, last
 
 
+def adaptive_spike_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, k: float, lower: float, upper: float
+) -> Tensor:
+    """Calls `spike_encode` and `spike_linear`; for inference, as gradients do not pass."""
+    if x.dtype != torch.float32:
+        return spiking.adaptive_spike_linear(x, codes, scale, bias, k, lower, upper)
+    counts, threshold = torch.ops.spikingbrain.spike_encode(x, k, lower, upper)
+    bits = 16 if codes.dtype == torch.int16 else 8
+    y: Tensor = torch.ops.spikingbrain.spike_linear(counts, threshold, codes, scale, bias, bits)
+    return y
+
+
 _PACKAGE = __name__.rpartition(".")[0]
 
 # All functions of models.recurrences are written in these three.
@@ -83,7 +98,8 @@ def substituted() -> Iterator[None]:
 
     All threads see the exchange. The ops themselves go on calling the plain functions.
     """
-    replacements = {id(original): replacement for original, replacement in table()}
+    both = [*table(), (spiking.adaptive_spike_linear, adaptive_spike_linear)]
+    replacements = {id(original): replacement for original, replacement in both}
     exchanged: list[tuple[dict[str, Any], str, Any]] = []
     for module in list(sys.modules.values()):
         names = getattr(module, "__dict__", None)

@@ -48,7 +48,8 @@ def may_spike(graph: fx.Graph) -> bool:
     """Tells whether a graph, functional or not, may count spikes."""
     return any(
         n.op in ("call_function", "call_method")
-        and str(getattr(n.target, "__name__", n.target)).partition(".")[0] in ("round", "round_")
+        and str(getattr(n.target, "__name__", n.target)).partition(".")[0]
+        in ("round", "round_", "spike_encode")
         for n in graph.nodes
     )
 
@@ -65,7 +66,7 @@ def raise_spikes(
     ``tensors`` are the weights that placeholders stand for. With ``training``, gradients may be asked for.
     ``fixed`` weights will not change, so that codes which fit 4 bits are stored in 4. A ``watch`` is told of every neuron.
     """
-    neurons, reports = [], []
+    neurons, reports = [], _calls(module.graph, tensors) if fixed else []
     for node in module.graph.nodes:
         try:
             neuron = None if node.op != "call_function" or node.meta.get("opaque") else find_neuron(node)
@@ -74,10 +75,13 @@ def raise_spikes(
             continue
         if neuron is not None:
             neurons.append(neuron)
-    if not neurons:
+    if not neurons and not reports:
         return reports
     constants = Constants(module.graph, tensors)
     raiser = _Raiser(module, constants, training, fixed)
+    for encode in module.graph.find_nodes(op="call_function", target=_ENCODE) if watch is not None else []:
+        x = encode.args[0]
+        watch.add(raiser.emitter(), x, x.meta["val"].ndim - 1, encode)
     for neuron in neurons:
         if watch is not None and neuron.x not in constants:
             watch.add(raiser.emitter(), through(neuron.x, shapes=False), neuron.axis, neuron.counts)
@@ -100,6 +104,31 @@ def raise_spikes(
         module.graph.lint()
         module.recompile()
     return reports
+
+
+def _calls(graph: fx.Graph, tensors: Mapping[fx.Node, Tensor]) -> list[SpikeReport]:
+    """Returns what a graph whose weights are fixed calls by the op already; codes that fit 4 bits are given 4."""
+    reports: list[SpikeReport] = []
+    widths: dict[fx.Node, int] = {}
+    for node in graph.find_nodes(op="call_function", target=_LINEAR):
+        counts, _, weight, scale, bias, bits, *_ = _arguments(node)
+        encode = counts.args[0] if counts.target is operator.getitem else counts
+        if bits == 8 and weight in tensors:
+            if weight not in widths:
+                widths[weight] = _bits(tensors[weight], fixed=True)
+            bits = widths[weight]
+            node.args, node.kwargs = (*node.args[:4], bias, bits, *node.args[6:]), {}
+        (outputs, inputs), groups = weight.meta["val"].shape, scale.meta["val"].shape[1]
+        k = _arguments(encode)[1] if encode.target is _ENCODE else 0.0
+        where, reason = str(user_line(node) or ""), "a spiking layer of this package"
+        reports.append(SpikeReport("raised", "spike_linear", where, reason, inputs, outputs, groups, bits, k))
+    return reports
+
+
+def _arguments(node: fx.Node) -> list[Any]:
+    """Returns all arguments of a call of an op, with the defaults that tracing leaves out."""
+    given = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | node.kwargs
+    return [given.get(a.name, a.default_value) for a in node.target._schema.arguments]
 
 
 def _left(node: fx.Node, reason: str) -> SpikeReport:

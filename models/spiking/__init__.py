@@ -11,6 +11,7 @@ from spikingbrain.models.spiking.codings import (
     steps_needed,
 )
 from spikingbrain.models.spiking.convert import SpikeReport, spike
+from spikingbrain.models.spiking.embedding import SpikeEmbedding
 from spikingbrain.models.spiking.errors import SpikingError
 from spikingbrain.models.spiking.finite import check_finite
 from spikingbrain.models.spiking.linear import SpikeLinear, SpikeLinearTraining, exact_dtype, spike_linear
@@ -28,6 +29,7 @@ __all__ = [
     "CODINGS",
     "Budget",
     "Firing",
+    "SpikeEmbedding",
     "SpikeLinear",
     "SpikeLinearTraining",
     "SpikeReport",

@@ -7,13 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from spikingbrain.models.embedding import TiedEmbedding
 from spikingbrain.models.spiking.calibrate import channel_scale, mean_thresholds, observe
 from spikingbrain.models.spiking.codings import Budget
+from spikingbrain.models.spiking.embedding import SpikeEmbedding
 from spikingbrain.models.spiking.errors import SpikingError
 from spikingbrain.models.spiking.linear import SpikeLinear, SpikeLinearTraining
-from spikingbrain.models.spiking.quantise import BITS, check_group_size
+from spikingbrain.models.spiking.quantise import BITS, SLAB, check_group_size, dequantise_weight
 from spikingbrain.models.spiking.threshold import K
 
 AUTO_GROUP = 128
@@ -42,6 +45,7 @@ class SpikeReport:
         threshold: "adaptive" or "static".
         budget: the virtual steps that there are, if they were limited.
         replaced: the layers that spike.
+        tables: embeddings, other than those that are heads, whose vectors are integers.
         kept: the linear layers that do not, each with the reason.
     """
 
@@ -52,6 +56,7 @@ class SpikeReport:
     budget: Budget | None = None
     replaced: list[Replaced] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
+    tables: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         weights = sum(r.inputs * r.outputs for r in self.replaced)
@@ -68,6 +73,7 @@ class SpikeReport:
         if self.replaced:
             worst = max(self.replaced, key=lambda r: r.error)
             lines.append(f"  largest error of rounded weights: {worst.error:.2%} in {worst.name}")
+        lines += [f"  vectors in integers: {name}" for name in self.tables]
         reasons: dict[str, list[str]] = {}
         for name, reason in self.kept.items():
             reasons.setdefault(reason, []).append(name)
@@ -87,7 +93,8 @@ def spike(
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
     types: tuple[type[nn.Linear], ...] = (nn.Linear,),
-    head: bool = False,
+    head: bool | int = False,
+    embedding: bool | int = False,
     training: bool = False,
     threshold: str = "adaptive",
     budget: Budget | None = None,
@@ -104,7 +111,9 @@ def spike(
         only: names, with * and ?, of the layers to replace; all by default.
         skip: names of layers to leave as they are.
         types: classes whose instances are replaced.
-        head: replace output heads, too: layers that share an embedding's weight, or have an output for each of its rows.
+        head: replace output heads, too: layers that share an embedding's weight, or have an output for each of its rows. Where
+            they share it, the embedding becomes integers as well: the same codes serve both. A number: with so many bits.
+        embedding: store the vectors of other embeddings as codes, too. A number: with so many bits.
         training: keep float weights, rounded at each call, so that the model can be trained.
         threshold: "adaptive": each token has its own; "static": a layer has one, the mean of the adaptive thresholds over the
             tokens of ``calibration``, which then serves this alone.
@@ -115,10 +124,12 @@ def spike(
     """
     if not (0 < k < float("inf")):
         raise SpikingError(f"k = {k}", why="a channel of the mean size fires k times", hint="3")
-    if bits not in BITS:
-        raise SpikingError(
-            f"weights of {bits} bits", why="codes are stored in bytes or halves", hint="8 or 4"
-        )
+    head_bits, table_bits = (bits if wanted is True else int(wanted) for wanted in (head, embedding))
+    for number in (bits, *filter(None, (head_bits, table_bits))):
+        if number not in BITS:
+            raise SpikingError(
+                f"weights of {number} bits", why="codes are stored in bytes or halves", hint="8 or 4"
+            )
     if threshold not in ("adaptive", "static"):
         raise SpikingError(f"threshold {threshold!r}", hint="adaptive or static")
     static = threshold == "static"
@@ -130,20 +141,27 @@ def spike(
         )
     if training and (static or budget is not None):
         raise SpikingError("static thresholds or a budget in training", why="they serve inference")
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, types)}
+    if training and embedding:
+        raise SpikingError("an embedding of integers in training", why="its vectors could not be trained")
+    linears: dict[str, nn.Linear | nn.Embedding] = {
+        name: m for name, m in model.named_modules() if isinstance(m, (*types, TiedEmbedding))
+    }
     for pattern in (*only, *skip):
         if not fnmatch.filter(linears, pattern):
             names = ", ".join(list(linears)[:8])
             raise SpikingError(f"no linear layer is called {pattern!r}", hint=f"names such as {names}")
     report = SpikeReport(k, bits, calibration is not None and not static, threshold, budget)
-    chosen: dict[str, nn.Linear] = {}
+    chosen: dict[str, nn.Linear | nn.Embedding] = {}
+    heads = {name: reason for name, linear in linears.items() if (reason := _head(model, linear))}
     for name, linear in linears.items():
         if only and not any(fnmatch.fnmatchcase(name, p) for p in only):
             report.kept[name] = "not among those asked for"
         elif any(fnmatch.fnmatchcase(name, p) for p in skip):
             report.kept[name] = "to be skipped"
-        elif not head and not only and (reason := _head(model, linear)):
-            report.kept[name] = reason
+        elif not head and not only and name in heads:
+            report.kept[name] = heads[name]
+        elif isinstance(linear, nn.Embedding) and (training or static):
+            report.kept[name] = "the head, which is the embedding: adaptive thresholds and inference only"
         else:
             chosen[name] = linear
     sizes = {name: _group_size(name, linear, group_size) for name, linear in chosen.items()}
@@ -153,38 +171,65 @@ def spike(
         if training:
             raise SpikingError("calibration of a model to be trained", why="training fits the weights itself")
         if static:
-            thresholds = mean_thresholds(model, chosen, calibration, k)
+            thresholds = mean_thresholds(model, _linears(chosen), calibration, k)
         else:
-            observed = observe(model, chosen, calibration)
+            # codes that serve as vectors, too, cannot be divided by what their inputs as a head are multiplied by
+            shared = {n for n, linear in chosen.items() if _embeddings_of(model, linear)}
+            observed = observe(
+                model, {n: m for n, m in _linears(chosen).items() if n not in shared}, calibration
+            )
             channels = {n: channel_scale(seen, chosen[n].weight.detach()) for n, seen in observed.items()}
     made: dict[int, nn.Module] = {}  # one layer may have several names
     for name, linear in chosen.items():
         if id(linear) not in made:
-            made[id(linear)] = (
-                SpikeLinearTraining.of(linear, k, sizes[name], bits)
-                if training
+            width = (head_bits or bits) if name in heads else bits
+            new = (
+                SpikeLinearTraining.of(linear, k, sizes[name], width)
+                if training and isinstance(linear, nn.Linear)
                 else _frozen(
-                    name, linear, k, sizes[name], bits, channels.get(name), thresholds.get(name), budget
+                    name, linear, k, sizes[name], width, channels.get(name), thresholds.get(name), budget
                 )
             ).train(linear.training)
+            made[id(linear)] = new
+            for table in [] if training else _embeddings_of(model, linear):
+                made[id(table)] = SpikeEmbedding(new, linear.weight.dtype).train(linear.training)
         new = made[id(linear)]
-        report.replaced.append(
-            Replaced(name, linear.in_features, linear.out_features, sizes[name], _error(linear, new))
-        )
-    for name in chosen:
-        _replace(model, name, made)
+        outputs, inputs = linear.weight.shape
+        report.replaced.append(Replaced(name, inputs, outputs, sizes[name], _error(linear, new)))
+    if embedding:
+        for name, table in list(model.named_modules()):
+            tied = isinstance(table, TiedEmbedding)
+            if isinstance(table, nn.Embedding) and not tied and id(table) not in made:
+                size = _group_size(name, table, group_size)
+                made[id(table)] = SpikeEmbedding(
+                    _frozen(name, table, k, size, table_bits), table.weight.dtype
+                ).train(table.training)
+                report.tables.append(name)
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) in made:
+            _replace(model, name, made)
     return report
+
+
+def _linears(modules: Mapping[str, nn.Module]) -> dict[str, nn.Linear]:
+    return {name: m for name, m in modules.items() if isinstance(m, nn.Linear)}
+
+
+def _embeddings_of(model: nn.Module, linear: nn.Module) -> list[nn.Embedding]:
+    """Returns the embeddings whose weight is that of ``linear``."""
+    tables = (m for m in model.modules() if isinstance(m, nn.Embedding))
+    return [table for table in tables if table.weight is linear.weight]
 
 
 def _frozen(
     name: str,
-    linear: nn.Linear,
+    linear: nn.Linear | nn.Embedding,
     k: float,
     group_size: int,
     bits: int,
-    channels: Tensor | None,
-    threshold: Tensor | None,
-    budget: Budget | None,
+    channels: Tensor | None = None,
+    threshold: Tensor | None = None,
+    budget: Budget | None = None,
 ) -> SpikeLinear:
     try:
         return SpikeLinear.of(
@@ -200,12 +245,18 @@ def _frozen(
         raise SpikingError(str(error), where=name) from None
 
 
-def _error(linear: nn.Linear, made: nn.Module) -> float:
+def _error(linear: nn.Linear | nn.Embedding, made: nn.Module) -> float:
     """Returns the relative error of rounded weights."""
     if not isinstance(made, SpikeLinear):
         return 0.0
-    weight = linear.weight.detach().float()
-    return float((made.weight() - weight).norm() / weight.norm().clamp(min=1e-30))
+    weight = linear.weight.detach()
+    rows = max(1, SLAB // max(1, weight.shape[1]))
+    squares = torch.zeros(2, dtype=torch.float64)  # a piece at a time, beside a large weight
+    for some, codes, scale in zip(*(t.split(rows) for t in (weight, made.codes, made.scale)), strict=True):
+        told = dequantise_weight(codes, scale)
+        told = told if made.channel_scale is None else told * made.channel_scale
+        squares += torch.stack([(told - some.float()).norm() ** 2, some.float().norm() ** 2])
+    return float((squares[0] / squares[1].clamp(min=1e-60)).sqrt())
 
 
 def _replace(model: nn.Module, name: str, made: Mapping[int, nn.Module]) -> None:
@@ -214,9 +265,9 @@ def _replace(model: nn.Module, name: str, made: Mapping[int, nn.Module]) -> None
     setattr(owner, child, made[id(getattr(owner, child))])
 
 
-def _group_size(name: str, linear: nn.Linear, wanted: GroupSize) -> int:
+def _group_size(name: str, linear: nn.Linear | nn.Embedding, wanted: GroupSize) -> int:
     """Returns the group size of a layer. Raises SpikingError if it does not divide the inputs."""
-    inputs = linear.in_features
+    inputs = linear.weight.shape[1]
     size = wanted.get(inputs, "auto") if isinstance(wanted, Mapping) else wanted
     if size == "auto":
         size = next(
@@ -230,8 +281,10 @@ def _group_size(name: str, linear: nn.Linear, wanted: GroupSize) -> int:
         raise SpikingError(str(error), where=name) from None
 
 
-def _head(model: nn.Module, linear: nn.Linear) -> str:
+def _head(model: nn.Module, linear: nn.Linear | nn.Embedding) -> str:
     """Returns why a layer is taken for the model's head, or nothing."""
+    if isinstance(linear, nn.Embedding):
+        return "the head: it is the embedding"
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             if module.weight is linear.weight:

@@ -64,7 +64,7 @@ class SpikeLinear(nn.Module):
     @classmethod
     def of(
         cls,
-        linear: nn.Linear,
+        linear: nn.Linear | nn.Embedding,
         k: float = K,
         group_size: int | None = None,
         bits: int = 8,
@@ -73,16 +73,19 @@ class SpikeLinear(nn.Module):
         static_threshold: Tensor | None = None,
         budget: Budget | None = None,
     ) -> SpikeLinear:
-        """Returns the spiking form of a linear layer, its weights (divided by ``channel_scale``) rounded to nearest."""
+        """Returns the spiking form of a linear layer, or of a table of vectors as one.
+
+        Its weights, divided by ``channel_scale``, are rounded to nearest.
+        """
         weight = linear.weight.detach()
         if channel_scale is not None:
             weight = weight / channel_scale
         codes, scale = quantise_weight(weight, group_size, bits, scale)
-        bias = None if linear.bias is None else linear.bias.detach().clone()
+        bias = linear.bias if isinstance(linear, nn.Linear) else None
         return cls(
             codes,
             scale,
-            bias,
+            None if bias is None else bias.detach().clone(),
             k,
             channel_scale=channel_scale,
             static_threshold=static_threshold,
@@ -96,6 +99,12 @@ class SpikeLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., C] -> [..., N], in the dtype of x."""
+        if self.static_threshold is None and not self._drops:
+            scaled = x if self.channel_scale is None else x * self.channel_scale
+            y = adaptive_spike_linear(
+                scaled, self.codes, self.scale, self.bias, self.k, self.lower, self.upper
+            )
+            return y.to(x.dtype)
         counts, v = self.counts(x)
         if self.static_threshold is None:
             dtype = exact_dtype(self.codes.shape[1], self.k, self.codes.dtype)
@@ -103,10 +112,14 @@ class SpikeLinear(nn.Module):
             dtype = torch.float64  # nothing bounds the counts
         return spike_linear(counts, v, self.codes, self.scale, self.bias, dtype).to(x.dtype)
 
+    @property
+    def _drops(self) -> bool:
+        return self.budget is not None and self.budget.remainder == "drop"
+
     def counts(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns what x [..., C] fires: counts [..., C], integers in a floating dtype, and the threshold V [..., 1] or [1]."""
         counts, v = self.unlimited_counts(x)
-        if self.budget is not None and self.budget.remainder == "drop":
+        if self.budget is not None and self._drops:
             counts = counts.clamp(*held_range(self.budget.coding, self.budget.steps))
         return counts, v
 
@@ -160,6 +173,17 @@ class SpikeLinearTraining(nn.Linear):
     def frozen(self) -> SpikeLinear:
         """Returns the layer for inference, with integer weights."""
         return SpikeLinear.of(self, self.k, self.group_size, self.bits)
+
+
+def adaptive_spike_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, k: float, lower: float, upper: float
+) -> Tensor:
+    """Returns what a layer with codes [N, C], scales [N, G] and bias [N] makes of x [..., C]: [..., N] of x's dtype, or wider.
+
+    An exporter may put an op of its own in the place of this function.
+    """
+    counts, v = spike_counts(x, k, lower, upper)
+    return spike_linear(counts, v, codes, scale, bias, exact_dtype(codes.shape[1], k, codes.dtype))
 
 
 def spike_linear(

@@ -8,6 +8,7 @@ from torch import Tensor
 from spikingbrain.models.spiking.errors import SpikingError
 
 BITS = (8, 4)
+SLAB = 1 << 24  # weights rounded at a time
 
 
 def quantise_weight(
@@ -25,10 +26,27 @@ def quantise_weight(
         raise SpikingError(
             f"weights of {bits} bits", why="codes are stored in bytes or halves", hint="8 or 4"
         )
+    if scale is None:
+        rounded = [_rounded(rows, weight_scale(rows, group_size, bits)) for rows in _slabs(weight)]
+    else:
+        rounded = [_rounded(*both) for both in zip(_slabs(weight), scale.split(_rows(weight)), strict=True)]
+    dtype = torch.int16 if any(codes.dtype == torch.int16 for codes, _ in rounded) else torch.int8
+    return torch.cat([codes.to(dtype) for codes, _ in rounded]), torch.cat([scale for _, scale in rounded])
+
+
+def _rows(weight: Tensor) -> int:
+    """Returns how many rows are rounded at a time, so that what arithmetic takes stays small beside a large weight."""
+    return max(1, SLAB // max(1, weight.shape[1]))
+
+
+def _slabs(weight: Tensor) -> tuple[Tensor, ...]:
+    return weight.split(_rows(weight))
+
+
+def _rounded(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the codes of some rows in the type that holds them, and their scales in float32."""
     if not weight.isfinite().all():
         raise SpikingError("a weight is NaN or infinite", why="no scale can hold it")
-    if scale is None:
-        scale = weight_scale(weight, group_size, bits)
     codes = weight_codes(weight, scale)
     size = codes.abs().amax().item() if codes.numel() else 0
     if size > 2**15 - 1:
@@ -55,9 +73,9 @@ def weight_codes(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def dequantise_weight(codes: Tensor, scale: Tensor) -> Tensor:
-    """Returns the weights [N, C] that codes [N, C] and scales [N, G] stand for."""
-    grouped = torch.unflatten(codes, 1, (scale.shape[1], -1)).to(scale.dtype)
-    return (grouped * scale.unsqueeze(-1)).flatten(1)
+    """Returns the weights [..., C] that codes [..., C] and scales [..., G] stand for."""
+    grouped = torch.unflatten(codes, -1, (scale.shape[-1], -1)).to(scale.dtype)
+    return (grouped * scale.unsqueeze(-1)).flatten(-2)
 
 
 def check_group_size(inputs: int, group_size: int | None) -> int:

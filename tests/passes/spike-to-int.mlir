@@ -69,3 +69,29 @@ func.func @stored(%x: tensor<1x?x64xf32>) -> (tensor<1x?x40xf32>, tensor<1x?x20x
       : (tensor<1x?x64xf32>, tensor<1x?xf32>, tensor<20x64xi8>, tensor<20x2xf32>) -> tensor<1x?x20xf32>
   return %y, %y4, %threshold : tensor<1x?x40xf32>, tensor<1x?x20xf32>, tensor<1x?xf32>
 }
+
+// A head whose codes are the embedding's: look-ups read the packed form, and nothing else is stored. An id outside gives 0.
+// WORDS-LABEL: func.func @head(
+// WORDS-NOT:     recipe = []
+// WORDS:         %[[T:.+]] = "spikingbrain.parameter"() {recipe = ["pack_nibbles lanes=8 vectors=2 width=2 offset=8"], sources = ["table"]} : () -> tensor<3x16x2x16xi8>
+// WORDS:         linalg.generic {{.*}}ins(%{{.+}} : tensor<1x?xi64>)
+// WORDS:           arith.cmpi ult, %{{.+}}, %c40
+// WORDS:           %[[CODE:.+]] = tensor.extract %[[T]]
+// WORDS:           %[[HIGH:.+]] = arith.shrui %[[CODE]], %c4_i8
+// WORDS:           %[[LOW:.+]] = arith.andi %[[CODE]], %c15_i8
+// WORDS:           %[[NIBBLE:.+]] = arith.select %{{.+}}, %[[LOW]], %[[HIGH]]
+// WORDS:           arith.subi %[[NIBBLE]], %c8_i8
+// WORDS:         %[[S:.+]] = "spikingbrain.parameter"() {recipe = ["pack_columns block=16"], sources = ["scale"]} : () -> tensor<3x2x16xf32>
+// WORDS:         "spikingbrain.embedding"(%{{.+}}, %[[S]]) {rows = 40 : i64}
+// WORDS:         "spikingbrain_control.launch"({{.*}}%[[T]], %[[S]]
+func.func @head(%ids: tensor<1x?xi64>, %x: tensor<1x?x64xf32>) -> (tensor<1x?x64xi8>, tensor<1x?x2xf32>, tensor<1x?x40xf32>) {
+  %table = "spikingbrain.parameter"() {sources = ["table"], recipe = []} : () -> tensor<40x64xi8>
+  %scale = "spikingbrain.parameter"() {sources = ["scale"], recipe = []} : () -> tensor<40x2xf32>
+  %rows = "spikingbrain.embedding"(%ids, %table) {rows = 40 : i64} : (tensor<1x?xi64>, tensor<40x64xi8>) -> tensor<1x?x64xi8>
+  %scales = "spikingbrain.embedding"(%ids, %scale) {rows = 40 : i64} : (tensor<1x?xi64>, tensor<40x2xf32>) -> tensor<1x?x2xf32>
+  %counts, %threshold = "spikingbrain.spike_encode"(%x) {k = 3.0 : f64, lower = 1.0e-5 : f64, upper = 1.0e4 : f64}
+      : (tensor<1x?x64xf32>) -> (tensor<1x?x64xf32>, tensor<1x?xf32>)
+  %y = "spikingbrain.spike_linear"(%counts, %threshold, %table, %scale) {bits = 4 : i64}
+      : (tensor<1x?x64xf32>, tensor<1x?xf32>, tensor<40x64xi8>, tensor<40x2xf32>) -> tensor<1x?x40xf32>
+  return %rows, %scales, %y : tensor<1x?x64xi8>, tensor<1x?x2xf32>, tensor<1x?x40xf32>
+}
