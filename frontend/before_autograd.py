@@ -1,6 +1,7 @@
-"""What is found in Dynamo's graph before autograd: recurrences and spiking projections, each raised to an op of its own.
+"""What is found in Dynamo's graph before autograd: recurrences, spiking projections, experts, each raised to an op of its own.
 
-Differentiated first, a loop would save every state, and a rounded activation would have no gradient.
+Differentiated first, a loop would save every state, a rounded activation would have no gradient, and the gradient of gathered
+weights would be as large as they are.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, fx
 
 import spikingbrain.frontend.ops  # noqa: F401  (registers the ops)
 from spikingbrain.frontend.checks import user_line
+from spikingbrain.frontend.experts import ExpertReport, may_route, raise_experts
 from spikingbrain.frontend.recurrences.functional import NotFunctional, functionalise
 from spikingbrain.frontend.recurrences.raising import promising, raise_recurrences
 from spikingbrain.frontend.recurrences.report import RecurrenceReport
@@ -35,6 +37,7 @@ class Found:
 
     recurrences: list[RecurrenceReport] = field(default_factory=list)
     spikes: list[SpikeReport] = field(default_factory=list)
+    experts: list[ExpertReport] = field(default_factory=list)
     watched: list[WatchedLayer] = field(default_factory=list)
 
     @property
@@ -42,7 +45,7 @@ class Found:
         return (
             bool(self.watched)
             or any(r.status != "unrolled" for r in self.recurrences)
-            or any(s.status == "raised" for s in self.spikes)
+            or any(s.status == "raised" for s in (*self.spikes, *self.experts))
         )
 
 
@@ -54,7 +57,7 @@ def raise_in_dynamo_graph(
     ``inputs`` are the arguments that Dynamo gives, of which the model's own weights are read. With ``check_finite`` it also
     returns whether inputs of spiking layers are finite (`frontend.spikes.finite`).
     """
-    if not promising(module.graph) and not may_spike(module.graph):
+    if not (promising(module.graph) or may_spike(module.graph) or may_route(module.graph)):
         return module, Found()
     try:
         with _no_collection():
@@ -70,7 +73,7 @@ def raise_in_dynamo_graph(
     except Exception as error:  # a model never fails because a part of it was not recognised
         reason = f"the compiler failed: {type(error).__name__}: {error}"
         log.warning(
-            "recurrences and spikes stay as they are written: %s",
+            "recurrences, spikes and experts stay as they are written: %s",
             reason,
             exc_info=log.isEnabledFor(logging.DEBUG),
         )
@@ -122,6 +125,8 @@ def _raise(functional: fx.GraphModule, weights: Mapping[str, Tensor], check_fini
         training = torch.is_grad_enabled() and gradients
         found.spikes = raise_spikes(functional, of, training, watch=watch)
         found.watched = watch.layers if watch else []
+    if may_route(functional.graph):
+        found.experts = raise_experts(functional)
     return found
 
 
@@ -148,6 +153,8 @@ def _nothing(module: fx.GraphModule, reason: str, where: str) -> Found:
         found.recurrences.append(RecurrenceReport("unrolled", "", where, reason))
     if may_spike(module.graph):
         found.spikes.append(SpikeReport("float", "", where, reason))
+    if may_route(module.graph):
+        found.experts.append(ExpertReport("gathered", "", where, reason))
     return found
 
 

@@ -197,6 +197,7 @@ def capture(
         described[name] |= {
             "recurrences": [r.to_dict() for r in exported.recurrences],
             "spikes": [s.to_dict() for s in exported.spikes],
+            "experts": [e.to_dict() for e in exported.experts],
             "verified_lengths": exported.verified,
             "fixed_lengths": exported.fixed,
             "watched": [layer.to_dict() for layer in exported.watched],

@@ -17,10 +17,12 @@ from torch.utils import _pytree as pytree
 from spikingbrain.frontend.dynamo import report
 from spikingbrain.frontend.dynamo.once import differentiate, fresh, kept_buffers
 from spikingbrain.frontend.dynamo.options import parse
+from spikingbrain.frontend.experts import ExpertReport
 from spikingbrain.frontend.recurrences.report import RecurrenceReport
 from spikingbrain.frontend.spikes.report import SpikeReport
 
 _STATUSES = ("compiled", "library", "eager")
+_Report = SpikeReport | ExpertReport
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,14 @@ class Explanation:
         graph_breaks: why there is more than one forward graph, where there is.
         recurrences: each loop over time or written form of a recurrence, and what it was raised into, or why not.
         spikes: each product of spike counts, and whether it is computed in integers, or why not.
+        experts: each product of rows with weights of experts, and whether those are read in place, or why not.
     """
 
     graphs: list[report.GraphReport]
     graph_breaks: list[GraphBreak]
     recurrences: list[RecurrenceReport] = field(default_factory=list)
     spikes: list[SpikeReport] = field(default_factory=list)
+    experts: list[ExpertReport] = field(default_factory=list)
 
     @property
     def regions(self) -> list[report.RegionReport]:
@@ -79,6 +83,7 @@ class Explanation:
             ],
             "recurrences": [found.to_dict() for found in self.recurrences],
             "spikes": [found.to_dict() for found in self.spikes],
+            "experts": [found.to_dict() for found in self.experts],
             "graph_breaks": [broken.to_dict() for broken in self.graph_breaks],
             "counts": self.counts,
             "share": self.share,
@@ -115,7 +120,7 @@ def explain(
     found += [_skipped(m) for m in get_compilation_metrics() if id(m) not in frames_before and m.fail_reason]
     counted = Counter(found)
     breaks = [GraphBreak(b.where, b.reason, b.remedy, count) for b, count in counted.items()]
-    return Explanation(list(graphs), breaks, raised.recurrences, raised.spikes)
+    return Explanation(list(graphs), breaks, raised.recurrences, raised.spikes, raised.experts)
 
 
 def _from_dynamo(reason: Any) -> GraphBreak:
@@ -146,11 +151,11 @@ def _first_lines(text: str) -> tuple[str, str]:
     return text.strip().splitlines()[0], hint[1] if hint else ""
 
 
-def _alike(found: Iterable[SpikeReport]) -> list[tuple[tuple[str, str, str], list[SpikeReport]]]:
+def _alike(found: Iterable[_Report]) -> list[tuple[tuple[str, str, str], list[_Report]]]:
     """Returns reports that say the same together: a model has hundreds."""
-    groups: dict[tuple[str, str, str], list[SpikeReport]] = {}
-    for spike in found:
-        groups.setdefault((spike.status, spike.op, spike.reason), []).append(spike)
+    groups: dict[tuple[str, str, str], list[_Report]] = {}
+    for one in found:
+        groups.setdefault((one.status, one.op, one.reason), []).append(one)
     return list(groups.items())
 
 
@@ -176,10 +181,15 @@ def _table(explanation: Explanation) -> Iterator[str]:
             yield f"  {found.status:<9} {_line(found.where)}"
             text = f"{found.op or 'left as traced'}{length}: {found.reason}"
             yield from textwrap.wrap(text, width, initial_indent=12 * " ", subsequent_indent=12 * " ")
-    if explanation.spikes:
+    for title, reports in (
+        ("spiking projections", explanation.spikes),
+        ("experts", explanation.experts),
+    ):
+        if not reports:
+            continue
         yield ""
-        yield "spiking projections"
-        for (status, op, reason), group in _alike(explanation.spikes):
+        yield title
+        for (status, op, reason), group in _alike(reports):
             yield f"  {status:<9} {len(group)} at {', '.join(dict.fromkeys(_line(s.where) for s in group))}"
             yield from textwrap.wrap(
                 f"{op or 'left as written'}: {reason}",

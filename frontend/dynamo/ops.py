@@ -72,7 +72,8 @@ _log_softmax to prims::convert_element_type masked_fill ones_like zeros_like zer
 """)
 RECURRENCES = _names("linear_recurrence linear_scan selective_scan")  # our own
 SPIKES = _names("spike_encode spike_linear")
-OURS = RECURRENCES | SPIKES
+EXPERTS = _names("grouped_linear grouped_outer")
+OURS = RECURRENCES | SPIKES | EXPERTS
 
 # Left to torch, with the reason. Those in BOTH are compiled when `library=False`.
 _PRODUCTS = _names("mm bmm addmm baddbmm dot mv matmul linear addmv addbmm _int_mm")
@@ -183,6 +184,10 @@ def classify(node: fx.Node, library: bool = True) -> Verdict:
     if name == "spike_linear" and argument(node, "activation") is not None:
         return Verdict(
             Kind.LIBRARY, "weights that are trained change at every step: torch's product is exact here, too"
+        )
+    if name in EXPERTS:
+        return Verdict(
+            Kind.LIBRARY, "torch's product of each expert's rows is faster where weights may change"
         )
     if ours:
         return Verdict(Kind.COMPILED)

@@ -48,9 +48,9 @@ def plan(graph: fx.Graph, kind: str, options: CompileOptions) -> Plan:
     rewrites.lift_sizes(graph)
     rewrites.drop_noop_copies(graph)
     fuse_constant_scatters(graph, indices_are_checked=kind == "backward")
-    raised = rewrites.raise_linears(graph, frozen)
+    packed = rewrites.raise_linears(graph, frozen) + rewrites.frozen_experts(graph, frozen)
     verdicts = {n: classify(n, options.library) for n in graph.nodes if n.op == "call_function"}
-    verdicts.update(dict.fromkeys(raised, Verdict(Kind.COMPILED)))
+    verdicts.update({n: Verdict(Kind.COMPILED) for n in packed if verdicts[n].kind is Kind.LIBRARY})
     if options.level == 0:
         off = Verdict(Kind.LIBRARY, "level 0 compiles nothing")
         verdicts = {n: off if v.kind is Kind.COMPILED else v for n, v in verdicts.items()}

@@ -138,8 +138,8 @@ def build(region: Region, verdicts: Mapping[fx.Node, Verdict], frozen: set[fx.No
 
 def _frozen_weights(node: fx.Node, frozen: set[fx.Node]) -> list[fx.Node]:
     """Returns the frozen tensors that are the weight of a projection, with its scale if it is one of spikes."""
-    is_spiking = packet_name(node.target) == "spike_linear"
-    weights = node.args[2:4] if is_spiking else node.args[1:2] if node.target == aten.linear.default else ()
+    places = {"spike_linear": slice(2, 4), "linear": slice(1, 2), "grouped_linear": slice(1, 2)}
+    weights = node.args[places.get(packet_name(node.target), slice(0))]
     return list(weights) if weights and all(w in frozen for w in weights) else []
 
 

@@ -86,7 +86,7 @@ _found_collectors: list[Found] = []
 
 @contextlib.contextmanager
 def collect_found() -> Iterator[Found]:
-    """Collects what is found of recurrences and spikes in all graphs compiled inside."""
+    """Collects what is found of recurrences, spikes and experts in all graphs compiled inside."""
     found = Found()
     with _lock:
         _found_collectors.append(found)
@@ -98,16 +98,19 @@ def collect_found() -> Iterator[Found]:
 
 
 def publish_found(found: Found) -> None:
-    """Logs what was found of recurrences and spikes in one graph and hands it to whoever collects."""
+    """Logs what was found of recurrences, spikes and experts in one graph and hands it to whoever collects."""
     for r in found.recurrences:
         became = f"{r.status} to {r.op}" if r.op else r.status
         log.info("recurrence at %s: %s, %d steps (%s)", r.where or "?", became, r.steps, r.reason)
     for s in found.spikes:
         log.info("spikes at %s: %s (%s)", s.where or "?", s.op or "left as written", s.reason)
+    for e in found.experts:
+        log.info("experts at %s: %s (%s)", e.where or "?", e.op or "left as written", e.reason)
     with _lock:
         for collector in _found_collectors:
             collector.recurrences += found.recurrences
             collector.spikes += found.spikes
+            collector.experts += found.experts
 
 
 def describe(

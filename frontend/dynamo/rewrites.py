@@ -45,6 +45,12 @@ def raise_linears(graph: fx.Graph, frozen: set[fx.Node]) -> list[fx.Node]:
     return raised
 
 
+def frozen_experts(graph: fx.Graph, frozen: set[fx.Node]) -> list[fx.Node]:
+    """Returns the projections by experts whose weights are packed once."""
+    nodes = graph.find_nodes(op="call_function", target=torch.ops.spikingbrain.grouped_linear.default)
+    return [n for n in nodes if n.args[1] in frozen and n.meta["val"].dtype == torch.float32]
+
+
 def _transposed(node: Any) -> fx.Node | None:
     """Returns w where ``node`` is w transposed."""
     if node.op != "call_function":

@@ -4,6 +4,7 @@ Each has a shape function (dynamic sizes too), a blockwise body in plain PyTorch
 compiled, and a backward. docs/recurrence-ops.md has equations, shapes and examples.
 """
 
+from spikingbrain.frontend.ops.grouped_linear import grouped_linear, grouped_outer
 from spikingbrain.frontend.ops.linear_recurrence import linear_recurrence
 from spikingbrain.frontend.ops.linear_recurrence_backward import linear_recurrence_backward
 from spikingbrain.frontend.ops.linear_scan import linear_scan
@@ -12,6 +13,8 @@ from spikingbrain.frontend.ops.spikes import spike_encode, spike_linear
 from spikingbrain.frontend.ops.unit_lower_inverse import unit_lower_inverse
 
 __all__ = [
+    "grouped_linear",
+    "grouped_outer",
     "linear_recurrence",
     "linear_recurrence_backward",
     "linear_scan",

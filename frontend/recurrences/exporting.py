@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from spikingbrain.errors import CompileError
 from spikingbrain.frontend.decompose import decompose
+from spikingbrain.frontend.experts import ExpertReport, may_route, raise_experts
 from spikingbrain.frontend.ops.substitutions import substituted
 from spikingbrain.frontend.recurrences.all_sizes import export_all_sizes
 from spikingbrain.frontend.recurrences.counted import note_constants
@@ -44,6 +45,7 @@ class Exported:
     Attributes:
         recurrences: the loops and forms found in it.
         spikes: the products of spike counts found in it.
+        experts: the products with weights of experts found in it.
         verified: for a dimension that the code loops over, the lengths at which the program was compared with the model.
         fixed: for a dimension that had to be fixed, why.
         watched: spiking layers whose inputs' states the program returns, after the model's results and before its state.
@@ -52,6 +54,7 @@ class Exported:
     program: torch.export.ExportedProgram
     recurrences: list[RecurrenceReport] = field(default_factory=list)
     spikes: list[SpikeReport] = field(default_factory=list)
+    experts: list[ExpertReport] = field(default_factory=list)
     verified: dict[str, list[int]] = field(default_factory=dict)
     fixed: dict[str, str] = field(default_factory=dict)
     watched: list[WatchedLayer] = field(default_factory=list)
@@ -84,6 +87,7 @@ def export_program(
         else:
             exported = _raised(exported, model, tensors, dims, name)
         exported.spikes = _raise_spikes(exported.program, watch)
+        _raise_experts(exported)
         exported.watched = watch.layers if watch else []
         exported.program = decompose(exported.program)
     return exported
@@ -198,6 +202,16 @@ def _declare_results(program: torch.export.ExportedProgram, watch: Watch) -> Non
         OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in watch.states
     ]
     program.module_call_graph[0].signature.out_spec = pytree.tree_structure([0] * len(specs))
+
+
+def _raise_experts(exported: Exported) -> None:
+    """Raises what multiplies rows by the weights of their experts."""
+    if not may_route(exported.program.graph):
+        return
+    exported.program = _functional(exported.program)
+    exported.experts = raise_experts(exported.program.graph_module)
+    if any(e.status == "raised" for e in exported.experts):
+        name_outputs(exported.program)
 
 
 def _functional(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
