@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +104,11 @@ def test_the_report_names_them(artifact: tuple[Experts, Any]) -> None:
     explanation = spikingbrain.explain(Experts(), torch.randn(3, INPUTS))
     assert "experts\n  raised    3 at " in str(explanation)
     assert len(explanation.to_dict()["experts"]) == 3
+
+
+def test_the_code_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/experts.md"""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "experts.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
+    exec(code, {"__name__": "page"})
+    assert capsys.readouterr().out == "['raised']\n"
