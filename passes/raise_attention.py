@@ -81,7 +81,7 @@ def _rewrite(op: ir.Operation) -> None:
                 "scale": ir.FloatAttr.get(f64, float(factor)),
                 "window": ir.IntegerAttr.get(i64, visible.window),
                 "sinks": ir.IntegerAttr.get(i64, visible.sinks),
-                "operandSegmentSizes": ir.DenseI32ArrayAttr.get([1] * 5 + [len(cache)] * 3),
+                "operandSegmentSizes": ir.DenseI32ArrayAttr.get([1] * 5 + [len(cache)] * 3 + [0] * 2),
             },
         )
         result = from_builtin(attention.result)

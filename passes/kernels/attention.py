@@ -21,20 +21,24 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch_mlir import ir
 from torch_mlir.dialects import func
 
 from spikingbrain.errors import UnsupportedOp
-from spikingbrain.passes.kernels.attention_base import MAX_POSITION, SCRATCH_BYTES
+from spikingbrain.passes.kernels.attention_base import SCRATCH_BYTES, Segment
+from spikingbrain.passes.kernels.attention_bounds import MAX_POSITION, SHORT, emit_bounds
 from spikingbrain.passes.kernels.attention_decode import DecodeKernel, key_heads_per_workgroup
 from spikingbrain.passes.kernels.attention_prefill import PrefillKernel, scratch_bytes
-from spikingbrain.passes.kernels.builders import ceil_div, has_fma, index, launch, mul, size
+from spikingbrain.passes.kernels.builders import ceil_div, converts_halves, has_fma, index, launch, mul, size
 from spikingbrain.target import Target
 
 ROW_LIMIT = 64  # more query rows per block gained nothing
+# Vectors of rows, and keys of a block: the first that fit the scratch. Measured on AVX-512: many keys to a block matter
+# more than many rows, as the outputs are scaled once per block.
+BLOCKS = ((3, 64), (2, 64), (3, 32), (2, 32), (1, 64), (1, 32), (1, 16))
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Schedule:
         key_block: keys per step of the online softmax, a multiple of ``key_tile`` and ``lanes``.
         value_rows: rows whose outputs are held in registers.
         value_vectors: vectors of each of these outputs.
+        packed_keys: keys of a tile that are made f32 at a time; 0 where all are f32.
         fused: whether the target multiplies and adds in one instruction.
         decode_key_heads: key heads per workgroup of a decode kernel; 0 where it would need too much scratch.
     """
@@ -62,6 +67,7 @@ class Schedule:
     key_block: int
     value_rows: int
     value_vectors: int
+    packed_keys: int
     fused: bool
     decode_key_heads: int
 
@@ -77,6 +83,7 @@ class _Problem:
     window: int
     sinks: int
     time: int | None
+    narrow_keys: bool  # whether some are halves or codes
 
     @property
     def group(self) -> int:
@@ -90,17 +97,21 @@ def emit_attention_launch(op: Any, target: Target) -> ir.Operation:
     slots must be finite. Raises UnsupportedOp, with the module unchanged, when the target has no vectors or the
     op is of a kind that the kernels do not handle; ``attention_portable`` then does.
     """
-    problem = _problem_of(op)
-    schedule = plan(problem.heads, problem.key_heads, problem.head_size, target, problem.time)
+    problem = _problem_of(op, target)
+    schedule = plan(
+        problem.heads, problem.key_heads, problem.head_size, target, problem.time, problem.narrow_keys
+    )
     decode = problem.time == 1 and schedule.decode_key_heads > 0
-    inputs = [op.query, op.query_positions, op.keys, op.values, op.key_positions]
-    if op.cache_keys is not None:
-        inputs += [op.cache_keys, op.cache_values, op.cache_positions]
+    # The cache holds the older tokens: visiting it first changes the running maximum less often.
+    segments = segments_of(op)[::-1]
     operation = op.operation
     module = operation
     while module.name != "builtin.module":
         module = module.parent.operation
-    with operation.context, operation.location:
+    with operation.context, operation.location, ir.InsertionPoint(operation):
+        if not decode:
+            segments = [_with_bounds(segment, schedule.key_block) for segment in segments]
+        inputs = [op.query, op.query_positions, *(part for s in segments for part in s.parts)]
         types = [ir.IndexType.get()] * 3 + [
             ir.MemRefType.get(t.shape, t.element_type)
             for t in (ir.RankedTensorType(v.type) for v in [*inputs, op.out])
@@ -111,25 +122,47 @@ def emit_attention_launch(op: Any, target: Target) -> ir.Operation:
                 kernel = func.FuncOp(name, (types, []), visibility="private")
             with ir.InsertionPoint(kernel.add_entry_block()):
                 kind = DecodeKernel if decode else PrefillKernel
-                kind(problem, schedule, list(kernel.arguments)).build()
+                kind(problem, schedule, list(kernel.arguments), segments).build()
                 func.ReturnOp([])
-        with ir.InsertionPoint(operation):
-            batch, time = (size(op.query, axis) for axis in (0, 1))
-            if decode:
-                grid = [index(problem.key_heads // schedule.decode_key_heads), batch, index(1)]
-            else:
-                rows = mul(time, problem.group)
-                grid = [ceil_div(rows, schedule.rows), index(problem.key_heads), batch]
-            dynamic = ir.RankedTensorType(op.out.type).is_dynamic_dim
-            sizes = [s for i, s in enumerate((batch, time)) if dynamic(i)]
-            result = launch(name, op.out.type, grid, inputs, sizes)
+        batch, time = (size(op.query, axis) for axis in (0, 1))
+        if decode:
+            grid = [index(problem.key_heads // schedule.decode_key_heads), batch, index(1)]
+        else:
+            rows = mul(time, problem.group)
+            grid = [ceil_div(rows, schedule.rows), index(problem.key_heads), batch]
+        dynamic = ir.RankedTensorType(op.out.type).is_dynamic_dim
+        sizes = [s for i, s in enumerate((batch, time)) if dynamic(i)]
+        result = launch(name, op.out.type, grid, inputs, sizes)
         op.out.replace_all_uses_with(result.result)
         operation.erase()
     return result
 
 
-def plan(heads: int, key_heads: int, head_size: int, target: Target, time: int | None = None) -> Schedule:
-    """Returns the blocking for an op with ``time`` queries (None: unknown).
+def segments_of(op: Any) -> list[Segment]:
+    """Returns the segments of keys of an attention op: the new tokens, and the cache if there is one."""
+    new = Segment(op.keys, op.values, op.key_positions)
+    if op.cache_keys is None:
+        return [new]
+    scales = (op.cache_key_scales, op.cache_value_scales)
+    return [new, Segment(op.cache_keys, op.cache_values, op.cache_positions, *scales)]
+
+
+def _with_bounds(segment: Segment, block: int) -> Segment:
+    keys = ir.RankedTensorType(segment.keys.type)
+    if not keys.is_dynamic_dim(1) and keys.shape[1] <= SHORT:
+        return segment
+    return replace(segment, bounds=emit_bounds(segment.positions, block))
+
+
+def plan(
+    heads: int,
+    key_heads: int,
+    head_size: int,
+    target: Target,
+    time: int | None = None,
+    narrow_keys: bool = False,
+) -> Schedule:
+    """Returns the blocking for an op with ``time`` queries (None: unknown), and keys that may not be f32.
 
     Raises UnsupportedOp when the kernels cannot serve the target or the head size.
     """
@@ -150,26 +183,34 @@ def plan(heads: int, key_heads: int, head_size: int, target: Target, time: int |
     many = target.vector_registers >= 32
     head_vectors = head_size // head_lanes
     value_vectors = next(n for n in ((4, 3, 2, 1) if many else (2, 1)) if head_vectors % n == 0)
-    # Measured on AVX-512 and AVX2: three vectors of rows against as many keys as registers hold is best.
+    value_rows = min(lanes, 8 if many and value_vectors < 3 else 4)
+    key_tile = 8 if many else 4
+    packed_keys = key_tile if narrow_keys else 0
     few_rows = time is not None and time * group <= lanes
-    for row_vectors, key_block in ((3, 64), (3, 32), (2, 32), (1, 64), (1, 32), (1, 16)):
+    for row_vectors, key_block in BLOCKS:
         if few_rows and row_vectors > 1:
             continue
         step = lanes * row_vectors
         rows = ROW_LIMIT // step * step
         fitting = next(
-            (n for n in range(rows, 0, -step) if scratch_bytes(head_size, n, key_block) <= SCRATCH_BYTES), 0
+            (
+                n
+                for n in range(rows, 0, -step)
+                if scratch_bytes(head_size, n, key_block, packed_keys) <= SCRATCH_BYTES
+            ),
+            0,
         )
         if fitting and key_block % lanes == 0:
             return Schedule(
                 lanes=lanes,
                 head_lanes=head_lanes,
                 row_vectors=row_vectors,
-                key_tile=8 if many else 4,
+                key_tile=key_tile,
                 rows=fitting,
                 key_block=key_block,
-                value_rows=6,
+                value_rows=value_rows,
                 value_vectors=value_vectors,
+                packed_keys=packed_keys,
                 decode_key_heads=key_heads_per_workgroup(key_heads, group, head_size, lanes, head_lanes),
                 fused=has_fma(target),
             )
@@ -180,15 +221,16 @@ def plan(heads: int, key_heads: int, head_size: int, target: Target, time: int |
     )
 
 
-def _problem_of(op: Any) -> _Problem:
-    query = ir.RankedTensorType(op.query.type)
-    keys = ir.RankedTensorType(op.keys.type)
-    types = [query, keys, ir.RankedTensorType(op.values.type)]
-    types += [ir.RankedTensorType(v.type) for v in (op.cache_keys, op.cache_values) if v is not None]
-    if any(str(t.element_type) != "f32" for t in types):
+def _problem_of(op: Any, target: Target) -> _Problem:
+    query, keys = (ir.RankedTensorType(v.type) for v in (op.query, op.keys))
+    stored = [v for v in (op.keys, op.values, op.cache_keys, op.cache_values) if v is not None]
+    types = [query, *(ir.RankedTensorType(v.type) for v in stored)]
+    elements = [str(t.element_type) for t in types]
+    known = ["f32", "bf16", "i8", *(["f16"] if converts_halves(target) else [])]
+    if elements[0] != "f32" or any(element not in known for element in elements):
         raise UnsupportedOp(
             "no attention kernel for these element types",
-            why=f"queries, keys and values must be f32, not {', '.join(str(t.element_type) for t in types)}",
+            why=f"queries must be f32, keys and values {', '.join(known)}, not {', '.join(elements)}",
             hint="the portable form",
         )
     if any(t.is_dynamic_dim(axis) for t in types for axis in (2, 3)):
@@ -201,6 +243,11 @@ def _problem_of(op: Any) -> _Problem:
         window=min(op.window.value, MAX_POSITION),
         sinks=min(op.sinks.value, MAX_POSITION),
         time=None if query.is_dynamic_dim(1) else query.shape[1],
+        narrow_keys=any(
+            str(ir.RankedTensorType(v.type).element_type) != "f32"
+            for v in (op.keys, op.cache_keys)
+            if v is not None
+        ),
     )
 
 

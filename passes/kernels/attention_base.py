@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from torch_mlir import ir
 from torch_mlir.dialects import arith
 
+from spikingbrain.passes.kernels import bodies
+from spikingbrain.passes.kernels.attention_bounds import LARGEST, SMALLEST, count_below
 from spikingbrain.passes.kernels.builders import (
     Index,
     add,
@@ -27,6 +29,7 @@ from spikingbrain.passes.kernels.builders import (
     load,
     loop,
     minimum,
+    mul,
     multiply_add,
     put,
     reduced,
@@ -42,25 +45,77 @@ if TYPE_CHECKING:
 
 SCRATCH_BYTES = 32 << 10  # IREE allows a dispatch 32 KB of stack unless told otherwise
 
-MAX_POSITION = 2**31 - 1
 MASKED = -3.0e38  # score of a key that is not visible
 FLOOR = -1.0e30  # first value of the running maximum; exp2(MASKED - FLOOR) is exactly 0
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Keys ``[B, S, Hk, D]`` with their values and positions ``[B, S]``: tensors of an op, or memory of a kernel.
+
+    Attributes:
+        key_scales: of keys that are codes, what a code of 1 is worth, ``[B, S, Hk]``; values likewise.
+        bounds: the table of ``attention_bounds``, where long segments have one.
+    """
+
+    keys: ir.Value
+    values: ir.Value
+    positions: ir.Value
+    key_scales: ir.Value | None = None
+    value_scales: ir.Value | None = None
+    bounds: ir.Value | None = None
+
+    @property
+    def parts(self) -> list[ir.Value]:
+        """Returns what there is of the segment, in order."""
+        return [part for part in self._all() if part is not None]
+
+    def like(self, parts: Iterator[ir.Value]) -> Segment:
+        """Returns a segment with the same parts, taken from ``parts``."""
+        return Segment(*(part if part is None else next(parts) for part in self._all()))
+
+    def _all(self) -> list[ir.Value | None]:
+        return [getattr(self, field.name) for field in fields(self)]
+
+
+@dataclass(frozen=True)
+class Span:
+    """The keys of a block that some query of a range of positions may see.
+
+    Attributes:
+        begin: the first of them, counted from the start of the block.
+        end: one past the last; 0 (and ``begin`` the size of the block) where there is none.
+    """
+
+    begin: ir.Value
+    end: ir.Value
 
 
 @dataclass(frozen=True)
 class Block:
     """A block of keys in a kernel: where it starts, which part is visible, and whether to all queries."""
 
-    keys: ir.Value
-    values: ir.Value
+    segment: Segment
     start: ir.Value
-    begin: ir.Value  # first key that is visible to some query, from the block's start
-    end: ir.Value  # one past the last
+    span: Span
     whole: ir.Value
 
     @property
     def last_key(self) -> ir.Value:
-        return sub(size(self.keys, 1), 1)
+        return sub(size(self.segment.keys, 1), 1)
+
+
+def is_narrow(memory: ir.Value) -> bool:
+    """Tells whether memory holds halves or codes, which are computed with as f32."""
+    return not isinstance(ir.MemRefType(memory.type).element_type, ir.F32Type)
+
+
+def widened(value: ir.Value) -> ir.Value:
+    """Returns a vector of f32, halves or signed codes as f32."""
+    kind = ir.VectorType(value.type)
+    if isinstance(kind.element_type, ir.IntegerType):
+        return arith.sitofp(ir.VectorType.get(kind.shape, ir.F32Type.get()), value)
+    return bodies.widened(value)
 
 
 class AttentionKernel:
@@ -68,13 +123,18 @@ class AttentionKernel:
 
     batch: ir.Value  # entry of the batch that the workgroup takes; a schedule sets it
 
-    def __init__(self, problem: _Problem, schedule: Schedule, arguments: Sequence[ir.Value]):
+    def __init__(
+        self,
+        problem: _Problem,
+        schedule: Schedule,
+        arguments: Sequence[ir.Value],
+        segments: Sequence[Segment],
+    ):
         self.problem, self.schedule = problem, schedule
         self.workgroup = arguments[:3]
         self.query, self.query_positions, *rest, self.out = arguments[3:]
-        segments = [rest[i : i + 3] for i in range(0, len(rest), 3)]
-        # The cache holds the older tokens: visiting it first changes the running maximum less often.
-        self.segments = segments[::-1]
+        parts = iter(rest)
+        self.segments = [segment.like(parts) for segment in segments]
 
     def build(self) -> None:
         """Emits the body."""
@@ -137,6 +197,27 @@ class AttentionKernel:
             seen = arith.andi(seen, near)
         return seen
 
+    def span(self, positions: ir.Value, block: int, first: ir.Value, last: ir.Value) -> Span:
+        """Returns which keys of a block some query between positions ``first`` and ``last`` may see."""
+        lanes = self.schedule.lanes
+        low, high = splat(first, lanes), splat(last, lanes)
+        begins, ends = [], []
+        for i in range(0, block, lanes):
+            some = self.visible(load(positions, [i], lanes), high, low)
+            order = lane_numbers(lanes, i)
+            begins.append(arith.select(some, order, splat(block, lanes)))
+            ends.append(arith.select(some, order, splat(-1, lanes)))
+        begin = reduced("minsi", folded(arith.minsi, begins))
+        end = arith.addi(reduced("maxsi", folded(arith.maxsi, ends)), i32(1))
+        return Span(*(arith.index_cast(ir.IndexType.get(), i) for i in (begin, end)))
+
+    def all_visible(self, positions: ir.Value, block: int, first: ir.Value, last: ir.Value) -> ir.Value:
+        """Tells whether every query between positions ``first`` and ``last`` sees the whole block."""
+        lanes = self.schedule.lanes
+        low, high = splat(first, lanes), splat(last, lanes)
+        parts = [self.visible(load(positions, [i], lanes), low, high) for i in range(0, block, lanes)]
+        return reduced("and", folded(arith.andi, parts))
+
     def visible_blocks(
         self,
         block: int,
@@ -149,36 +230,44 @@ class AttentionKernel:
 
         Emits ``body(block)`` with the positions of the block in scratch.
         """
-        lanes = self.schedule.lanes
 
-        def visit(segment: Sequence[ir.Value], start: ir.Value) -> None:
-            keys, values, key_positions = segment
-            count = minimum(sub(size(keys, 1), start), block)
-            self.read_positions(key_positions, start, count, block, positions)
-            low, high = splat(first, lanes), splat(last, lanes)
-            parts = [load(positions, [i], lanes) for i in range(0, block, lanes)]
-            some = [self.visible(part, high, low) for part in parts]
+        def visit(segment: Segment, start: ir.Value) -> None:
+            count = minimum(sub(size(segment.keys, 1), start), block)
+            self.read_positions(segment.positions, start, count, block, positions)
+            span = self.span(positions, block, first, last)
 
             def found() -> None:
-                order = [lane_numbers(lanes, i) for i in range(0, block, lanes)]
-                begins = [arith.select(m, n, splat(block, lanes)) for m, n in zip(some, order, strict=True)]
-                ends = [arith.select(m, n, splat(-1, lanes)) for m, n in zip(some, order, strict=True)]
-                begin = reduced("minsi", folded(arith.minsi, begins))
-                end = arith.addi(reduced("maxsi", folded(arith.maxsi, ends)), i32(1))
-                whole = folded(arith.andi, [self.visible(part, low, high) for part in parts])
-                index_type = ir.IndexType.get()
-                body(
-                    Block(
-                        keys,
-                        values,
-                        start,
-                        arith.index_cast(index_type, begin),
-                        arith.index_cast(index_type, end),
-                        reduced("and", whole),
-                    )
-                )
+                body(Block(segment, start, span, self.all_visible(positions, block, first, last)))
 
-            when(reduced("or", folded(arith.ori, some)), found)
+            when(compare("slt", span.begin, span.end), found)
 
         for segment in self.segments:
-            loop(0, size(segment[0], 1), block, functools.partial(visit, segment))
+            if segment.bounds is None:
+                loop(0, size(segment.keys, 1), block, functools.partial(visit, segment))
+            else:
+                self._within_bounds(segment.bounds, block, first, last, functools.partial(visit, segment))
+
+    def _within_bounds(
+        self,
+        bounds: ir.Value,
+        block: int,
+        first: ir.Value,
+        last: ir.Value,
+        visit: Callable[[ir.Value], None],
+    ) -> None:
+        """Visits the blocks that may hold sinks, then those that may hold keys within the window."""
+        window, sinks = self.problem.window, self.problem.sinks
+        end = count_below(bounds, self.batch, SMALLEST, arith.addi(last, i32(1)))
+        begin = old = index(0)
+        if window:
+            begin = count_below(bounds, self.batch, LARGEST, arith.subi(first, i32(window - 1)))
+            begin = minimum(begin, end)
+            if sinks:
+                old = minimum(count_below(bounds, self.batch, SMALLEST, i32(sinks)), begin)
+        skipped = sub(begin, old)
+
+        def at(number: ir.Value) -> None:
+            behind = arith.select(compare("slt", number, old), index(0), skipped)
+            visit(mul(add(number, behind), block))
+
+        loop(0, sub(end, skipped), 1, at)

@@ -8,7 +8,14 @@ from collections.abc import Callable, Sequence
 from torch_mlir import ir
 from torch_mlir.dialects import arith, vector
 
-from spikingbrain.passes.kernels.attention_base import FLOOR, MASKED, SCRATCH_BYTES, AttentionKernel, Block
+from spikingbrain.passes.kernels.attention_base import (
+    FLOOR,
+    MASKED,
+    SCRATCH_BYTES,
+    AttentionKernel,
+    Block,
+    widened,
+)
 from spikingbrain.passes.kernels.builders import (
     LINE_BYTES,
     add,
@@ -92,16 +99,16 @@ class DecodeKernel(AttentionKernel):
             store(splat(0.0, s.lanes), self.sums, [head, 0])
 
         def visit(block: Block) -> None:
-            begin = round_down(block.begin, s.lanes)
+            begin, end = round_down(block.span.begin, s.lanes), block.span.end
 
             def over_tiles(body: Callable[[Block, ir.Value, ir.Value], None]) -> None:
                 def tile(key: ir.Value) -> None:
                     loop(0, s.decode_key_heads, 1, functools.partial(body, block, key))
 
-                loop(begin, block.end, s.lanes, tile)
+                loop(begin, end, s.lanes, tile)
 
             over_tiles(self._score_tile)
-            loop(0, heads, 1, functools.partial(self._weigh_block, begin, block.end))
+            loop(0, heads, 1, functools.partial(self._weigh_block, begin, end))
             over_tiles(self._accumulate_tile)
 
         def finish(head: ir.Value) -> None:
@@ -120,7 +127,7 @@ class DecodeKernel(AttentionKernel):
 
     def _score_tile(self, block: Block, key: ir.Value, key_head: ir.Value) -> None:
         """Stores the scores of ``lanes`` keys for the query heads of one key head."""
-        p, s = self.problem, self.schedule
+        p, s, segment = self.problem, self.schedule, block.segment
         first_head = mul(key_head, p.group)
         head_of_keys = add(self.key_head, key_head)
         query = [
@@ -132,11 +139,13 @@ class DecodeKernel(AttentionKernel):
         def one_key(i: ir.Value) -> None:
             place = minimum(add(add(block.start, key), i), block.last_key)
             at = [self.batch, place, head_of_keys]
-            row = [load(block.keys, [*at, d], s.head_lanes) for d in self._channels()]
+            row = [widened(load(segment.keys, [*at, d], s.head_lanes)) for d in self._channels()]
             for g in range(p.group):
                 total = arith.mulf(query[g][0], row[0])
                 for q, k in zip(query[g][1:], row[1:], strict=True):
                     total = self.fma(q, k, total)
+                if segment.key_scales is not None:
+                    total = arith.mulf(total, splat(get(segment.key_scales, at), s.head_lanes))
                 store(total, self.products, [g, i, 0])
 
         loop(0, s.lanes, 1, one_key)
@@ -175,14 +184,14 @@ class DecodeKernel(AttentionKernel):
 
     def _accumulate_tile(self, block: Block, key: ir.Value, key_head: ir.Value) -> None:
         """Adds probabilities times values of ``lanes`` keys to the outputs of one key head's query heads."""
-        p, s = self.problem, self.schedule
+        p, s, segment = self.problem, self.schedule, block.segment
         first_head = mul(key_head, p.group)
         head_of_keys = add(self.key_head, key_head)
         channels = list(self._channels())
         group_tile = max(1, min(p.group, 16 // len(channels)))
         # A few independent sums per output hide the latency of the additions.
         keys_at_once = next(n for n in (4, 2, 1) if n * group_tile * len(channels) <= 16 or n == 1)
-        end = minimum(add(key, s.lanes), round_up(block.end, keys_at_once))
+        end = minimum(add(key, s.lanes), round_up(block.span.end, keys_at_once))
         for first in range(0, p.group, group_tile):
             heads = [add(first_head, g) for g in range(first, min(first + group_tile, p.group))]
             outputs = [load(self.outputs, [head, d], s.head_lanes) for head in heads for d in channels]
@@ -193,12 +202,13 @@ class DecodeKernel(AttentionKernel):
                 for u in range(keys_at_once):
                     # Probabilities beyond the block's end are 0 up to a whole vector of keys.
                     place = minimum(add(add(block.start, at), u), block.last_key)
-                    row = [
-                        load(block.values, [self.batch, place, head_of_keys, d], s.head_lanes)
-                        for d in channels
-                    ]
+                    row_at = [self.batch, place, head_of_keys]
+                    row = [widened(load(segment.values, [*row_at, d], s.head_lanes)) for d in channels]
                     for head in heads:
-                        probability = splat(get(self.weights, [head, add(at, u)]), s.head_lanes)
+                        weight = get(self.weights, [head, add(at, u)])
+                        if segment.value_scales is not None:
+                            weight = arith.mulf(weight, get(segment.value_scales, row_at))
+                        probability = splat(weight, s.head_lanes)
                         result += [self.fma(probability, x, next(remaining)) for x in row]
                 return result
 

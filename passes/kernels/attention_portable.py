@@ -14,7 +14,8 @@ from torch_mlir import ir
 from torch_mlir.dialects import arith, linalg, math, tensor
 
 from spikingbrain.errors import UnsupportedOp
-from spikingbrain.passes.kernels.attention_base import FLOOR, MASKED, MAX_POSITION
+from spikingbrain.passes.kernels.attention_base import FLOOR, MASKED
+from spikingbrain.passes.kernels.attention_bounds import MAX_POSITION
 
 # Axes of loops are letters: b batch, k key head, g query head of its group, t query, s key, d channel.
 Body = Callable[..., ir.Value]

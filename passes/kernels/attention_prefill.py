@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
+
 from torch_mlir import ir
 from torch_mlir.dialects import arith
 
-from spikingbrain.passes.kernels.attention_base import FLOOR, MASKED, MAX_POSITION, AttentionKernel, Block
+from spikingbrain.passes.kernels.attention_base import (
+    FLOOR,
+    MASKED,
+    AttentionKernel,
+    Block,
+    Segment,
+    Span,
+    is_narrow,
+    widened,
+)
+from spikingbrain.passes.kernels.attention_bounds import MAX_POSITION
 from spikingbrain.passes.kernels.builders import (
     LINE_BYTES,
     Index,
@@ -23,6 +36,7 @@ from spikingbrain.passes.kernels.builders import (
     minimum,
     mul,
     put,
+    reduced,
     rem,
     round_down,
     round_up,
@@ -36,9 +50,15 @@ from spikingbrain.passes.kernels.builders import (
 )
 
 
-def scratch_bytes(head_size: int, rows: int, key_block: int) -> int:
-    """Returns the scratch of a kernel: transposed queries, scores, four values per row, positions."""
-    return 4 * (rows * (head_size + key_block + 4) + key_block) + 8 * LINE_BYTES
+def scratch_bytes(head_size: int, rows: int, key_block: int, packed_keys: int) -> int:
+    """Returns the scratch of a kernel.
+
+    That is transposed queries, scores, four values per row, positions, the spans of at most a vector of rows per row,
+    and keys as f32.
+    """
+    return (
+        4 * (rows * (head_size + key_block + 4 + 1) + key_block + packed_keys * head_size) + 10 * LINE_BYTES
+    )
 
 
 class PrefillKernel(AttentionKernel):
@@ -49,7 +69,7 @@ class PrefillKernel(AttentionKernel):
         block, self.key_head, self.batch = self.workgroup
         self.first_row = mul(block, s.rows)
         self.row_count = minimum(sub(mul(size(self.query, 1), p.group), self.first_row), s.rows)
-        float_type = ir.F32Type.get()
+        float_type, groups = ir.F32Type.get(), s.rows // s.lanes
         (
             self.columns,  # queries, transposed and scaled
             self.scores,
@@ -57,27 +77,27 @@ class PrefillKernel(AttentionKernel):
             self.maxima,
             self.sums,
             self.factors,
-            positions,
+            self.spans,  # begin and end of the keys that each vector of rows sees of the block
+            self.positions,  # of the block's keys
+            self.packed,
         ) = scratch(
             [
                 ([p.head_size, s.rows], float_type),
                 ([s.key_block, s.rows], float_type),
                 ([s.rows], i32_type()),
                 *[([s.rows], float_type)] * 3,
+                ([groups, 2], i32_type()),
                 ([s.key_block], i32_type()),
+                ([s.packed_keys, p.head_size], float_type),
             ]
         )
         first, last = self._gather_queries()
 
         def visit(block: Block) -> None:
-            when(
-                block.whole,
-                lambda: self._score_block(block, None),
-                lambda: self._score_block(block, positions),
-            )
+            self._score_block(block)
             self._accumulate_values(block)
 
-        self.visible_blocks(s.key_block, positions, first, last, visit)
+        self.visible_blocks(s.key_block, self.positions, first, last, visit)
         self._normalise_rows()
 
     def _row(self, row: Index) -> tuple[ir.Value, ir.Value]:
@@ -135,80 +155,130 @@ class PrefillKernel(AttentionKernel):
         loop(0, self.row_count, 1, clear)
         return low, high
 
-    def _score_block(self, block: Block, positions: ir.Value | None) -> None:
-        """Leaves the block's unnormalised probabilities in scratch; updates all maxima and sums."""
+    def _score_block(self, block: Block) -> None:
+        """Leaves the block's unnormalised probabilities in scratch; updates spans, maxima and sums."""
+        s = self.schedule
+
+        def rows(masked: bool) -> None:
+            def several() -> None:
+                step = s.row_vectors * s.lanes
+                loop(0, self.row_count, step, lambda row: self._score_rows(block, row, s.row_vectors, masked))
+
+            if s.row_vectors == 1:
+                several()
+            else:  # few rows, of a short time or at the end of a long one
+                few = compare("sle", self.row_count, index(s.lanes))
+                when(few, lambda: self._score_rows(block, index(0), 1, masked), several)
+
+        when(block.whole, lambda: rows(False), lambda: rows(True))
+
+    def _note_span(self, row: ir.Value, masked: bool) -> None:
+        s = self.schedule
+        span = Span(index(0), index(s.key_block))
+        if masked:
+            positions = load(self.row_positions, [row], s.lanes)
+            bounds = reduced("minsi", positions), reduced("maxsi", positions)
+            span = self.span(self.positions, s.key_block, *bounds)
+        for i, bound in enumerate((span.begin, span.end)):
+            put(arith.index_cast(i32_type(), bound), self.spans, [floor_div(row, s.lanes), i])
+
+    def _score_rows(self, block: Block, row: ir.Value, vectors: int, masked: bool) -> None:
+        """Does so for a few vectors of rows."""
+        s, span = self.schedule, block.span
+        at = [add(row, v * s.lanes) for v in range(vectors)]
+        for a in at:
+            self._note_span(a, masked)
+
+        old = [load(self.maxima, [a], s.lanes) for a in at]
+        queries = [load(self.row_positions, [a], s.lanes) for a in at] if masked else []
+        tile = functools.partial(self._score_tile, block, at, queries)
+        begin = round_down(span.begin, s.key_tile)
+        new = loop(begin, span.end, s.key_tile, tile, old)
+
+        def probabilities(key: ir.Value, *sums: ir.Value) -> list[ir.Value]:
+            result = []
+            for v, total in enumerate(sums):
+                exponent = arith.subf(load(self.scores, [key, at[v]], s.lanes), new[v])
+                probability = self.exp2(exponent)
+                store(probability, self.scores, [key, at[v]])
+                result.append(arith.addf(total, probability))
+            return result
+
+        zeros = [splat(0.0, s.lanes)] * vectors
+        sums = loop(span.begin, span.end, 1, probabilities, zeros)
+        for v, a in enumerate(at):
+            factor = self.exp2(arith.subf(old[v], new[v]))
+            store(new[v], self.maxima, [a])
+            store(factor, self.factors, [a])
+            store(self.fma(load(self.sums, [a], s.lanes), factor, sums[v]), self.sums, [a])
+
+    def _score_tile(
+        self,
+        block: Block,
+        at: Sequence[ir.Value],
+        queries: Sequence[ir.Value],
+        key: ir.Value,
+        *largest: ir.Value,
+    ) -> list[ir.Value]:
+        """Stores the scores of ``key_tile`` keys, masked if there are positions of ``queries``; returns new maxima."""
         p, s = self.problem, self.schedule
-        begin = round_down(block.begin, s.key_tile)
+        # Beyond the segment's end the last key is read again; its position in scratch is -1.
+        places = [minimum(add(add(block.start, key), i), block.last_key) for i in range(s.key_tile)]
+        value_at = self._key_values(block.segment, places)
 
-        def row_group(row: ir.Value, vectors: int) -> None:
-            at = [add(row, v * s.lanes) for v in range(vectors)]
-            old = [load(self.maxima, [a], s.lanes) for a in at]
-            queries = [load(self.row_positions, [a], s.lanes) for a in at] if positions is not None else []
+        def products(d: ir.Value, *sums: ir.Value) -> list[ir.Value]:
+            columns = [load(self.columns, [d, a], s.lanes) for a in at]
+            result = []
+            for i in range(s.key_tile):
+                k = splat(value_at(i, d), s.lanes)
+                base = i * len(at)
+                result += [self.fma(k, c, sums[base + v]) for v, c in enumerate(columns)]
+            return result
 
-            def tile(key: ir.Value, *largest: ir.Value) -> list[ir.Value]:
-                # Beyond the segment's end the last key is read again; its position in scratch is -1.
-                places = [minimum(add(add(block.start, key), i), block.last_key) for i in range(s.key_tile)]
+        zeros = [splat(0.0, s.lanes)] * (s.key_tile * len(at))
+        scores = loop(0, p.head_size, 1, products, zeros)
+        maxima = list(largest)
+        for i in range(s.key_tile):
+            position = splat(get(self.positions, [add(key, i)]), s.lanes) if queries else None
+            for v in range(len(at)):
+                score = scores[i * len(at) + v]
+                if position is not None:
+                    seen = self.visible(position, queries[v], queries[v])
+                    score = arith.select(seen, score, splat(MASKED, s.lanes))
+                maxima[v] = larger(score, maxima[v])
+                store(score, self.scores, [add(key, i), at[v]])
+        return maxima
 
-                def products(d: ir.Value, *sums: ir.Value) -> list[ir.Value]:
-                    columns = [load(self.columns, [d, a], s.lanes) for a in at]
-                    result = []
-                    for i in range(s.key_tile):
-                        k = splat(get(block.keys, [self.batch, places[i], self.key_head, d]), s.lanes)
-                        base = i * vectors
-                        result += [self.fma(k, c, sums[base + v]) for v, c in enumerate(columns)]
-                    return result
+    def _key_values(
+        self, segment: Segment, places: Sequence[ir.Value]
+    ) -> Callable[[int, ir.Value], ir.Value]:
+        """Returns a function from one of a tile's keys and a channel to a value, after it has made them f32."""
+        p, s = self.problem, self.schedule
+        if not is_narrow(segment.keys):
+            return lambda i, d: get(segment.keys, [self.batch, places[i], self.key_head, d])
 
-                zeros = [splat(0.0, s.lanes)] * (s.key_tile * vectors)
-                scores = loop(0, p.head_size, 1, products, zeros)
-                maxima = list(largest)
-                for i in range(s.key_tile):
-                    position = (
-                        splat(get(positions, [add(key, i)]), s.lanes) if positions is not None else None
-                    )
-                    for v in range(vectors):
-                        score = scores[i * vectors + v]
-                        if position is not None:
-                            seen = self.visible(position, queries[v], queries[v])
-                            score = arith.select(seen, score, splat(MASKED, s.lanes))
-                        maxima[v] = larger(score, maxima[v])
-                        store(score, self.scores, [add(key, i), at[v]])
-                return maxima
+        def pack(d: ir.Value) -> None:
+            for i, place in enumerate(places):
+                row = self.read(segment.keys, segment.key_scales, [self.batch, place, self.key_head], d)
+                store(row, self.packed, [i, d])
 
-            new = loop(begin, block.end, s.key_tile, tile, old)
+        loop(0, p.head_size, s.head_lanes, pack)
+        return lambda i, d: get(self.packed, [i, d])
 
-            def probabilities(key: ir.Value, *sums: ir.Value) -> list[ir.Value]:
-                result = []
-                for v, total in enumerate(sums):
-                    exponent = arith.subf(load(self.scores, [key, at[v]], s.lanes), new[v])
-                    probability = self.exp2(exponent)
-                    store(probability, self.scores, [key, at[v]])
-                    result.append(arith.addf(total, probability))
-                return result
-
-            zeros = [splat(0.0, s.lanes)] * vectors
-            sums = loop(block.begin, block.end, 1, probabilities, zeros)
-            for v, a in enumerate(at):
-                factor = self.exp2(arith.subf(old[v], new[v]))
-                store(new[v], self.maxima, [a])
-                store(factor, self.factors, [a])
-                store(self.fma(load(self.sums, [a], s.lanes), factor, sums[v]), self.sums, [a])
-
-        def row_groups() -> None:
-            step = s.row_vectors * s.lanes
-            loop(0, self.row_count, step, lambda row: row_group(row, s.row_vectors))
-
-        if s.row_vectors == 1:
-            row_groups()
-        else:  # few rows, of a short time or at the end of a long one
-            few = compare("sle", self.row_count, index(s.lanes))
-            when(few, lambda: row_group(index(0), 1), row_groups)
+    def read(
+        self, source: ir.Value, scales: ir.Value | None, row: Sequence[Index], channel: Index
+    ) -> ir.Value:
+        """Returns a vector of a row's channels as f32, codes times their scale."""
+        lanes = self.schedule.head_lanes
+        value = widened(load(source, [*row, channel], lanes))
+        return value if scales is None else arith.mulf(value, splat(get(scales, row), lanes))
 
     def _accumulate_values(self, block: Block) -> None:
         """Scales all outputs to the new maxima and adds the block's probabilities times its values."""
-        s = self.schedule
+        s, segment = self.schedule, block.segment
         width = s.head_lanes * s.value_vectors
 
-        def row_tile(row: ir.Value, rows: int) -> None:
+        def row_tile(rows: int, span: Span, row: ir.Value) -> None:
             places = [self._row(add(row, i)) for i in range(rows)]
 
             def head_part(d: ir.Value) -> None:
@@ -222,7 +292,7 @@ class PrefillKernel(AttentionKernel):
 
                 def products(key: ir.Value, *sums: ir.Value) -> list[ir.Value]:
                     place = [self.batch, add(block.start, key), self.key_head]
-                    loaded = [load(block.values, [*place, a], s.head_lanes) for a in at]
+                    loaded = [self.read(segment.values, segment.value_scales, place, a) for a in at]
                     result = []
                     for i in range(rows):
                         probability = splat(get(self.scores, [key, add(row, i)]), s.head_lanes)
@@ -230,16 +300,26 @@ class PrefillKernel(AttentionKernel):
                         result += [self.fma(probability, x, sums[base + v]) for v, x in enumerate(loaded)]
                     return result
 
-                sums = loop(block.begin, block.end, 1, products, sums)
+                sums = loop(span.begin, span.end, 1, products, sums)
                 for i, (token, head) in enumerate(places):
                     for v, a in enumerate(at):
                         store(sums[i * s.value_vectors + v], self.out, [self.batch, token, head, a])
 
             loop(0, self.problem.head_size, width, head_part)
 
-        whole = round_down(self.row_count, s.value_rows)
-        loop(0, whole, s.value_rows, lambda row: row_tile(row, s.value_rows))
-        loop(whole, self.row_count, 1, lambda row: row_tile(row, 1))
+        def group(row: ir.Value) -> None:
+            bounds = [get(self.spans, [floor_div(row, s.lanes), i]) for i in range(2)]
+            span = Span(*(arith.index_cast(ir.IndexType.get(), bound) for bound in bounds))
+
+            def some() -> None:
+                end = minimum(add(row, s.lanes), self.row_count)
+                full = add(row, round_down(sub(end, row), s.value_rows))
+                loop(row, full, s.value_rows, functools.partial(row_tile, s.value_rows, span))
+                loop(full, end, 1, functools.partial(row_tile, 1, span))
+
+            when(compare("slt", span.begin, span.end), some)
+
+        loop(0, self.row_count, s.lanes, group)
 
     def _normalise_rows(self) -> None:
         s = self.schedule

@@ -187,6 +187,16 @@ def compare(predicate: str, a: ir.Value, b: ir.Value) -> ir.Value:
     return arith.cmpi(getattr(arith.CmpIPredicate, predicate), a, b)
 
 
+def compressed(value: ir.Value, chosen: ir.Value) -> ir.Value:
+    """Returns the chosen elements of a vector at its front, in their order; anything behind them."""
+    attributes = {
+        "intrin": ir.StringAttr.get("llvm.experimental.vector.compress"),
+        "operandSegmentSizes": ir.DenseI32ArrayAttr.get([3, 0]),
+        "op_bundle_sizes": ir.DenseI32ArrayAttr.get([]),
+    }
+    return ir.Operation.create("llvm.call_intrinsic", [value.type], [value, chosen, value], attributes).result
+
+
 def greater(a: ir.Value, b: ir.Value) -> ir.Value:
     """Compares floats; False where one is NaN."""
     return arith.cmpf(arith.CmpFPredicate.OGT, a, b)
@@ -277,6 +287,11 @@ def lane_sums(vectors: Callable[[int], ir.Value], lanes: int, width: int) -> ir.
 def has_fma(target: Target) -> bool:
     """Tells whether the target multiplies and adds in one instruction."""
     return target.arch == "aarch64" or bool(target.features & {"fma", "avx512f"})
+
+
+def converts_halves(target: Target) -> bool:
+    """Tells whether the target makes f16 f32 in one instruction; elsewhere each is a call that nothing resolves."""
+    return target.arch == "aarch64" or bool(target.features & {"f16c", "avx2", "avx512f"})
 
 
 def multiply_add(a: ir.Value, b: ir.Value, c: ir.Value, fused: bool) -> ir.Value:

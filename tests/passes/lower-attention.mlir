@@ -20,7 +20,7 @@ func.func @two_segments(%q: !q, %i: tensor<1x?xi64>, %k: !new, %v: !new, %j: ten
   // PORTABLE:         math.exp
   // PORTABLE:         return
   %o = "spikingbrain.attention"(%q, %i, %k, %v, %j, %kc, %vc, %jc)
-      {scale = 0.25 : f64, window = 8 : i64, sinks = 2 : i64, operandSegmentSizes = array<i32: 1, 1, 1, 1, 1, 1, 1, 1>}
+      {scale = 0.25 : f64, window = 8 : i64, sinks = 2 : i64, operandSegmentSizes = array<i32: 1, 1, 1, 1, 1, 1, 1, 1, 0, 0>}
       : (!q, tensor<1x?xi64>, !new, !new, tensor<1x?xi64>, !cache, !cache, tensor<1x6xi64>) -> !q
   return %o : !q
 }
@@ -30,7 +30,7 @@ func.func @two_segments(%q: !q, %i: tensor<1x?xi64>, %k: !new, %v: !new, %j: ten
 // CHECK:         callee = @attention_decode_4x2x16_
 func.func @decode(%q: tensor<1x1x4x16xf32>, %i: tensor<1x1xi64>, %k: !cache, %v: !cache, %j: tensor<1x6xi64>) -> tensor<1x1x4x16xf32> {
   %o = "spikingbrain.attention"(%q, %i, %k, %v, %j)
-      {scale = 0.25 : f64, window = 0 : i64, sinks = 0 : i64, operandSegmentSizes = array<i32: 1, 1, 1, 1, 1, 0, 0, 0>}
+      {scale = 0.25 : f64, window = 0 : i64, sinks = 0 : i64, operandSegmentSizes = array<i32: 1, 1, 1, 1, 1, 0, 0, 0, 0, 0>}
       : (tensor<1x1x4x16xf32>, tensor<1x1xi64>, !cache, !cache, tensor<1x6xi64>) -> tensor<1x1x4x16xf32>
   return %o : tensor<1x1x4x16xf32>
 }
@@ -41,7 +41,7 @@ func.func @decode(%q: tensor<1x1x4x16xf32>, %i: tensor<1x1xi64>, %k: !cache, %v:
 // CHECK:         linalg.generic
 func.func @half(%q: tensor<1x?x2x16xf16>, %i: tensor<1x?xi64>, %k: tensor<1x6x2x16xf16>, %j: tensor<1x6xi64>) -> tensor<1x?x2x16xf16> {
   %o = "spikingbrain.attention"(%q, %i, %k, %k, %j)
-      {scale = 0.25 : f64, window = 0 : i64, sinks = 0 : i64, operandSegmentSizes = array<i32: 1, 1, 1, 1, 1, 0, 0, 0>}
+      {scale = 0.25 : f64, window = 0 : i64, sinks = 0 : i64, operandSegmentSizes = array<i32: 1, 1, 1, 1, 1, 0, 0, 0, 0, 0>}
       : (tensor<1x?x2x16xf16>, tensor<1x?xi64>, tensor<1x6x2x16xf16>, tensor<1x6x2x16xf16>, tensor<1x6xi64>) -> tensor<1x?x2x16xf16>
   return %o : tensor<1x?x2x16xf16>
 }

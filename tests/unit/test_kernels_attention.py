@@ -52,7 +52,7 @@ def function(
     cached = [] if cache is None else [r.replace("?x?", f"?x{cache}") for r in rows]
     types = [f"tensor<?x{time}x{h}x{d}xf32>", f"tensor<?x{time}xi64>", *rows, *cached]
     names = [f"%a{i}" for i in range(len(types))]
-    segments = ", ".join("1" if i < len(types) else "0" for i in range(8))
+    segments = ", ".join("1" if i < len(types) else "0" for i in range(10))
     lines = []
     for i in range(ops):
         query = names[0] if i == 0 else f"%o{i - 1}"
