@@ -13,6 +13,7 @@ from spikingbrain.models.spiking.codings import (
 from spikingbrain.models.spiking.convert import SpikeReport, spike
 from spikingbrain.models.spiking.embedding import SpikeEmbedding
 from spikingbrain.models.spiking.errors import SpikingError
+from spikingbrain.models.spiking.experts import SpikeExpertLinear, adaptive_spike_experts
 from spikingbrain.models.spiking.finite import check_finite
 from spikingbrain.models.spiking.linear import SpikeLinear, SpikeLinearTraining, exact_dtype, spike_linear
 from spikingbrain.models.spiking.neurons import integrate_and_fire, lif
@@ -30,10 +31,12 @@ __all__ = [
     "Budget",
     "Firing",
     "SpikeEmbedding",
+    "SpikeExpertLinear",
     "SpikeLinear",
     "SpikeLinearTraining",
     "SpikeReport",
     "SpikingError",
+    "adaptive_spike_experts",
     "budget",
     "check_finite",
     "check_group_size",

@@ -15,12 +15,15 @@ from spikingbrain.models.spiking.calibrate import channel_scale, mean_thresholds
 from spikingbrain.models.spiking.codings import Budget
 from spikingbrain.models.spiking.embedding import SpikeEmbedding
 from spikingbrain.models.spiking.errors import SpikingError
+from spikingbrain.models.spiking.experts import SpikeExpertLinear
 from spikingbrain.models.spiking.linear import SpikeLinear, SpikeLinearTraining
 from spikingbrain.models.spiking.quantise import BITS, SLAB, check_group_size, dequantise_weight
 from spikingbrain.models.spiking.threshold import K
+from spikingbrain.models.spikingbrain.experts import ExpertLinear
 
 AUTO_GROUP = 128
 GroupSize = int | None | str | Mapping[int, int | None]
+_Layer = nn.Linear | nn.Embedding | ExpertLinear
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def spike(
     *,
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
-    types: tuple[type[nn.Linear], ...] = (nn.Linear,),
+    types: tuple[type[nn.Linear | ExpertLinear], ...] = (nn.Linear, ExpertLinear),
     head: bool | int = False,
     embedding: bool | int = False,
     training: bool = False,
@@ -143,7 +146,7 @@ def spike(
         raise SpikingError("static thresholds or a budget in training", why="they serve inference")
     if training and embedding:
         raise SpikingError("an embedding of integers in training", why="its vectors could not be trained")
-    linears: dict[str, nn.Linear | nn.Embedding] = {
+    linears: dict[str, _Layer] = {
         name: m for name, m in model.named_modules() if isinstance(m, (*types, TiedEmbedding))
     }
     for pattern in (*only, *skip):
@@ -151,7 +154,7 @@ def spike(
             names = ", ".join(list(linears)[:8])
             raise SpikingError(f"no linear layer is called {pattern!r}", hint=f"names such as {names}")
     report = SpikeReport(k, bits, calibration is not None and not static, threshold, budget)
-    chosen: dict[str, nn.Linear | nn.Embedding] = {}
+    chosen: dict[str, _Layer] = {}
     heads = {name: reason for name, linear in linears.items() if (reason := _head(model, linear))}
     for name, linear in linears.items():
         if only and not any(fnmatch.fnmatchcase(name, p) for p in only):
@@ -162,6 +165,8 @@ def spike(
             report.kept[name] = heads[name]
         elif isinstance(linear, nn.Embedding) and (training or static):
             report.kept[name] = "the head, which is the embedding: adaptive thresholds and inference only"
+        elif isinstance(linear, ExpertLinear) and (training or static or budget is not None):
+            report.kept[name] = "experts: adaptive thresholds, no budget and inference only"
         else:
             chosen[name] = linear
     sizes = {name: _group_size(name, linear, group_size) for name, linear in chosen.items()}
@@ -183,18 +188,21 @@ def spike(
     for name, linear in chosen.items():
         if id(linear) not in made:
             width = (head_bits or bits) if name in heads else bits
-            new = (
-                SpikeLinearTraining.of(linear, k, sizes[name], width)
-                if training and isinstance(linear, nn.Linear)
-                else _frozen(
+            new: nn.Module
+            if isinstance(linear, ExpertLinear):
+                new = _frozen_experts(name, linear, k, sizes[name], width)
+            elif training and isinstance(linear, nn.Linear):
+                new = SpikeLinearTraining.of(linear, k, sizes[name], width)
+            else:
+                new = frozen = _frozen(
                     name, linear, k, sizes[name], width, channels.get(name), thresholds.get(name), budget
                 )
-            ).train(linear.training)
-            made[id(linear)] = new
-            for table in [] if training else _embeddings_of(model, linear):
-                made[id(table)] = SpikeEmbedding(new, linear.weight.dtype).train(linear.training)
+                for table in _embeddings_of(model, linear):
+                    made[id(table)] = SpikeEmbedding(frozen, linear.weight.dtype).train(linear.training)
+            made[id(linear)] = new.train(linear.training)
         new = made[id(linear)]
-        outputs, inputs = linear.weight.shape
+        inputs = linear.weight.shape[-1]
+        outputs = linear.weight[..., 0].numel()
         report.replaced.append(Replaced(name, inputs, outputs, sizes[name], _error(linear, new)))
     if embedding:
         for name, table in list(model.named_modules()):
@@ -245,16 +253,28 @@ def _frozen(
         raise SpikingError(str(error), where=name) from None
 
 
-def _error(linear: nn.Linear | nn.Embedding, made: nn.Module) -> float:
+def _frozen_experts(
+    name: str, experts: ExpertLinear, k: float, group_size: int, bits: int
+) -> SpikeExpertLinear:
+    try:
+        return SpikeExpertLinear.of(experts, k, group_size, bits)
+    except SpikingError as error:
+        raise SpikingError(str(error), where=name) from None
+
+
+def _error(linear: _Layer, made: nn.Module) -> float:
     """Returns the relative error of rounded weights."""
-    if not isinstance(made, SpikeLinear):
+    if not isinstance(made, SpikeLinear | SpikeExpertLinear):
         return 0.0
-    weight = linear.weight.detach()
+    weight, codes, scales = (
+        t.reshape(-1, t.shape[-1]) for t in (linear.weight.detach(), made.codes, made.scale)
+    )
+    channels = made.channel_scale if isinstance(made, SpikeLinear) else None
     rows = max(1, SLAB // max(1, weight.shape[1]))
     squares = torch.zeros(2, dtype=torch.float64)  # a piece at a time, beside a large weight
-    for some, codes, scale in zip(*(t.split(rows) for t in (weight, made.codes, made.scale)), strict=True):
-        told = dequantise_weight(codes, scale)
-        told = told if made.channel_scale is None else told * made.channel_scale
+    for some, code, scale in zip(*(t.split(rows) for t in (weight, codes, scales)), strict=True):
+        told = dequantise_weight(code, scale)
+        told = told if channels is None else told * channels
         squares += torch.stack([(told - some.float()).norm() ** 2, some.float().norm() ** 2])
     return float((squares[0] / squares[1].clamp(min=1e-60)).sqrt())
 
@@ -265,9 +285,9 @@ def _replace(model: nn.Module, name: str, made: Mapping[int, nn.Module]) -> None
     setattr(owner, child, made[id(getattr(owner, child))])
 
 
-def _group_size(name: str, linear: nn.Linear | nn.Embedding, wanted: GroupSize) -> int:
+def _group_size(name: str, linear: _Layer, wanted: GroupSize) -> int:
     """Returns the group size of a layer. Raises SpikingError if it does not divide the inputs."""
-    inputs = linear.weight.shape[1]
+    inputs = linear.weight.shape[-1]
     size = wanted.get(inputs, "auto") if isinstance(wanted, Mapping) else wanted
     if size == "auto":
         size = next(
@@ -281,10 +301,12 @@ def _group_size(name: str, linear: nn.Linear | nn.Embedding, wanted: GroupSize) 
         raise SpikingError(str(error), where=name) from None
 
 
-def _head(model: nn.Module, linear: nn.Linear | nn.Embedding) -> str:
+def _head(model: nn.Module, linear: _Layer) -> str:
     """Returns why a layer is taken for the model's head, or nothing."""
     if isinstance(linear, nn.Embedding):
         return "the head: it is the embedding"
+    if isinstance(linear, ExpertLinear):
+        return ""
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             if module.weight is linear.weight:
