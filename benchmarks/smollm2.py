@@ -132,8 +132,7 @@ def memory(path: Path) -> None:
 def compile_time(folder: Path) -> None:
     def seconds(*arguments: str) -> float:
         command = [sys.executable, "-m", "spikingbrain.tools.cli", *arguments]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        return once(lambda: subprocess.run(command, check=True, **quiet))
+        return once(lambda: subprocess.run(command, check=True, capture_output=True))
 
     compile_ = (
         "compile",
