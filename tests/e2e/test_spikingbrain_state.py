@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,12 +20,18 @@ import spikingbrain
 from spikingbrain.artifact import STATE
 from spikingbrain.errors import CompileError, CorruptArtifact
 from spikingbrain.frontend.weights import as_numpy
+from spikingbrain.generate import batch_ids
+from spikingbrain.memory import Forecast
 from spikingbrain.models.spikingbrain import LayerConfig, SpikingBrain, tiny_76b
 from spikingbrain.state import State
+from spikingbrain.tools import cli
 
-CAPACITY = 48
+CAPACITY = 112
 ATOL = 1e-5  # of logits around 1
 TOKENS = np.random.default_rng(0).integers(0, 256, (3, 40))
+
+
+Array = np.ndarray[Any, Any]
 
 
 @dataclass
@@ -30,18 +39,17 @@ class Compiled:
     model: SpikingBrain
     program: spikingbrain.Program
 
-    def eager(
-        self, rows: Any, *pieces: slice
-    ) -> tuple[np.ndarray[Any, Any], dict[str, np.ndarray[Any, Any]]]:
-        """Returns the last logits and the state of the model after pieces of the texts."""
-        tokens = torch.from_numpy(TOKENS[rows])
+    def eager(self, row: int, *pieces: slice) -> tuple[list[Array], dict[str, Array]]:
+        """Returns the model's last logits after each piece of a text, and the state after all."""
+        tokens, found = torch.from_numpy(TOKENS[[row]]), []
         with torch.no_grad():
-            state = self.model.initial_state(len(tokens), CAPACITY)
+            state = self.model.initial_state(1, CAPACITY)
             for piece in pieces:
                 logits, state = self.model(tokens[:, piece], state, last_only=True)
-        return logits.numpy(), numbers(state)
+                found.append(logits.numpy())
+        return found, numbers(state)
 
-    def run(self, state: State, rows: Any, *pieces: slice) -> np.ndarray[Any, Any]:
+    def run(self, state: State, rows: list[int], *pieces: slice) -> Array:
         """Feeds pieces of the texts and returns the last logits."""
         tokens = TOKENS[rows]
         for piece in pieces:
@@ -54,7 +62,7 @@ class Compiled:
         return np.array(logits)
 
 
-def numbers(state: Any) -> dict[str, np.ndarray[Any, Any]]:
+def numbers(state: Any) -> dict[str, Array]:
     """Returns a model's state by field name. The last slot of a cache is never read."""
     named = {"memories": state.memories, "keys": state.keys, "values": state.values}
     found = {f"{name}.{i}": t.detach().numpy() for name, ts in named.items() for i, t in enumerate(ts)}
@@ -73,12 +81,20 @@ def assert_close(got: dict[str, Any], expected: dict[str, Any], atol: float = AT
         )
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    """The 76B's attention in two layers: linear beside window, linear beside full, and sinks before the text."""
-    layers = (LayerConfig(linear=True, softmax="window"), LayerConfig(linear=True, softmax="full"))
+WINDOW, FULL = LayerConfig(linear=True, softmax="window"), LayerConfig(linear=True, softmax="full")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param([WINDOW], id="window"),
+        pytest.param([WINDOW, FULL], id="window and full", marks=pytest.mark.slow),
+    ],
+)
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    """The 76B's attention, which has seen sinks before the text; with a window alone a state has one size."""
     torch.manual_seed(0)
-    model = SpikingBrain(replace(tiny_76b(), layers=layers)).eval()
+    model = SpikingBrain(replace(tiny_76b(), layers=tuple(request.param))).eval()
     b, t = Dim("B", min=1, max=8), Dim("T", min=1, max=64)
     state = model.initial_state(2, CAPACITY)
     tokens, lengths = torch.zeros(2, 5, dtype=torch.int64), torch.tensor([5, 3])
@@ -104,7 +120,7 @@ def test_a_fresh_state_has_seen_the_sinks(compiled: Compiled) -> None:
         state.reset()
         got = state.snapshot()
         assert_close(got, {name: value.repeat(batch, 0) for name, value in expected.items()})
-        assert np.abs(got["memories.0"]).min() > 0 and not got["keys.1"][:, 3:].any()
+        assert np.abs(got["memories.0"]).min() > 0 and not got["keys.0"][:, 3:].any()
 
 
 ONES = [slice(i, i + 1) for i in range(40)]
@@ -115,10 +131,53 @@ ONES = [slice(i, i + 1) for i in range(40)]
 )
 def test_any_split_gives_the_same(compiled: Compiled, pieces: list[slice]) -> None:
     """Five windows long: prefill, decode, and what lies between."""
-    expected, after = compiled.eager([0], slice(0, 40))
+    (expected,), after = compiled.eager(0, slice(0, 40))
     state = compiled.program.new_state(1)
     np.testing.assert_allclose(compiled.run(state, [0], *pieces), expected, atol=ATOL)
     assert_close(state.snapshot(), after)
+
+
+def test_prompts_of_different_lengths_are_continued_side_by_side(
+    compiled: Compiled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shortest prompt ends in the first of several calls of prefill."""
+    program, everything = compiled.program, TOKENS.reshape(-1)
+    called: list[tuple[str, tuple[int, ...]]] = []
+    call = program.call
+    monkeypatch.setattr(
+        program, "call", lambda name, *a, **k: called.append((name, a[0].shape)) or call(name, *a, **k)
+    )
+    prompts = [everything[:n].tolist() for n in (1, 9, 100)]
+    texts: list[list[int]] = [[], [], []]
+    for number, token in batch_ids(program, prompts, 6):
+        texts[number].append(token)
+    assert called == [("prefill", (3, 64)), ("prefill", (3, 36)), *[("decode", (3, 1))] * 5]
+    for prompt, text in zip(prompts, texts, strict=True):
+        with torch.no_grad():
+            ids = torch.tensor([[*prompt, *text[:-1]]])
+            logits, _ = compiled.model(ids, compiled.model.initial_state(1, CAPACITY))
+        likely = logits[0, len(prompt) - 1 :]
+        chosen = likely.gather(1, torch.tensor(text)[:, None])[:, 0]
+        assert bool((likely.max(1).values - chosen < ATOL).all())  # a tie within rounding may fall either way
+
+
+def test_the_forecast_is_what_calls_take(compiled: Compiled, capsys: pytest.CaptureFixture[str]) -> None:
+    artifact = compiled.program.artifact
+    assert artifact is not None
+    state = compiled.program.new_state(3)
+    found = Forecast.of(artifact, batch=3)
+    assert found.state == {name: array.nbytes for name, array in state.snapshot().items()}
+    assert cli.main(["forecast", str(artifact.path), "--batch", "3", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["state"] == found.state and told["total"] == found.total
+    command = [sys.executable, "-m", "spikingbrain.tools.cli", "forecast", str(artifact.path), "--json"]
+    needs = [
+        json.loads(subprocess.run([*command, "--tokens", n], capture_output=True, check=True).stdout)
+        for n in ("8", "64")
+    ]
+    few, many = (need["workspace"] for need in needs)
+    logits, cache = 256 * 4, 64 * 2 * 16 * 4  # of one token; of 64 tokens' keys
+    assert logits < few < many and many > cache
 
 
 class Counting(nn.Module):
@@ -185,10 +244,9 @@ def test_texts_of_different_lengths(compiled: Compiled) -> None:
     snapshot = state.snapshot()
     np.testing.assert_array_equal(snapshot["position"], 3 + lengths + 6)  # three sinks
     for row, length in enumerate(lengths):
-        pieces = [slice(0, int(length)), *ONES[27:33]]
-        for step in range(7):
-            expected, after = compiled.eager([row], *pieces[: 1 + step])
-            np.testing.assert_allclose(logits[step][row], expected[0], atol=ATOL)
+        expected, after = compiled.eager(row, slice(0, int(length)), *ONES[27:33])
+        for got, wanted in zip(logits, expected, strict=True):
+            np.testing.assert_allclose(got[row], wanted[0], atol=ATOL)
         assert_close({name: value[row : row + 1] for name, value in snapshot.items()}, after)
 
 
