@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 import spikingbrain.frontend.ops  # noqa: F401  (registers the ops)
+from spikingbrain.finite import WatchedLayer
 from spikingbrain.frontend.checks import user_line
 from spikingbrain.frontend.experts import ExpertReport, may_route, raise_experts
 from spikingbrain.frontend.recurrences.functional import NotFunctional, functionalise
@@ -24,7 +25,7 @@ from spikingbrain.frontend.recurrences.raising import promising, raise_recurrenc
 from spikingbrain.frontend.recurrences.report import RecurrenceReport
 from spikingbrain.frontend.recurrences.symbolic import at_sizes, is_symbolic, sizes_of
 from spikingbrain.frontend.recurrences.unify import NotUnified, unify
-from spikingbrain.frontend.spikes.finite import Watch, WatchedLayer
+from spikingbrain.frontend.spikes.finite import Watch
 from spikingbrain.frontend.spikes.raising import may_spike, raise_spikes
 from spikingbrain.frontend.spikes.report import SpikeReport
 

@@ -63,8 +63,8 @@ def _raise_linear(op: ir.Operation) -> str:
     width = torch_ir.constant(bits)
     if not isinstance(width, int):
         return "an argument that is not constant"
-    codes, scales = _plain(weight), _matrix(_plain(scale))
-    if torch_ir.element_type(weight) == "f32":
+    codes, scales = _plain(weight), _float32(_matrix(_plain(scale)))
+    if not isinstance(ir.RankedTensorType(codes.type).element_type, ir.IntegerType):
         stored = parameters.parameter(codes), parameters.parameter(scales)
         if stored[0] is None or stored[1] is None:
             return "float weights, or a scale of them, that are not stored"
@@ -104,6 +104,19 @@ def _matrix(scale: ir.Value) -> ir.Value:
     ).result
 
 
+def _float32(value: ir.Value) -> ir.Value:
+    """Returns a tensor of half floats as one of float32; a stored one is stored so."""
+    type_ = ir.RankedTensorType(value.type)
+    f32 = ir.F32Type.get()
+    if type_.element_type == f32:
+        return value
+    wide, op = ir.RankedTensorType.get(list(type_.shape), f32), parameters.parameter(value)
+    if op is None:
+        return ir.Operation.create("arith.extf", [wide], [value]).result
+    old = parameters.stored(op)
+    return parameters.create(old.sources, [*old.recipe, "float32"], wide)
+
+
 def _indices(numbers: list[int]) -> ir.Attribute:
     i64 = ir.IntegerType.get_signless(64)
     return ir.ArrayAttr.get([ir.IntegerAttr.get(i64, n) for n in numbers])
@@ -112,7 +125,7 @@ def _indices(numbers: list[int]) -> ir.Attribute:
 def _rounded(weight: ir.Operation, scale: ir.Operation, bits: int) -> ir.Value:
     """Returns the codes of a stored weight: a parameter made of both tensors."""
     w, s = parameters.stored(weight), parameters.stored(scale)
-    steps = [step for step in s.recipe if step != "matrix"]
+    steps = [step for step in s.recipe if step not in ("matrix", "float32")]
     assert not w.recipe and not steps, "weights are rounded before anything else is done to them"
     element = ir.IntegerType.get_signless(bits)
     type_ = ir.RankedTensorType.get(list(w.shape), element)

@@ -41,6 +41,11 @@ def matrix(arrays: list[Array]) -> list[Array]:
     return [array.reshape(len(array), -1)]
 
 
+def float32(arrays: list[Array]) -> list[Array]:
+    """Widens half floats."""
+    return [array.astype(np.float32) for array in arrays]
+
+
 def transpose(arrays: list[Array]) -> list[Array]:
     """Swaps the last two axes."""
     (array,) = arrays
@@ -94,7 +99,7 @@ def _steps(codes: Array, lanes: int, vectors: int, width: int, multiple: int) ->
 
 
 STEPS: dict[str, Callable[..., list[Array]]] = {
-    f.__name__: f for f in (concat, codes, matrix, transpose, pack_columns, pack_dot, pack_nibbles)
+    f.__name__: f for f in (concat, codes, matrix, float32, transpose, pack_columns, pack_dot, pack_nibbles)
 }
 
 

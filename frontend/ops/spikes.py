@@ -52,7 +52,8 @@ def spike_linear(
     """Returns y [..., N]: threshold * (sum over groups of scale * (exact sum of counts * codes)) + bias.
 
     counts [..., C] and threshold [...] are those of `spike_encode`; scale [N, G] or [N, G, 1]; bias [N]. ``weight`` [N, C] holds
-    the codes, of ``bits`` bits (4 and 8: int8, 16: int16), or float32 weights, whose codes are round(weight / scale).
+    the codes, of ``bits`` bits (4 and 8: int8, 16: int16), or float weights, whose codes are round(weight / scale), the quotient
+    in float32. Weights and scales may be half floats.
 
     The gradient is that of activation @ float_weight^T + bias: whoever trains gives what counts and codes stand for, computed as
     gradients should pass; their values are not read forwards.
@@ -62,7 +63,7 @@ def spike_linear(
         OptionError: an unknown number of bits.
     """
     _check(counts, threshold, weight, scale, bias, bits)
-    scale = scale.flatten(1)
+    scale = scale.flatten(1).float()
     codes = weight if not weight.is_floating_point() else spiking.weight_codes(weight, scale)
     low, high = (float(codes.amin()), float(codes.amax())) if codes.numel() else (0.0, 0.0)
     if low < -(2 ** (bits - 1)) or high >= 2 ** (bits - 1):
@@ -95,7 +96,7 @@ def _check(
 ) -> None:
     if bits not in _BITS:
         raise OptionError(f"spike_linear: codes of {bits} bits", hint="4, 8 or 16")
-    if counts.dtype != torch.float32 or weight.dtype not in (_BITS[bits], torch.float32):
+    if counts.dtype != torch.float32 or (weight.dtype != _BITS[bits] and not weight.is_floating_point()):
         raise ShapeError(
             f"spike_linear: counts are {counts.dtype}, weights {weight.dtype}",
             why=f"counts must be float32, and codes of {bits} bits {_BITS[bits]}",

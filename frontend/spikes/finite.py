@@ -30,13 +30,14 @@ class Watch:
         self.behind = behind
         self.states: list[fx.Node] = []
         self._layers: dict[tuple[fx.Node, int], dict[str, str]] = {}
+        self._state_of: dict[fx.Node, dict[str, str]] = {}
 
     @property
     def layers(self) -> list[WatchedLayer]:
         """Returns what ``states`` are of."""
         return [
             WatchedLayer(", ".join(filter(None, found)), next(iter(found.values())))
-            for found in self._layers.values()
+            for found in map(self._state_of.__getitem__, self.states)
         ]
 
     def add(self, emit: Emitter, x: fx.Node, axis: int, counts: fx.Node) -> None:
@@ -48,12 +49,16 @@ class Watch:
                 nan = _any(emit, emit.op(aten.ne.Tensor, x, x), axis, NAN)
                 size = emit.op(aten.abs.default, x)
                 infinite = _any(emit, emit.op(aten.eq.Scalar, size, math.inf), axis, INFINITY)
-                self.states.append(emit.op(aten.add.Tensor, nan, infinite))
+                state = emit.op(aten.add.Tensor, nan, infinite)
+            self.states.append(state)
+            self._state_of[state] = found
         found.setdefault(module_path(counts), str(user_line(counts) or ""))
 
     def append_to(self, graph: fx.Graph) -> None:
-        """Lets a graph return the states."""
+        """Lets a graph return the states, in the order of the program."""
         output = graph.output_node()
+        place_of = {node: i for i, node in enumerate(graph.nodes)}
+        self.states.sort(key=place_of.__getitem__)
         results = list(output.args[0])
         place = len(results) - self.behind
         output.args = ((*results[:place], *self.states, *results[place:]),)

@@ -1,10 +1,14 @@
-"""Recognises the adaptive-threshold neuron in an ATen graph: round(x / V) with V a clamped fraction of the mean of |x|."""
+"""Recognises what counts in an ATen graph: the adaptive-threshold neuron, which is an op, and all else that gives integers.
+
+The neuron is round(x / V) with V a clamped fraction of the mean of |x|. Of other counts (static thresholds, clamped counts,
+floor) it is only known that they are whole numbers; they are computed as they are written.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx
@@ -14,6 +18,8 @@ aten = torch.ops.aten
 CASTS = frozenset(
     {aten.to.dtype, aten._to_copy.default, aten.detach.default, aten.alias.default, aten.clone.default}
 )
+FORWARD = "forward"  # in the meta of what an autograd.Function returns: the node that computes the same, of ATen ops
+OUTSIDE = "outside"  # and back
 _SHAPES = (
     "view reshape _unsafe_view unflatten flatten permute transpose t movedim moveaxis swapaxes unsqueeze squeeze expand "
     "contiguous mT"
@@ -25,25 +31,35 @@ class NotSpiking(Exception):
     """Raised where something looks like a spiking projection and is none that can be raised; says why."""
 
 
+Factor: TypeAlias = "fx.Node | float"
+
+
 @dataclass(frozen=True)
 class Neuron:
     """Where a graph counts spikes.
 
     Attributes:
-        x: the float32 node whose values fire.
-        axis: its axis of channels.
-        counts: the node of round(x / V).
-        threshold: the node of V.
-        k, lower, upper: V = clamp(mean |x| / k, lower, upper).
+        x: the node whose values fire; float32 where the threshold is adaptive.
+        axis: its axis of channels; -1 where only a product tells.
+        counts: the node of round(x / V), or of other whole numbers.
+        low, high: the bounds of counts.
+        threshold: what counts are multiplied with; None where only a product tells.
+        settings: k, lower and upper of V = clamp(mean |x| / k, lower, upper); None for counts that are computed as written.
+        why: why they are.
     """
 
     x: fx.Node
     axis: int
     counts: fx.Node
-    threshold: fx.Node
-    k: float
-    lower: float
-    upper: float
+    low: float = -math.inf
+    high: float = math.inf
+    threshold: Factor | None = None
+    settings: tuple[float, float, float] | None = None
+    why: str = ""
+
+    @property
+    def k(self) -> float:
+        return self.settings[0] if self.settings else 0.0
 
 
 def name_of(node: Any) -> str:
@@ -59,8 +75,13 @@ def is_shape(node: fx.Node) -> bool:
 
 def through(node: Any, shapes: bool = True) -> Any:
     """Returns what a node is made of by casts and, if wanted, changes of shape."""
-    while isinstance(node, fx.Node) and (node.target in CASTS or (shapes and is_shape(node))):
-        node = node.args[0]
+    while isinstance(node, fx.Node):
+        if FORWARD in node.meta:
+            node = node.meta[FORWARD]
+        elif node.target in CASTS or (shapes and is_shape(node)):
+            node = node.args[0]
+        else:
+            break
     return node
 
 
@@ -80,9 +101,7 @@ def number(value: Any) -> float | None:
 
 def rounded(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """Returns a and b where a node is round(a / b), ties to even."""
-    if node.target is not aten.round.default and not (
-        node.target is aten.round.decimals and not node.kwargs.get("decimals")
-    ):
+    if not _is_round(node):
         return None
     quotient = through(node.args[0], shapes=False)
     if getattr(quotient, "target", None) is not aten.div.Tensor or not isinstance(quotient.args[1], fx.Node):
@@ -90,8 +109,61 @@ def rounded(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return quotient.args[0], quotient.args[1]
 
 
+def _is_round(node: fx.Node) -> bool:
+    return node.target is aten.round.default or (
+        node.target is aten.round.decimals and not node.kwargs.get("decimals")
+    )
+
+
+def whole(node: Any) -> tuple[fx.Node, float, float] | None:
+    """Returns what is rounded in a node whose values are integers, and their bounds; None where it is not known to be so."""
+    if not isinstance(node, fx.Node) or node.op != "call_function" or node.meta.get("opaque"):
+        return None
+    if _is_round(node) or name_of(node) in ("floor", "ceil", "trunc", "fix"):
+        return node.args[0], -math.inf, math.inf
+    bounded = _bounded(node)
+    if bounded is not None and all(math.isinf(b) or b == round(b) for b in bounded[1:]):
+        inner = whole(through(bounded[0], shapes=False))
+        if inner is None:
+            return None
+        low, high = (min(max(b, bounded[1]), bounded[2]) for b in inner[1:])
+        return inner[0], low, high
+    return whole(_straight_through(node))
+
+
+def _straight_through(node: fx.Node) -> fx.Node | None:
+    """Returns round(q) where a node is q + (round(q) - q): the same number, since the difference has no rounding error."""
+    if name_of(node) != "add" or node.kwargs or len(node.args) != 2:
+        return None
+    for q, other in (node.args, node.args[::-1]):
+        difference = through(other, shapes=False)
+        if isinstance(q, fx.Node) and name_of(difference) == "sub" and not difference.kwargs:
+            inner, same = (through(n, shapes=False) for n in difference.args[:2])
+            q = through(q, shapes=False)
+            if same is q and isinstance(inner, fx.Node) and _is_round(inner):
+                return inner if through(inner.args[0], shapes=False) is q else None
+    return None
+
+
 def find_neuron(counts: fx.Node) -> Neuron | None:
-    """Returns the neuron whose counts a node computes; None where it does nothing of the kind.
+    """Returns the neuron whose counts a node computes; None where it does nothing of the kind."""
+    found = whole(counts)
+    if found is None:
+        return None
+    inner, low, high = found
+    quotient = through(inner, shapes=False)
+    x = quotient.args[0] if name_of(quotient) in ("div", "mul") else inner
+    if not isinstance(x, fx.Node):
+        return None
+    as_written = Neuron(x, -1, counts, low, high)
+    try:
+        return _adaptive(counts) or as_written
+    except NotSpiking as why:
+        return replace(as_written, why=str(why))
+
+
+def _adaptive(counts: fx.Node) -> Neuron | None:
+    """Returns the adaptive-threshold neuron whose counts a node computes.
 
     Raises NotSpiking for a threshold made from |x| in a way that the op does not have.
     """
@@ -109,10 +181,10 @@ def find_neuron(counts: fx.Node) -> Neuron | None:
     value = x.meta["val"]
     if len(dims) != 1:
         raise NotSpiking(f"its threshold is a mean over {len(dims)} axes")
-    if value.dtype != torch.float32 or counts.meta["val"].dtype != torch.float32:
-        raise NotSpiking(
-            f"counts are rounded in {str(value.dtype).removeprefix('torch.')}, the op's in float32"
-        )
+    for node, what in ((x, "counts are rounded"), (threshold, "its threshold is computed")):
+        dtype = node.meta["val"].dtype
+        if dtype != torch.float32:
+            raise NotSpiking(f"{what} in {str(dtype).removeprefix('torch.')}, the op's in float32")
     k, lower, upper = 1.0 / size, -math.inf, math.inf
     for kind, a, b in reversed(steps):
         if kind == "scale":
@@ -121,10 +193,8 @@ def find_neuron(counts: fx.Node) -> Neuron | None:
             lower, upper = min(max(lower, a), b), min(max(upper, a), b)
     if not (k > 0 and 0 < lower <= upper):
         raise NotSpiking("its threshold has no lower bound above 0, so that a row of zeros divides by 0")
-    axis = dims[0] % value.ndim
-    return Neuron(
-        x, axis, counts, threshold, float(f"{k:.12g}"), float(f"{lower:.12g}"), float(f"{upper:.12g}")
-    )
+    k, lower, upper = (float(f"{number:.12g}") for number in (k, lower, upper))
+    return Neuron(x, dims[0] % value.ndim, counts, threshold=threshold, settings=(k, lower, upper))
 
 
 _Steps = list[tuple[str, float, float]]
@@ -171,6 +241,8 @@ def _bounded(node: fx.Node) -> tuple[fx.Node, float, float] | None:
         if found is None:
             return None
         return (found[0], found[1], math.inf) if name == "maximum" else (found[0], -math.inf, found[1])
+    if name == "relu":
+        return args[0], 0.0, math.inf
     order = {
         "clamp": ("min", "max"),
         "clip": ("min", "max"),

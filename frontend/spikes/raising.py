@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,17 @@ from torch import Tensor, fx
 from spikingbrain.frontend.checks import user_line
 from spikingbrain.frontend.recurrences.emit import Emitter
 from spikingbrain.frontend.spikes.finite import Watch
-from spikingbrain.frontend.spikes.neuron import Neuron, NotSpiking, find_neuron, through
+from spikingbrain.frontend.spikes.functions import body_of, forget, is_function, write_forwards
+from spikingbrain.frontend.spikes.neuron import (
+    CASTS,
+    OUTSIDE,
+    Factor,
+    Neuron,
+    NotSpiking,
+    find_neuron,
+    through,
+    whole,
+)
 from spikingbrain.frontend.spikes.projection import (
     Constants,
     Projection,
@@ -44,12 +55,29 @@ _SIZES = (
 )  # of the rows that are tried: usual ones, and those whose threshold is clamped
 
 
+_ROUNDINGS = (
+    "round",
+    "round_",
+    "floor",
+    "floor_",
+    "trunc",
+    "trunc_",
+    "ceil",
+    "ceil_",
+    "fix",
+    "fix_",
+    "spike_encode",
+)
+
+
 def may_spike(graph: fx.Graph) -> bool:
     """Tells whether a graph, functional or not, may count spikes."""
     return any(
-        n.op in ("call_function", "call_method")
-        and str(getattr(n.target, "__name__", n.target)).partition(".")[0]
-        in ("round", "round_", "spike_encode")
+        (
+            n.op in ("call_function", "call_method")
+            and str(getattr(n.target, "__name__", n.target)).partition(".")[0] in _ROUNDINGS
+        )
+        or (is_function(n) and (body := body_of(n)) is not None and may_spike(body.graph))
         for n in graph.nodes
     )
 
@@ -66,38 +94,32 @@ def raise_spikes(
     ``tensors`` are the weights that placeholders stand for. With ``training``, gradients may be asked for.
     ``fixed`` weights will not change, so that codes which fit 4 bits are stored in 4. A ``watch`` is told of every neuron.
     """
-    neurons, reports = [], _calls(module.graph, tensors) if fixed else []
-    for node in module.graph.nodes:
-        try:
-            neuron = None if node.op != "call_function" or node.meta.get("opaque") else find_neuron(node)
-        except NotSpiking as why:
-            reports.append(_left(node, str(why)))
-            continue
-        if neuron is not None:
-            neurons.append(neuron)
-    if not neurons and not reports:
-        return reports
-    constants = Constants(module.graph, tensors)
-    raiser = _Raiser(module, constants, training, fixed)
+    raiser = _Raiser(module, tensors, training, fixed)
+    functions = write_forwards(module, raiser.mode)
+    raiser.constants = constants = Constants(module.graph, tensors)
+    reports = _calls(module.graph, tensors) if fixed else []
     for encode in module.graph.find_nodes(op="call_function", target=_ENCODE) if watch is not None else []:
         x = encode.args[0]
         watch.add(raiser.emitter(), x, x.meta["val"].ndim - 1, encode)
-    for neuron in neurons:
-        if watch is not None and neuron.x not in constants:
-            watch.add(raiser.emitter(), through(neuron.x, shapes=False), neuron.axis, neuron.counts)
+    for neuron in [find_neuron(n) for n in module.graph.nodes]:
+        if neuron is None or neuron.counts in constants or neuron.x in constants:
+            continue
         try:
             found = list(find_projections(neuron, constants))
         except NotSpiking as why:
             reports.append(_left(neuron.counts, str(why)))
             continue
-        if not found and neuron.x not in constants:
+        if watch is not None and (found or neuron.settings or neuron.why):
+            watch.add(raiser.emitter(), through(neuron.x, shapes=False), neuron.axis, neuron.counts)
+        if not found and (neuron.settings or neuron.why) and not _goes_on(neuron.counts):
             reports.append(_left(neuron.counts, "its counts are not multiplied by weights"))
         for projection in found:
             reports.append(raiser.carry_out(neuron, projection))
             constants.forget()
     if watch is not None:
         watch.append_to(module.graph)
-    if (watch and watch.states) or any(r.status == "raised" for r in reports):
+    forget(functions)
+    if functions or (watch and watch.states) or any(r.status == "raised" for r in reports):
         module.graph.eliminate_dead_code(
             lambda n: bool(n.meta.get("opaque")) or n.op in ("placeholder", "output")
         )
@@ -131,6 +153,11 @@ def _arguments(node: fx.Node) -> list[Any]:
     return [given.get(a.name, a.default_value) for a in node.target._schema.arguments]
 
 
+def _goes_on(counts: fx.Node) -> bool:
+    """Tells whether counts become other counts, as by a clamp, which are looked at for themselves."""
+    return any(whole(user) is not None or (user.target in CASTS and _goes_on(user)) for user in counts.users)
+
+
 def _left(node: fx.Node, reason: str) -> SpikeReport:
     return SpikeReport("float", "", str(user_line(node) or ""), reason)
 
@@ -138,8 +165,11 @@ def _left(node: fx.Node, reason: str) -> SpikeReport:
 class _Raiser:
     """Carries out what was found in one graph; neurons of the same input are encoded once."""
 
-    def __init__(self, module: fx.GraphModule, constants: Constants, training: bool, fixed: bool):
-        self.module, self.constants, self.training, self.fixed = module, constants, training, fixed
+    def __init__(
+        self, module: fx.GraphModule, tensors: Mapping[fx.Node, Tensor], training: bool, fixed: bool
+    ):
+        self.module, self.training, self.fixed = module, training, fixed
+        self.constants = Constants(module.graph, tensors)
         self.encoded: dict[Any, tuple[fx.Node, fx.Node]] = {}
         values = (n.meta.get("val") for n in module.graph.nodes)
         self.mode = next((m for v in values if (m := getattr(v, "fake_mode", None))), None)
@@ -150,25 +180,46 @@ class _Raiser:
     def carry_out(self, neuron: Neuron, projection: Projection) -> SpikeReport:
         where = str(user_line(projection.product) or "")
         try:
-            result, weight, axis, bits = self._matched(neuron, projection)
+            neuron, result, weight, axis, bits = self._decided(neuron, projection)
             if self.training:
                 self._require_float_form(projection, result, axis, neuron)
+            self._emit(neuron, projection, result, weight, axis, bits)
         except NotSpiking as why:
             return SpikeReport("float", "", where, str(why), k=neuron.k)
-        self._emit(neuron, projection, result, weight, axis, bits)
         (outputs, channels), groups = weight.codes.shape, weight.scales.shape[1]
-        form = "integers" if weight.source.meta["val"].dtype != torch.float32 else "floats that are rounded"
-        reason = f"counts of an adaptive threshold times {form}"
+        form = "integers" if not weight.source.meta["val"].is_floating_point() else "floats that are rounded"
+        kind = "of an adaptive threshold" if neuron.settings else "computed as they are written"
+        reason = f"counts {kind}{f' ({neuron.why})' if neuron.why else ''} times {form}"
         return SpikeReport("raised", "spike_linear", where, reason, channels, outputs, groups, bits, neuron.k)
 
-    def _matched(self, neuron: Neuron, projection: Projection) -> tuple[fx.Node, Weight, int, int]:
+    def _decided(self, neuron: Neuron, projection: Projection) -> tuple[Neuron, fx.Node, Weight, int, int]:
+        """Returns how the neuron is taken, and what ``_matched`` returns."""
+        if neuron.settings:
+            try:
+                return neuron, *self._matched(neuron, projection, *self._trial(neuron))
+            except _OtherCounts as why:
+                neuron = replace(neuron, settings=None, axis=-1, threshold=None, why=str(why))
+        base, reason = projection.base, "its shape tells no axis of channels"
+        if base.meta["val"].dtype == torch.float64:
+            raise NotSpiking("its counts are float64")
+        for axis in reversed(range(base.meta["val"].ndim)):
+            taken = replace(neuron, x=base, axis=axis, counts=base, threshold=projection.factor)
+            try:
+                return taken, *self._matched(taken, projection, *self._trial_of_counts(neuron, taken))
+            except NotSpiking as why:
+                reason = str(why) if axis == base.meta["val"].ndim - 1 else reason
+        raise NotSpiking(reason)
+
+    def _matched(
+        self, neuron: Neuron, projection: Projection, x: Tensor, given: dict[fx.Node, Tensor]
+    ) -> tuple[fx.Node, Weight, int, int]:
         """Returns which result is that of the op, with which weight, the result's axis of outputs, and the codes' bits."""
-        channels = hint(neuron.x.meta["val"].shape[neuron.axis])
-        if not all(hint(s) for s in neuron.x.meta["val"].shape):
-            raise NotSpiking("its input is empty")
+        channels = x.shape[-1]
+        dtype = projection.product.meta["val"].dtype
+        if dtype in (torch.bfloat16, torch.float16):
+            raise NotSpiking(f"its product is in {str(dtype).removeprefix('torch.')}, the op's in float32")
         if not projection.results:
             raise NotSpiking("its result is not multiplied by the threshold")
-        x, given = self._trial(neuron)
         rows = x.numel() // channels
         why = "no weights that are integers times scales give its result"
         for result in projection.results:
@@ -192,29 +243,57 @@ class _Raiser:
                     return result, weight, axis, bits
         raise NotSpiking(why)
 
-    def _trial(self, neuron: Neuron) -> tuple[Tensor, dict[fx.Node, Tensor]]:
-        """Returns inputs of several sizes, and with them the values of what the region reads."""
-        shape = [hint(s) for s in neuron.x.meta["val"].shape]
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(shape, generator=generator)
-        rows = x.movedim(neuron.axis, -1)
+    def _drawn(self, node: fx.Node, axis: int, generator: torch.Generator) -> Tensor:
+        """Returns values for a node, in rows of several sizes."""
+        shape = [hint(s) for s in node.meta["val"].shape]
+        if not all(shape):
+            raise NotSpiking("its input is empty")
+        rows = torch.randn(shape, generator=generator).movedim(axis, -1)
         sizes = torch.tensor(_SIZES)[torch.arange(rows[..., 0].numel()) % len(_SIZES)]
-        x = (rows * sizes.reshape(rows.shape[:-1]).unsqueeze(-1)).movedim(-1, neuron.axis).contiguous()
+        return (rows * sizes.reshape(rows.shape[:-1]).unsqueeze(-1)).movedim(-1, axis).contiguous()
+
+    def _trial(self, neuron: Neuron) -> tuple[Tensor, dict[fx.Node, Tensor]]:
+        """Returns inputs of several sizes, channels last, and with them the values of what the region reads."""
+        x = self._drawn(neuron.x, neuron.axis, torch.Generator().manual_seed(0))
         root = through(neuron.x, shapes=False)
+        x = x.clamp(min=-(largest := torch.finfo(root.meta["val"].dtype).max), max=largest)
         given = {root: x.to(root.meta["val"].dtype), neuron.x: x}
         if root.meta["val"].dtype != torch.float32:
             given[neuron.x] = given[root].float()
         counts = evaluate(neuron.counts, given, self.constants).movedim(neuron.axis, -1)
         x = given[neuron.x].movedim(neuron.axis, -1)
-        expected, _ = spiking.spike_counts(x, neuron.k, neuron.lower, neuron.upper)
+        assert neuron.settings is not None
+        expected, _ = spiking.spike_counts(x, *neuron.settings)
         # a mean in another order moves a threshold by its last bit, and a count in ten million by one
         if ((counts - expected).abs() > 1).any() and not torch.allclose(
             counts, expected, rtol=1e-5, atol=1.0
         ):
-            raise NotSpiking("its counts are not those of round(x / clamp(mean |x| / k))")
+            raise _OtherCounts("not those of round(x / clamp(mean |x| / k))")
         if (counts != expected).sum() > 1e-3 * counts.numel():
-            raise NotSpiking("too many of its counts differ from round(x / clamp(mean |x| / k))")
+            raise _OtherCounts("too many differ from round(x / clamp(mean |x| / k))")
         return x, given
+
+    def _trial_of_counts(self, neuron: Neuron, taken: Neuron) -> tuple[Tensor, dict[fx.Node, Tensor]]:
+        """Returns counts of several sizes, channels last, and with them the values of what is multiplied with them.
+
+        An input that is added and subtracted again, as for a straight-through gradient, is taken for what counts stand for.
+        """
+        generator = torch.Generator().manual_seed(0)
+        drawn = (3 * self._drawn(taken.counts, taken.axis, generator)).round()
+        counts = drawn.clamp(neuron.low, neuron.high)
+        given = {taken.counts: counts.to(taken.counts.meta["val"].dtype)}
+        told, factor = counts, taken.threshold
+        if isinstance(factor, fx.Node):
+            _require_row_factor(factor, taken)
+            shape = [hint(s) for s in factor.meta["val"].shape]
+            given[factor] = (torch.rand(shape, generator=generator) + 0.5).to(factor.meta["val"].dtype)
+            told = told * given[factor]
+        elif factor is not None:
+            told = told * factor
+        root = through(neuron.x, shapes=False)
+        if root is not taken.counts and [hint(s) for s in root.meta["val"].shape] == list(told.shape):
+            given[root] = told.to(root.meta["val"].dtype)
+        return counts.movedim(taken.axis, -1), given
 
     def _computed(
         self,
@@ -225,9 +304,14 @@ class _Raiser:
         given: dict[fx.Node, Tensor],
     ) -> Tensor:
         """Returns what the op gives, channels last, for the counts and thresholds that the user's form has."""
-        counts = evaluate(neuron.counts, given, self.constants).movedim(neuron.axis, -1)
-        threshold = evaluate(neuron.threshold, given, self.constants).broadcast_to(given[neuron.x].shape)
-        threshold = threshold.movedim(neuron.axis, -1)[..., :1]
+        counts = evaluate(neuron.counts, given, self.constants)
+        threshold = torch.ones(())
+        if isinstance(neuron.threshold, fx.Node):
+            threshold = evaluate(neuron.threshold, given, self.constants).float()
+        elif neuron.threshold is not None:
+            threshold = torch.tensor(neuron.threshold)
+        threshold = threshold.broadcast_to(counts.shape).movedim(neuron.axis, -1)[..., :1]
+        counts = counts.float().movedim(neuron.axis, -1)
         bias = projection.biases.get(result)
         values = self.constants.value(bias).flatten() if bias is not None else None
         if values is not None and values.numel() != weight.codes.shape[0]:
@@ -236,6 +320,8 @@ class _Raiser:
 
     def _require_float_form(self, projection: Projection, result: fx.Node, axis: int, neuron: Neuron) -> None:
         """Raises NotSpiking unless gradients can be those of a product of what is multiplied, as the op's are."""
+        if OUTSIDE in projection.product.meta or projection.activation not in projection.product.args:
+            raise NotSpiking("its product is inside an autograd.Function, which has a gradient of its own")
         plain = projection.product.target is aten.linear.default and result is projection.product
         last = axis == result.meta["val"].ndim - 1 and neuron.axis == neuron.x.meta["val"].ndim - 1
         if not (plain and last):
@@ -254,34 +340,53 @@ class _Raiser:
     ) -> None:
         graph, emit = self.module.graph, self.emitter()
         emit.trace = projection.product.meta.get("stack_trace")
-        with graph.inserting_before(neuron.counts):
+        factor = None if neuron.settings else neuron.threshold  # what the op does not multiply with by itself
+        shape = result.meta["val"].shape
+        if isinstance(factor, fx.Node) and len(shape) != neuron.x.meta["val"].ndim and not _is_scalar(factor):
+            raise NotSpiking("its result has other axes than its threshold")
+        with graph.inserting_before(neuron.counts if neuron.settings else neuron.counts.next):
             counts, threshold = self._encode(emit, neuron)
         with graph.inserting_before(result):
             bias = projection.biases.get(result)
-            if bias is not None and bias.meta["val"].ndim != 1:
-                bias = emit.op(aten.flatten.using_ints, bias)
+            if bias is not None:
+                bias = bias if bias.meta["val"].ndim == 1 else emit.op(aten.flatten.using_ints, bias)
+                bias = _float32(emit, bias)
             scale = weight.scale
             if scale.meta["val"].ndim not in (2, 3):
                 scale = emit.op(aten.reshape.default, scale, list(weight.scales.shape))
-            gradients = (projection.activation, projection.weight) if self.training else (None, None)
-            made = emit.op(_LINEAR, counts, threshold, weight.source, scale, bias, bits, *gradients)
-            shape = result.meta["val"].shape
+            if self.training:
+                gradients = (projection.activation, projection.weight)
+                if factor is not None:
+                    threshold, factor = self._rows_of(emit, neuron, factor), None
+            else:
+                gradients = (None, None)
+            inside = bias if factor is None else None
+            made = emit.op(_LINEAR, counts, threshold, weight.source, scale, inside, bits, *gradients)
             if made.meta["val"].ndim != len(shape):
                 made = emit.op(aten.reshape.default, made, [-1, *map(int, shape[1:])])
             elif axis != len(shape) - 1:
                 made = emit.op(aten.movedim.int, made, -1, axis)
+            if factor is not None:
+                made = emit.op(aten.mul.Tensor, made, _moved(emit, factor, neuron.axis, axis, len(shape)))
+                if bias is not None:
+                    if axis != len(shape) - 1:
+                        bias = emit.op(aten.reshape.default, bias, [-1, *[1] * (len(shape) - 1 - axis)])
+                    made = emit.op(aten.add.Tensor, made, bias)
         result.replace_all_uses_with(made)
 
     def _encode(self, emit: Emitter, neuron: Neuron) -> tuple[fx.Node, fx.Node]:
-        root = through(neuron.x, shapes=False)
-        key = (root, neuron.axis, neuron.k, neuron.lower, neuron.upper)
+        """Emits counts and threshold of a neuron; counts that are computed as written are encoded with a threshold of 1."""
+        root = through(neuron.x, shapes=False) if neuron.settings else neuron.counts
+        settings = neuron.settings or (1.0, 1.0, 1.0)
+        key = (root, neuron.axis, settings)
         if key not in self.encoded:
-            x = root if root.meta["val"].dtype == torch.float32 else neuron.x
+            x = root if root.meta["val"].dtype == torch.float32 or not neuron.settings else neuron.x
+            x = _float32(emit, x)
             if neuron.axis != x.meta["val"].ndim - 1:
                 x = emit.op(aten.movedim.int, x, neuron.axis, -1)
             if self.training:
                 x = emit.op(aten.detach.default, x)
-            both = emit.op(_ENCODE, x, neuron.k, neuron.lower, neuron.upper)
+            both = emit.op(_ENCODE, x, *settings)
             parts = []
             for i in range(2):
                 part = emit.graph.call_function(operator.getitem, (both, i))
@@ -289,6 +394,50 @@ class _Raiser:
                 parts.append(part)
             self.encoded[key] = (parts[0], parts[1])
         return self.encoded[key]
+
+    def _rows_of(self, emit: Emitter, neuron: Neuron, factor: Factor) -> fx.Node:
+        """Emits what counts are multiplied with as a threshold for each row, without a gradient."""
+        shape = list(neuron.x.meta["val"].shape)
+        if not isinstance(factor, fx.Node):
+            del shape[neuron.axis]
+            return emit.op(aten.full.default, shape, factor, dtype=torch.float32)
+        rows = emit.op(aten.select.int, emit.op(aten.expand.default, factor, shape), neuron.axis, 0)
+        return emit.op(aten.detach.default, _float32(emit, rows))
+
+
+class _OtherCounts(NotSpiking):
+    """Raised where counts are not those of the op."""
+
+
+def _require_row_factor(factor: fx.Node, neuron: Neuron) -> None:
+    """Raises NotSpiking unless counts of a row are all multiplied with the same."""
+    value, ndim = factor.meta["val"], neuron.counts.meta["val"].ndim
+    place = neuron.axis - (ndim - value.ndim)
+    if value.ndim > ndim or (place >= 0 and hint(value.shape[place]) != 1):
+        raise NotSpiking("its counts are multiplied with a factor for each channel")
+    if not value.dtype.is_floating_point:
+        raise NotSpiking("its counts are multiplied with integers")
+
+
+def _is_scalar(factor: fx.Node) -> bool:
+    return all(hint(s) == 1 for s in factor.meta["val"].shape)
+
+
+def _moved(emit: Emitter, factor: Factor, before: int, after: int, ndim: int) -> Factor:
+    """Returns a factor with its axis of channels where the outputs are."""
+    if not isinstance(factor, fx.Node):
+        return factor
+    if _is_scalar(factor):
+        return emit.op(aten.reshape.default, factor, [])
+    while factor.meta["val"].ndim < ndim:
+        factor = emit.op(aten.unsqueeze.default, factor, 0)
+    return factor if before == after else emit.op(aten.movedim.int, factor, before, after)
+
+
+def _float32(emit: Emitter, node: fx.Node) -> fx.Node:
+    if node.meta["val"].dtype == torch.float32:
+        return node
+    return emit.op(aten._to_copy.default, node, dtype=torch.float32)
 
 
 def _numel(node: fx.Node) -> int:
