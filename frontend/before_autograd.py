@@ -20,6 +20,7 @@ import spikingbrain.frontend.ops  # noqa: F401  (registers the ops)
 from spikingbrain.finite import WatchedLayer
 from spikingbrain.frontend.checks import user_line
 from spikingbrain.frontend.experts import ExpertReport, may_route, raise_experts
+from spikingbrain.frontend.recurrences.associative import leave_as_written
 from spikingbrain.frontend.recurrences.functional import NotFunctional, functionalise
 from spikingbrain.frontend.recurrences.raising import promising, raise_recurrences
 from spikingbrain.frontend.recurrences.report import RecurrenceReport
@@ -58,6 +59,14 @@ def raise_in_dynamo_graph(
     ``inputs`` are the arguments that Dynamo gives, of which the model's own weights are read. With ``check_finite`` it also
     returns whether inputs of spiking layers are finite (`frontend.spikes.finite`).
     """
+    made, found = _raised_if_possible(module, inputs, check_finite)
+    leave_as_written(made)
+    return made, found
+
+
+def _raised_if_possible(
+    module: fx.GraphModule, inputs: Sequence[Any], check_finite: bool
+) -> tuple[fx.GraphModule, Found]:
     if not (promising(module.graph) or may_spike(module.graph) or may_route(module.graph)):
         return module, Found()
     try:

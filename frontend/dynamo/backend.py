@@ -14,7 +14,6 @@ from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 
 from spikingbrain import workers
-from spikingbrain.finite import WatchedLayer
 from spikingbrain.frontend.before_autograd import raise_in_dynamo_graph
 from spikingbrain.frontend.dynamo import aot_cache, decompositions, report
 from spikingbrain.frontend.dynamo.ops import Kind, Verdict
@@ -23,7 +22,8 @@ from spikingbrain.frontend.dynamo.partition import Region, Step
 from spikingbrain.frontend.dynamo.plan import carry_out, plan
 from spikingbrain.frontend.dynamo.program import GraphProgram, assemble
 from spikingbrain.frontend.ops.substitutions import register_for_dynamo
-from spikingbrain.frontend.spikes.finite import checked
+from spikingbrain.frontend.recurrences.associative import leave_as_written
+from spikingbrain.frontend.spikes.finite import WatchedLayer, checked
 
 _numbers = itertools.count()
 register_for_dynamo()  # before the first model is traced: torch looks for this module when it is asked for the backend
@@ -44,6 +44,8 @@ def spikingbrain(
         module, found = raise_in_dynamo_graph(module, example_inputs, chosen.check_finite)
         report.publish_found(found)
         watched = found.watched
+    else:
+        leave_as_written(module)
 
     def compiler(kind: str) -> Callable[..., Any]:
         return aot_cache.cacheable(lambda graph: compile_graph(graph, kind, chosen))
@@ -54,7 +56,7 @@ def spikingbrain(
         )(module, example_inputs)
     # torch copies this mark from our compiled graph onto its wrapper, which takes plain arguments; the minifier believes it
     made._boxed_call = False
-    return checked(made, watched) if watched else made
+    return checked(made, watched) if watched else made  # type: ignore[no-any-return]
 
 
 def compile_graph(

@@ -17,6 +17,7 @@ from spikingbrain.frontend.dynamo import decompositions, plan
 from spikingbrain.frontend.dynamo.ops import Verdict
 from spikingbrain.frontend.dynamo.options import CompileOptions
 from spikingbrain.frontend.dynamo.partition import Region
+from spikingbrain.frontend.recurrences.associative import leave_as_written
 
 
 @dataclass
@@ -77,6 +78,8 @@ def recorder(found: list[Captured], recurrences: bool = True) -> Callable[..., A
     def backend_function(module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         if recurrences:
             module, _ = raise_in_dynamo_graph(module, inputs)
+        else:
+            leave_as_written(module)
         return aot_autograd(
             **decompositions.aot_settings(compiler),
         )(module, inputs)

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import _higher_order_ops as torch_ops
 from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._higher_order_ops import associative_scan as original
-from torch._higher_order_ops import scan
 from torch.utils import _pytree as pytree
 
 
@@ -72,10 +71,12 @@ def associative_scan(
     first = torch.arange(moved[0].shape[0], device=moved[0].device) == 0
     start = [x.select(0, -1 if reverse else 0).clone() for x in moved]
     tokens = [x.flip([0]) for x in moved] if reverse else moved
-    _, joined = scan(step, start, [first, *tokens])
+    _, joined = torch_ops.scan(step, start, [first, *tokens])
     joined = [y.flip([0]) for y in joined] if reverse else joined
     return pytree.tree_unflatten([y.movedim(0, dim) for y in joined], spec)
 
+
+original = torch_ops.associative_scan
 
 # A function of its own, which is not replaced.
 _as_written = types.FunctionType(
@@ -93,6 +94,9 @@ def _regular(combine_fn: Any, leaves: list[Any], spec: Any, dim: int) -> bool:
         return False
     if leaves[0].shape[dim] == 0:
         return False
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
+    if trained and not all(x.is_floating_point() for x in leaves):
+        return False  # torch 2.13 finds no gradient of a ``scan`` that carries flags or integers
     slices = [x.select(dim, 0) for x in leaves]
     combined = pytree.tree_leaves(
         combine_fn(pytree.tree_unflatten(slices, spec), pytree.tree_unflatten(slices, spec))
@@ -103,7 +107,7 @@ def _regular(combine_fn: Any, leaves: list[Any], spec: Any, dim: int) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _by_this_compiler() -> bool:
     """Tells whether a model is traced for this compiler: other backends of ``torch.compile`` get torch's own function.
 

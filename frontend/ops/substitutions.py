@@ -1,6 +1,7 @@
 """Puts the recurrence ops where models call plain functions: those of `models.recurrences`, and GPU kernels of `fla.ops`.
 
-When a model is exported, our spiking layers become the spiking ops, so that nothing of theirs has to be found and tried.
+torch's ``associative_scan`` becomes a ``scan`` in the same way; and when a model is exported, our spiking layers become the
+spiking ops, so that nothing of theirs has to be found and tried.
 
 Two ways, for the two doors. `substituted()` exchanges the functions while a model is captured by running it
 (torch.export); `register_for_dynamo()` tells Dynamo to trace the replacement instead, for torch.compile. Either way the
@@ -10,14 +11,14 @@ graph holds the op, and the op its gradient. Outside both, models run as they ar
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spikingbrain.frontend.ops import fla
+from spikingbrain.frontend.ops import associative_scan, fla
 from spikingbrain.models.recurrences import linear_recurrence as matrices
 from spikingbrain.models.recurrences import scan
 from spikingbrain.models.spiking import linear as spiking
@@ -79,6 +80,7 @@ _OWN: list[tuple[Callable[..., Any], Callable[..., Any]]] = [
     (matrices.linear_recurrence, linear_recurrence),
     (scan.linear_scan, linear_scan),
     (scan.selective_scan, selective_scan),
+    (associative_scan.original, associative_scan.associative_scan),
 ]
 
 
@@ -93,13 +95,15 @@ def table() -> list[tuple[Callable[..., Any], Callable[..., Any]]]:
 
 
 @contextmanager
-def substituted() -> Iterator[None]:
+def substituted(keep: Collection[Callable[..., Any]] = ()) -> Iterator[None]:
     """Exchanges the functions in every module that holds them by a name of its own, and puts them back afterwards.
+
+    Those of ``keep`` stay what they are.
 
     All threads see the exchange. The ops themselves go on calling the plain functions.
     """
     both = [*table(), (spiking.adaptive_spike_linear, adaptive_spike_linear)]
-    replacements = {id(original): replacement for original, replacement in both}
+    replacements = {id(original): replacement for original, replacement in both if original not in keep}
     exchanged: list[tuple[dict[str, Any], str, Any]] = []
     for module in list(sys.modules.values()):
         names = getattr(module, "__dict__", None)

@@ -74,7 +74,7 @@ def export_all_sizes(
             skipped.update(point.items())  # torch cannot run a scan of no steps
         except (NotUnified, RuntimeError) as reason:
             raise _refused(str(reason)) from refusal
-    names = _symbols(program, dims)
+    names = symbols_of(program, dims)
     _evaluate(questions, names, lengths, highest)
     for symbol, name in names.items():
         held = program.range_constraints[symbol]
@@ -105,7 +105,7 @@ def _require_ranges(program: ExportedProgram, dims: Dims) -> None:
     """
     lowest, highest = _bounds(dims)
     narrowed = []
-    for symbol, name in _symbols(program, dims).items():
+    for symbol, name in symbols_of(program, dims).items():
         held = program.range_constraints[symbol]
         if held.lower > max(2, lowest[name]) or held.upper < highest[name]:
             narrowed.append(name)
@@ -181,7 +181,7 @@ def _taken_out(graph: fx.Graph) -> list[sympy.Basic]:
     return found
 
 
-def _symbols(program: ExportedProgram, dims: Dims) -> dict[sympy.Symbol, str]:
+def symbols_of(program: ExportedProgram, dims: Dims) -> dict[sympy.Symbol, str]:
     """Returns the dimension that each symbol counts."""
     nodes = {n.name: n for n in program.graph.find_nodes(op="placeholder")}
     names: dict[sympy.Symbol, str] = {}

@@ -7,7 +7,7 @@ the first element. What is not associative, or may not become a loop, is left as
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,13 @@ from spikingbrain.frontend.checks import user_line
 from spikingbrain.frontend.recurrences.adapter import adapt
 from spikingbrain.frontend.recurrences.emit import Emitter, NotEmitted
 from spikingbrain.frontend.recurrences.functional import NotFunctional, functionalise
-from spikingbrain.frontend.recurrences.hops import NotALoop, loop_of_scan, refuse_autocast, scans
+from spikingbrain.frontend.recurrences.hops import (
+    NotALoop,
+    loop_of_scan,
+    refuse_autocast,
+    scans,
+    with_numbers,
+)
 from spikingbrain.frontend.recurrences.linear import item
 from spikingbrain.frontend.recurrences.positions import tensor_of
 from spikingbrain.frontend.recurrences.report import RecurrenceReport
@@ -62,7 +68,7 @@ def leave_as_written(module: fx.GraphModule) -> None:
     """Lets every associative scan that is still marked be the tree that torch makes of it, when autograd traces the graph."""
     for node in associative_scans(module):
         body, _, (_, *xs), outside = node.args
-        combination = _combination_of(_body_of(module, node), {})
+        combination = _combination_of(_body_of(module, node))
         name = f"{body.target}_combination"
         module.add_submodule(name, combination)
         with module.graph.inserting_before(node):
@@ -79,7 +85,8 @@ def as_tree(
 ) -> tuple[Tensor, ...]:
     """Returns the last and all results of an associative scan over the first axis, in torch's order of combining."""
     axes = (0,) * (2 * len(xs)) + (None,) * len(outside)
-    joined = generic_associative_scan(torch.vmap(combination, in_dims=axes), list(xs), 0, tuple(outside))
+    function = torch.vmap(combination, in_dims=axes)
+    joined = generic_associative_scan(function, list(xs), 0, tuple(outside))  # type: ignore[no-untyped-call]
     return (*(y[-1] for y in joined), *joined)
 
 
@@ -96,11 +103,8 @@ def _is_marked(body: fx.GraphModule) -> bool:
     return any(n.target in _MARKS for n in body.graph.nodes)
 
 
-def _combination_of(body: fx.GraphModule, numbers: Mapping[int, int | float]) -> fx.GraphModule:
-    """Returns what a step does apart from telling the first element: of two elements and what is read whole, their combination.
-
-    ``numbers`` are what it is given in some places, and is given no more.
-    """
+def _combination_of(body: fx.GraphModule) -> fx.GraphModule:
+    """Returns what a step makes of two elements and what is read whole, the first element being none of its business."""
     graph = fx.Graph()
     new: dict[fx.Node, Any] = {}
     results = pytree.tree_leaves(body.graph.output_node().args[0])
@@ -108,9 +112,7 @@ def _combination_of(body: fx.GraphModule, numbers: Mapping[int, int | float]) ->
     for i, node in enumerate(body.graph.nodes):
         if node.op == "placeholder" and i == leaves:  # whether it is the first step
             continue
-        if node.op == "placeholder" and i in numbers:
-            new[node] = numbers[i]
-        elif node.target in _MARKS:
+        if node.target in _MARKS:
             new[node] = new[node.args[2]]
         elif node.op == "output":
             graph.output([new[r] for r in results[leaves:]])
@@ -140,17 +142,15 @@ class _Found:
         _, _, (_, *sequences), outside = node.args
         if any(type(s) is not int for n in sequences for s in _value(n).shape):
             raise NotALoop("its length or another size is a symbol")
-        leaves = len(sequences)
-        given = dict(
-            enumerate((n if isinstance(n, (int, float)) else _value(n) for n in outside), 2 * leaves + 1)
-        )
-        numbers = {i: x for i, x in given.items() if type(x) in (int, float)}
-        if any(i not in numbers and not isinstance(x, Tensor) for i, x in given.items()):
+        combination = _combination_of(_body_of(module, node))
+        numbers = {i: n for i, n in enumerate(outside, 2 * len(sequences)) if type(n) in (int, float)}
+        combination = with_numbers(combination, numbers)
+        outside = [n for n in outside if type(n) not in (int, float)]
+        if not all(isinstance(n, fx.Node) and isinstance(_value(n), Tensor) for n in outside):
             raise NotALoop("it closes over symbols")
-        outside = [n for i, n in enumerate(outside, 2 * leaves + 1) if i not in numbers]
-        combination = _combination_of(_body_of(module, node), numbers)
         if any("example_value" in n.meta for n in combination.graph.nodes):  # as Dynamo writes it
             combination = functionalise(combination)
+        leaves = len(sequences)
         alive: dict[fx.Node, bool] = {}
         joined = {}
         for user in node.users:
@@ -173,7 +173,7 @@ def _value(node: fx.Node) -> Any:
 def _is_alive(node: fx.Node, known: dict[fx.Node, bool]) -> bool:
     """Tells whether anything that the graph returns, or that must stay in it, reads a value."""
     if node not in known:
-        stays = node.op == "output" or bool(node.meta.get("opaque"))
+        stays = node.op == "output" or (bool(node.meta.get("opaque")) and node.target is not operator.getitem)
         known[node] = stays or any(_is_alive(user, known) for user in node.users)
     return known[node]
 
@@ -225,14 +225,15 @@ def _in_turn(combination: fx.GraphModule, xs: Sequence[Tensor], outside: Sequenc
 
 def _agree(x: Tensor, y: Tensor) -> bool:
     """Whether two results are the same up to rounding, each step's against its largest number."""
-    if not x.is_floating_point():
+    if x.dtype not in _ROUNDING:
         return torch.equal(x, y)
+    bound = _ROUNDING[x.dtype]
     x, y = x.flatten(1).double(), y.flatten(1).double()
     finite = x.isfinite()
     if not torch.equal(finite, y.isfinite()) or not finite.any():
         return False
     size = x.where(finite, 0).abs().amax(1, keepdim=True)
-    return bool(((x - y).abs() <= _ROUNDING.get(x.dtype, 1e-3) * size)[finite].all())
+    return bool(((x - y).abs() <= bound * size)[finite].all())
 
 
 # The loop
@@ -291,6 +292,10 @@ def _loop(
     verdict = classify(loop_of_scan(module, call, keep_detach))
     if verdict.status != "raised" and any(tensor_of(x).dtype in _COARSE for x in start):
         raise NotALoop("rounded at each step of a loop, its elements would lose more than in a tree")
+    if verdict.status == "loop" and keep_detach:
+        raise NotALoop(
+            f"for training it stays a tree, whose gradient torch knows for all sizes; {verdict.reason}"
+        )
     joined = {i: item(emit, call, len(start) + step.carried.index(i)) for i in found.joined}
     if neutral is not None:
         return joined
@@ -346,13 +351,14 @@ class _Step:
 
     def neutral(self, keep_detach: bool) -> tuple[float, ...] | None:
         """Returns neutral elements of the leaves that are carried; None where there are none to be seen."""
-        if self.tokens != self.carried:
+        if not set(self.carried) <= set(self.tokens):
             return None
         neutral, values = adapt(self.module, keep_detach)
         count = len(self.carried)
         results = pytree.tree_leaves(self.module.graph.output_node().args[0])[:count]
-        given = list(self.module.graph.find_nodes(op="placeholder"))[: 2 * count]
-        neutral.outputs = [values[n] for n in (*given, *results)]
+        given = list(self.module.graph.find_nodes(op="placeholder"))
+        right = [given[count + self.tokens.index(i)] for i in self.carried]
+        neutral.outputs = [values[n] for n in (*given[:count], *right, *results)]
         found = normalise(neutral).outputs
         return neutral_elements(found[:count], found[count : 2 * count], found[2 * count :])
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
+from torch._higher_order_ops import associative_scan
 from torch.export.graph_signature import OutputKind, OutputSpec, TensorArgument
 from torch.utils import _pytree as pytree
 
 from spikingbrain.errors import CompileError
-from spikingbrain.finite import WatchedLayer
+from spikingbrain.frontend.checks import user_line
 from spikingbrain.frontend.decompose import decompose
 from spikingbrain.frontend.experts import ExpertReport, may_route, raise_experts
 from spikingbrain.frontend.ops.substitutions import substituted
-from spikingbrain.frontend.recurrences.all_sizes import export_all_sizes
+from spikingbrain.frontend.recurrences.all_sizes import export_all_sizes, symbols_of
+from spikingbrain.frontend.recurrences.associative import associative_scans
 from spikingbrain.frontend.recurrences.counted import note_constants
 from spikingbrain.frontend.recurrences.inverses import may_invert, raise_inverses
 from spikingbrain.frontend.recurrences.lengths import (
@@ -30,7 +33,7 @@ from spikingbrain.frontend.recurrences.lengths import (
 from spikingbrain.frontend.recurrences.raising import calls, promising, raise_recurrences, would_raise
 from spikingbrain.frontend.recurrences.report import RecurrenceReport
 from spikingbrain.frontend.recurrences.unify import Dims, NotUnified, root_of, step_of
-from spikingbrain.frontend.spikes.finite import Watch
+from spikingbrain.frontend.spikes.finite import Watch, WatchedLayer
 from spikingbrain.frontend.spikes.raising import may_spike, raise_spikes
 from spikingbrain.frontend.spikes.report import SpikeReport
 
@@ -94,8 +97,13 @@ def export_program(
     return exported
 
 
-def _export(model: nn.Module, tensors: Sequence[torch.Tensor], dims: Dims) -> Exported:
-    with substituted():
+def _export(
+    model: nn.Module,
+    tensors: Sequence[torch.Tensor],
+    dims: Dims,
+    keep: Collection[Callable[..., Any]] = (),
+) -> Exported:
+    with substituted(keep):
         program, compared = export_all_sizes(model, tensors, dims, lambda dims: (tuple(dims),), model)
     return Exported(program, verified=compared)
 
@@ -121,7 +129,7 @@ def _of_looped(
         exported = _export(model, tensors, kept)
         exported.fixed = dict.fromkeys(looped, str(reason))
         _raise(exported)
-        return exported
+        return _with_trees(exported, model, tensors, kept, name)
     return _of_any_length(model, found, dims)
 
 
@@ -139,7 +147,7 @@ def _raised(
     symbols = any(isinstance(s, torch.SymInt) for n in _inputs(exported.program) for s in n.meta["val"].shape)
     if not symbols:
         _raise(exported)
-        return exported
+        return _with_trees(exported, model, tensors, dims, name)
     if may_invert(exported.program.graph):
         exported.program = _functional(exported.program)
         exported.recurrences += raise_inverses(exported.program.graph_module)
@@ -149,9 +157,40 @@ def _raised(
             found = export_any_length(model, tensors, dims, lambda step: log.info("%s: %s", name, step))
         except NotUnified as reason:
             log.info("entry %r: its recurrences are not raised: %s", name, reason)
-            return exported
+            return _with_trees(exported, model, tensors, dims, name, str(reason))
         return _of_any_length(model, found, dims)
     return exported
+
+
+def _with_trees(
+    exported: Exported,
+    model: nn.Module,
+    tensors: Sequence[torch.Tensor],
+    dims: Dims,
+    name: str,
+    reason: str = "",
+) -> Exported:
+    """Exports anew, as torch does, a model whose associative scans are not raised: trees, each for one length."""
+    scans = associative_scans(exported.program.graph_module)
+    if not scans:
+        return exported
+    names = symbols_of(exported.program, dims)
+    sizes = [n.args[2][1].meta["val"].shape[0] for n in scans]
+    free = [s for size in sizes if isinstance(size, torch.SymInt) for s in size.node.expr.free_symbols]
+    fixed = sorted({names[s] for s in free if s in names})
+    if fixed:
+        log.warning("entry %r: %s is fixed at its example's length: %s", name, ", ".join(fixed), reason)
+    kept = [{a: d for a, d in (by or {}).items() if not (step_of(d) and root_of(d) in fixed)} for by in dims]
+    made = _export(model, tensors, kept, keep=(associative_scan,))
+    made.recurrences = [r for r in exported.recurrences if r.status == "unrolled"]
+    if reason:
+        made.recurrences.append(RecurrenceReport("unrolled", "", str(user_line(scans[0]) or ""), reason))
+    made.fixed = {**exported.fixed, **dict.fromkeys(fixed, reason)}
+    if not any(kept):
+        left = made.recurrences
+        _raise(made)
+        made.recurrences = [*left, *(r for r in made.recurrences if r not in left)]
+    return made
 
 
 def _inputs(program: torch.export.ExportedProgram) -> list[torch.fx.Node]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,15 +33,18 @@ def loop_of_scan(module: fx.GraphModule, node: fx.Node, keep_detach: bool) -> Lo
     body = getattr(module, str(body_node.target))
     if not sequences:
         raise NotALoop("it reads no sequence")
+    given = [*initial, *sequences, *outside]
+    numbers = {i: n for i, n in enumerate(given) if type(n) in (int, float)}
+    body = with_numbers(body, numbers)
+    outside = [n for i, n in enumerate(outside, len(given) - len(outside)) if i not in numbers]
     if not all(isinstance(n, fx.Node) for n in [*initial, *outside]):
-        raise NotALoop("it closes over numbers")
+        raise NotALoop("it closes over symbols")
     if any(isinstance(s, torch.SymInt) for n in [*initial, *outside] for s in _shape(n)):
         raise NotALoop("sizes that are symbols")
     values, results = _body(body, keep_detach)
 
     count = len(initial)
-    given = [v for v in values if v.op == "input"]
-    place = {v.literals: v for v in given}
+    place = {v.literals: v for v in values if v.op == "input"}
     new: dict[Value, Value] = {}
     before, tokens, invariants = [], {}, []
     for i, placeholder in enumerate(body.graph.find_nodes(op="placeholder")):
@@ -81,6 +84,17 @@ def loop_of_scan(module: fx.GraphModule, node: fx.Node, keep_detach: bool) -> Lo
     return Loop(
         set(), [*tokens, *copied], tokens, 0, 0, _length(sequences), False, carried, stacked, invariants
     )
+
+
+def with_numbers(body: fx.GraphModule, numbers: Mapping[int, float]) -> fx.GraphModule:
+    """Returns a body without some of its arguments, by position, which are known numbers."""
+    if not numbers:
+        return body
+    graph = fx.Graph()
+    new: dict[fx.Node, Any] = {}
+    for i, node in enumerate(body.graph.nodes):
+        new[node] = numbers[i] if i in numbers else graph.node_copy(node, new.__getitem__)
+    return fx.GraphModule(body, graph)
 
 
 def refuse_autocast(node: fx.Node) -> None:

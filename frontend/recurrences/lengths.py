@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from spikingbrain.frontend.ops.substitutions import substituted
+from spikingbrain.frontend.recurrences.associative import associative_scans
 from spikingbrain.frontend.recurrences.counted import note_constants
 from spikingbrain.frontend.recurrences.raising import promising, raise_recurrences
 from spikingbrain.frontend.recurrences.report import RecurrenceReport
@@ -136,6 +137,9 @@ def _traced(
         program = torch.export.export(model, tensors, strict=False).run_decompositions({})
     note_constants(program)
     reports = raise_recurrences(program.graph_module, False) if promising(program.graph) else []
+    if associative_scans(program.graph_module):
+        left = next(r for r in reports if r.status == "unrolled")
+        raise NotUnified(f"the loop at {left.where} is not raised: {left.reason}")
     name_outputs(program)
     module = program.module(check_guards=False)
     return fx.GraphModule(module, module.graph), reports  # without the hooks that check sizes

@@ -19,6 +19,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 import spikingbrain.frontend.ops  # noqa: F401  (registers the ops)
 from spikingbrain.frontend.checks import user_line
 from spikingbrain.frontend.recurrences.adapter import adapt
+from spikingbrain.frontend.recurrences.associative import associative_scans, raise_associative_scans
 from spikingbrain.frontend.recurrences.counted import WHILE_LOOP
 from spikingbrain.frontend.recurrences.counted_scan import raise_counted_loops
 from spikingbrain.frontend.recurrences.emit import Emitter, NotEmitted, nodes_of
@@ -41,13 +42,16 @@ _FEWEST = 4  # positions at which an axis must be read to be taken for time
 def raise_recurrences(module: fx.GraphModule, keep_detach: bool) -> list[RecurrenceReport]:
     """Raises in place, in a functional graph of ATen ops; returns what was found."""
     inverses = raise_inverses(module)
-    uncounted = raise_counted_loops(module, Emitter(module.graph, _fake_mode(module)), keep_detach)
+    emit = Emitter(module.graph, _fake_mode(module))
+    left = raise_counted_loops(module, emit, keep_detach)
+    left += raise_associative_scans(module, emit, keep_detach)
     neutral, _ = adapt(module, keep_detach)
-    written = scans(module.graph)
+    trees = associative_scans(module)
+    written = [n for n in scans(module.graph) if n not in trees]
     called = calls(module.graph)
     reports = [_carry_out(module, verdict, i) for i, verdict in enumerate(analyse(neutral, forms=True))]
     reports += [_carry_out_scan(module, node, keep_detach) for node in written]
-    reports += uncounted + called + inverses
+    reports += left + called + inverses
     if any(r.status != "unrolled" for r in reports):
         _sort(module.graph)
         for view in module.graph.find_nodes(op="call_function", target=aten.view.default):

@@ -6,7 +6,7 @@ nothing but numbers, become one graph again, as in the export of loops at any le
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,12 +78,19 @@ class _Concrete(fx.Interpreter):  # type: ignore[misc]
         self.graph_copy = fx.Graph()
         self.new: dict[fx.Node, fx.Node] = {}
         self.mode = FakeTensorMode(shape_env=ShapeEnv())  # while_loop draws symbols from it
+        self.bodies: dict[str, fx.GraphModule] = {}
 
     def copy(self) -> fx.GraphModule:
         with self.mode, torch.no_grad():
             given = [self._argument(n) for n in self.module.graph.find_nodes(op="placeholder")]
-            self.run(*given)
-        return fx.GraphModule(self.module, self.graph_copy)
+            return self._run_on(given)
+
+    def _run_on(self, given: Sequence[Any]) -> fx.GraphModule:
+        self.run(*given)
+        made = fx.GraphModule(self.module, self.graph_copy)
+        for name, body in self.bodies.items():
+            setattr(made, name, body)
+        return made
 
     def _argument(self, node: fx.Node) -> Any:
         value = node.meta.get("example_value")
@@ -107,14 +114,24 @@ class _Concrete(fx.Interpreter):  # type: ignore[misc]
 
     def run_node(self, n: fx.Node) -> Any:
         known = n.meta.get("example_value")
+        if n.target is torch.ops.higher_order.scan:
+            self._step(n)
         is_float = isinstance(known, torch.SymFloat) and known.node.has_hint()
         value = self._symbol(n.name, known.node.hint) if is_float else super().run_node(n)
         made = self.graph_copy.node_copy(n, self._copied)
-        made.meta = {k: v for k, v in n.meta.items() if k in ("stack_trace", "nn_module_stack")}
+        made.meta = {k: v for k, v in n.meta.items() if k in ("stack_trace", "nn_module_stack", "custom")}
         if value is not None and n.op != "output":
             made.meta["example_value"] = value
         self.new[n] = made
         return value
+
+    def _step(self, n: fx.Node) -> None:
+        """Gives the body of a ``scan`` the sizes of its arguments."""
+        (body, initial, sequences, outside), _ = self.fetch_args_kwargs_from_env(n)
+        inner = _Concrete(body, self.point)
+        inner.mode = self.mode
+        name = str(n.args[0].target)
+        self.bodies[name] = inner._run_on([*initial, *(x.select(0, 0) for x in sequences), *outside])
 
     def _symbol(self, name: str, hint: float) -> Any:
         """Returns a number that stays a symbol, such as the eps of a norm where every number may change from call to call."""

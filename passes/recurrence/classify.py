@@ -51,7 +51,19 @@ class _Classification:
             roots += described.needs
             known |= described.gives
         self._check(roots, known)
+        self._take_masks(found)
         return found[::-1]
+
+    def _take_masks(self, found: list[Recurrence]) -> None:
+        """Adds to the body what the algebra turned round: masks of ``where`` that change from step to step."""
+        body = self.loop.body
+        inside = set(body)
+        read = [f.value for r in found for p in r.products() for f in p.factors]
+        for v in [*read, *(i for value in body for i in value.inputs)]:
+            if v.op == "logical_not" and v not in inside and v.inputs[0] in inside:
+                v.number = len(body)
+                body.append(v)
+                inside.add(v)
 
     def depends_on(self, v: Value) -> int:
         """Returns which carried values a value of the body depends on, a bit for each."""

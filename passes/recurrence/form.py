@@ -162,6 +162,12 @@ class Recurrence:
     update: list[Product] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
 
+    def products(self) -> list[Product]:
+        """Returns all products that it is made of."""
+        own = (self.decay, self.decay_log, self.erase, self.predict, self.key, self.value)
+        read = [p for r in self.reads for p in (r.query, *r.extra)]
+        return [p for p in (*own, *self.update, *read) if p is not None]
+
 
 @dataclass(eq=False)
 class Form:

@@ -6,7 +6,7 @@ With one, an associative scan is a loop over all elements; without, its first el
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from spikingbrain.passes.recurrence.graph import Slot, Value
@@ -98,7 +98,7 @@ def _not(a: Any) -> Any:
     return not a if isinstance(a, bool) else None
 
 
-_RULES = {
+_RULES: dict[str, Callable[..., Any]] = {
     "add": _add,
     "sub": _sub,
     "rsub": lambda a, b: _sub(b, a),

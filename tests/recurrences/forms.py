@@ -15,6 +15,7 @@ import forms_quadratic
 import forms_scan
 import forms_cells
 import forms_torch_loops
+import forms_associative
 import forms_while_loops
 import forms_public
 import forms_negative
@@ -33,6 +34,7 @@ FAMILIES = (
     forms_scan,
     forms_cells,
     forms_torch_loops,
+    forms_associative,
     forms_while_loops,
     forms_public,
     forms_negative,

@@ -1,10 +1,10 @@
-"""Loops that torch knows as such: scan and associative_scan; while_loop has a file of its own."""
+"""Loops that torch knows as such: scan; associative_scan and while_loop have files of their own."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops import associative_scan, scan
+from torch._higher_order_ops import scan
 from written import LINEAR, form
 
 RAISED = "linear_recurrence"
@@ -64,12 +64,3 @@ def scan_lif(x: Tensor) -> tuple[Tensor, Tensor]:
 
     v, spikes = scan(step, torch.zeros_like(x[0]), x)
     return spikes, v
-
-
-@form("HGRN", "torch associative_scan", "x:TBD a:TBD:factor", "unrolled", export="Constraints violated")
-def associative_hgrn(x: Tensor, a: Tensor) -> Tensor:
-    def combine(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        (a1, b1), (a2, b2) = left, right
-        return a1 * a2, a2 * b1 + b2
-
-    return associative_scan(combine, (a, x), dim=0, combine_mode="generic")[1]

@@ -211,5 +211,5 @@ def test_fla_options() -> None:
 def test_functions_of_fla_are_looked_up_only_if_imported(stand_in: types.ModuleType) -> None:
     originals = [original for original, _ in table()]
     assert stand_in.chunk_gla in originals
-    assert len(originals) == 4
+    assert len(originals) == 5
     assert recurrences.gla not in originals
