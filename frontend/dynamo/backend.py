@@ -14,6 +14,7 @@ from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 
 from spikingbrain import workers
+from spikingbrain.finite import WatchedLayer
 from spikingbrain.frontend.before_autograd import raise_in_dynamo_graph
 from spikingbrain.frontend.dynamo import aot_cache, decompositions, report
 from spikingbrain.frontend.dynamo.ops import Kind, Verdict
@@ -23,7 +24,7 @@ from spikingbrain.frontend.dynamo.plan import carry_out, plan
 from spikingbrain.frontend.dynamo.program import GraphProgram, assemble
 from spikingbrain.frontend.ops.substitutions import register_for_dynamo
 from spikingbrain.frontend.recurrences.associative import leave_as_written
-from spikingbrain.frontend.spikes.finite import WatchedLayer, checked
+from spikingbrain.frontend.spikes.finite import checked
 
 _numbers = itertools.count()
 register_for_dynamo()  # before the first model is traced: torch looks for this module when it is asked for the backend
@@ -56,7 +57,7 @@ def spikingbrain(
         )(module, example_inputs)
     # torch copies this mark from our compiled graph onto its wrapper, which takes plain arguments; the minifier believes it
     made._boxed_call = False
-    return checked(made, watched) if watched else made  # type: ignore[no-any-return]
+    return checked(made, watched) if watched else made
 
 
 def compile_graph(

@@ -15,6 +15,7 @@ from torch.export.graph_signature import OutputKind, OutputSpec, TensorArgument
 from torch.utils import _pytree as pytree
 
 from spikingbrain.errors import CompileError
+from spikingbrain.finite import WatchedLayer
 from spikingbrain.frontend.checks import user_line
 from spikingbrain.frontend.decompose import decompose
 from spikingbrain.frontend.experts import ExpertReport, may_route, raise_experts
@@ -33,7 +34,7 @@ from spikingbrain.frontend.recurrences.lengths import (
 from spikingbrain.frontend.recurrences.raising import calls, promising, raise_recurrences, would_raise
 from spikingbrain.frontend.recurrences.report import RecurrenceReport
 from spikingbrain.frontend.recurrences.unify import Dims, NotUnified, root_of, step_of
-from spikingbrain.frontend.spikes.finite import Watch, WatchedLayer
+from spikingbrain.frontend.spikes.finite import Watch
 from spikingbrain.frontend.spikes.raising import may_spike, raise_spikes
 from spikingbrain.frontend.spikes.report import SpikeReport
 
