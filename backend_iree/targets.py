@@ -67,6 +67,7 @@ def _cpu(name: str, arch: str, llvm_cpu: str, features: frozenset[str], *flags: 
         "--iree-hal-target-device=local",
         "--iree-hal-local-target-device-backends=llvm-cpu",
         "--iree-input-demote-f64-to-f32=false",
+        "--iree-llvmcpu-stack-allocation-limit=524288",  # norms of wide models keep a few rows there; threads have 8 MB
     )
     return IreeTarget(
         target, (*base, f"--iree-llvmcpu-target-cpu={llvm_cpu}", *flags), "local-sync", "llvm-cpu"

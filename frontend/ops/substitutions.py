@@ -21,7 +21,7 @@ from torch import Tensor
 from spikingbrain.frontend.ops import associative_scan, fla
 from spikingbrain.models.recurrences import linear_recurrence as matrices
 from spikingbrain.models.recurrences import scan
-from spikingbrain.models.spiking import linear as spiking
+from spikingbrain.models.spiking.linear import adaptive_spike_linear as plain_spike_linear
 
 
 def linear_recurrence(
@@ -66,7 +66,7 @@ def adaptive_spike_linear(
 ) -> Tensor:
     """Calls `spike_encode` and `spike_linear`; for inference, as gradients do not pass."""
     if x.dtype != torch.float32:
-        return spiking.adaptive_spike_linear(x, codes, scale, bias, k, lower, upper)
+        return plain_spike_linear(x, codes, scale, bias, k, lower, upper)
     counts, threshold = torch.ops.spikingbrain.spike_encode(x, k, lower, upper)
     bits = 16 if codes.dtype == torch.int16 else 8
     y: Tensor = torch.ops.spikingbrain.spike_linear(counts, threshold, codes, scale, bias, bits)
@@ -102,7 +102,7 @@ def substituted(keep: Collection[Callable[..., Any]] = ()) -> Iterator[None]:
 
     All threads see the exchange. The ops themselves go on calling the plain functions.
     """
-    both = [*table(), (spiking.adaptive_spike_linear, adaptive_spike_linear)]
+    both = [*table(), (plain_spike_linear, adaptive_spike_linear)]
     replacements = {id(original): replacement for original, replacement in both if original not in keep}
     exchanged: list[tuple[dict[str, Any], str, Any]] = []
     for module in list(sys.modules.values()):

@@ -199,11 +199,15 @@ def spike(
                 )
                 for table in _embeddings_of(model, linear):
                     made[id(table)] = SpikeEmbedding(frozen, linear.weight.dtype).train(linear.training)
-            made[id(linear)] = new.train(linear.training)
+            made.setdefault(
+                id(linear), new.train(linear.training)
+            )  # an embedding that is the head is one already
         new = made[id(linear)]
         inputs = linear.weight.shape[-1]
         outputs = linear.weight[..., 0].numel()
-        report.replaced.append(Replaced(name, inputs, outputs, sizes[name], _error(linear, new)))
+        report.replaced.append(
+            Replaced(name, inputs, outputs, sizes[name], _error(linear, getattr(new, "table", new)))
+        )
     if embedding:
         for name, table in list(model.named_modules()):
             tied = isinstance(table, TiedEmbedding)

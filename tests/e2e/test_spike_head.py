@@ -80,6 +80,7 @@ def test_a_spikingbrain_model_is_integers_from_end_to_end(tied: bool, tmp_path: 
     model = SpikingBrain(config).eval()
     report = spike(model, head=True, embedding=True)
     assert not report.kept and isinstance(model.embedding, SpikeEmbedding)
+    assert min(r.error for r in report.replaced) > 0
     state = model.initial_state(1)
     tokens = torch.randint(0, config.vocabulary, (1, 1))
     made = spikingbrain.export(
