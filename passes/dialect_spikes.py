@@ -54,6 +54,9 @@ class SpikeLinear(SpikingBrain.Operation, name="spike_linear", traits=[ext.Pure]
     -8 .. 7 with ``bits = 4`` and in -128 .. 127 with 8, both in an i8 weight; an i16 weight has 16. A NaN or an infinite
     count makes of its row what IEEE arithmetic makes of it. The bias may be absent.
 
+    ``silent`` is the share of counts that are 0, where someone has measured it. It changes no result: targets may then store
+    weights by channel and add those of the channels that fire.
+
         %y = "spikingbrain.spike_linear"(%counts, %threshold, %w, %scale, %bias) {bits = 8 : i64}
                : (tensor<1x?x576xf32>, tensor<1x?xf32>, tensor<960x576xi8>, tensor<960x9xf32>,
                   tensor<960xf32>) -> tensor<1x?x960xf32>
@@ -70,6 +73,8 @@ class SpikeLinear(SpikingBrain.Operation, name="spike_linear", traits=[ext.Pure]
     @staticmethod
     @after_declaration
     def verify_invariants(op: Any) -> bool:
+        if not 0 <= silent_share(op.operation) <= 1:
+            return fail(op.operation, f"silent is a share, 0 to 1, got {silent_share(op.operation)}")
         operands = list(
             op.operation.operands
         )  # by name they need operandSegmentSizes, which one optional operand does not
@@ -100,3 +105,8 @@ class SpikeLinear(SpikingBrain.Operation, name="spike_linear", traits=[ext.Pure]
                 op.operation, f"result {y} does not follow from counts {counts} and {weight[0]} columns"
             )
         return True
+
+
+def silent_share(op: ir.Operation) -> float:
+    """Returns the measured share of a ``spike_linear``'s counts that are 0; 0 where nobody measured it."""
+    return float(op.attributes["silent"].value) if "silent" in op.attributes else 0.0

@@ -59,9 +59,9 @@ def _raise_encode(op: ir.Operation) -> str:
 
 
 def _raise_linear(op: ir.Operation) -> str:
-    counts, threshold, weight, scale, bias, bits = list(op.operands)[:6]
-    width = torch_ir.constant(bits)
-    if not isinstance(width, int):
+    counts, threshold, weight, scale, bias, bits, _, _, silent = op.operands
+    width, share = torch_ir.constant(bits), torch_ir.constant(silent)
+    if not isinstance(width, int) or not isinstance(share, float):
         return "an argument that is not constant"
     codes, scales = _plain(weight), _float32(_matrix(_plain(scale)))
     if not isinstance(ir.RankedTensorType(codes.type).element_type, ir.IntegerType):
@@ -71,7 +71,9 @@ def _raise_linear(op: ir.Operation) -> str:
         codes = _rounded(*stored, 16 if width == 16 else 8)
     operands = [to_builtin(counts), to_builtin(threshold), codes, scales]
     operands += [] if torch_ir.is_none(bias) else [to_builtin(bias)]
-    attributes = {"bits": ir.IntegerAttr.get(ir.IntegerType.get_signless(64), width)}
+    attributes: dict[str, ir.Attribute] = {"bits": ir.IntegerAttr.get(ir.IntegerType.get_signless(64), width)}
+    if share:
+        attributes["silent"] = ir.FloatAttr.get(ir.F64Type.get(), share)
     made = ir.Operation.create(
         "spikingbrain.spike_linear", [builtin_type(op.results[0].type)], operands, attributes
     )

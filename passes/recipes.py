@@ -72,8 +72,8 @@ def pack_dot(arrays: list[Array], lanes: int, vectors: int, width: int, offset: 
     and keep their type; columns and channels beyond the matrix hold the offset.
     """
     (codes,) = arrays
-    packed = _steps(codes, lanes, vectors, width, 1)
-    return [np.ascontiguousarray(packed + np.array(offset).astype(codes.dtype))]
+    plus = np.array(offset).astype(codes.dtype)
+    return [_by_panels(codes, lanes, vectors, width, 1, lambda steps: steps + plus)]
 
 
 def pack_nibbles(arrays: list[Array], lanes: int, vectors: int, width: int, offset: int) -> list[Array]:
@@ -82,24 +82,93 @@ def pack_nibbles(arrays: list[Array], lanes: int, vectors: int, width: int, offs
     Raises ValueError for a code outside -8 .. 7.
     """
     (codes,) = arrays
+    _check_nibbles(codes)
+
+    def halves(steps: Array) -> Array:
+        stored = steps.view(np.uint8) + np.uint8(offset)
+        return (stored[:, ::2] & 15 | stored[:, 1::2] << 4).view(np.int8)
+
+    return [_by_panels(codes, lanes, vectors, width, 2, halves)]
+
+
+def pack_channels(
+    arrays: list[Array], lanes: int, vectors: int, width: int, blocks: int, offset: int
+) -> list[Array]:
+    """Packs codes ``[N, K]`` channel by channel: ``[panels, channels, vectors / width, lanes * width]``.
+
+    A panel is ``lanes * vectors`` columns. The last axis falls into ``blocks``; in each, the lanes of one vector lie together,
+    then those of the next: interleaving ``width`` channels block by block makes vectors of ``width`` channels for each lane.
+    Codes are stored with ``offset`` added; columns, and channels up to whole ``width``, beyond the matrix hold the offset.
+    """
+    (codes,) = arrays
+    n, k = codes.shape
+    panels, channels, registers = -(-n // (lanes * vectors)), -(-k // width) * width, vectors // width
+    padded = np.zeros((panels * vectors * lanes, channels), codes.dtype)
+    padded[:n, :k] = codes
+    cut = padded.reshape(panels, registers, width, blocks, lanes // blocks, channels)
+    stored = cut.transpose(0, 5, 1, 3, 2, 4).reshape(panels, channels, registers, lanes * width)
+    return [np.ascontiguousarray(stored + np.array(offset).astype(codes.dtype))]
+
+
+def pack_channel_nibbles(
+    arrays: list[Array], lanes: int, vectors: int, width: int, blocks: int, offset: int
+) -> list[Array]:
+    """Packs codes of 4 bits as ``pack_channels`` does, even vectors in the low halves of bytes, odd ones in the high.
+
+    Raises ValueError for a code outside -8 .. 7.
+    """
+    _check_nibbles(arrays[0])
+    (packed,) = pack_channels([arrays[0].astype(np.uint8)], lanes, vectors, width, blocks, offset)
+    return [np.ascontiguousarray(packed[:, :, ::2] & 15 | packed[:, :, 1::2] << 4).view(np.int8)]
+
+
+def _check_nibbles(codes: Array) -> None:
     if codes.size and not -8 <= codes.min() <= codes.max() <= 7:
         raise ValueError(f"codes of 4 bits are -8 .. 7, got {codes.min()} .. {codes.max()}")
-    packed = _steps(codes, lanes, vectors, width, 2).astype(np.uint8) + np.uint8(offset)
-    return [np.ascontiguousarray(packed[:, ::2] & 15 | packed[:, 1::2] << 4).view(np.int8)]
 
 
-def _steps(codes: Array, lanes: int, vectors: int, width: int, multiple: int) -> Array:
-    """Returns ``[N, K]`` as ``[panels, steps, vectors, lanes * width]``, zeros beyond it; ``multiple`` divides the steps."""
+PIECE = 1 << 24  # codes packed at a time
+
+
+def _by_panels(
+    codes: Array, lanes: int, vectors: int, width: int, multiple: int, store: Callable[[Array], Array]
+) -> Array:
+    """Returns what ``store`` makes of ``[N, K]`` as ``[panels, steps, vectors, lanes * width]``, zeros beyond it.
+
+    ``multiple`` divides the steps. A few panels at a time, so that packing takes little more memory than its result.
+    """
     n, k = codes.shape
-    panels, steps = -(-n // (lanes * vectors)), -(-k // (width * multiple)) * multiple
-    padded = np.zeros((panels * vectors * lanes, steps * width), codes.dtype)
-    padded[:n, :k] = codes
-    cut = padded.reshape(panels, vectors, lanes, steps, width).transpose(0, 3, 1, 2, 4)
-    return cut.reshape(panels, steps, vectors, lanes * width)
+    block = lanes * vectors
+    panels, steps = -(-n // block), -(-k // (width * multiple)) * multiple
+    some = max(1, PIECE // max(1, block * steps * width))
+    result: Array | None = None
+    for first in range(0, max(panels, 1), some):
+        rows = codes[first * block : (first + some) * block]
+        padded = np.zeros((-(-len(rows) // block) * block, steps * width), codes.dtype)
+        padded[: len(rows), :k] = rows
+        cut = padded.reshape(-1, vectors, lanes, steps, width).transpose(0, 3, 1, 2, 4)
+        piece = store(cut.reshape(-1, steps, vectors, lanes * width))
+        if result is None:
+            result = np.empty((panels, *piece.shape[1:]), piece.dtype)
+        result[first : first + len(piece)] = piece
+    assert result is not None  # one piece at least
+    return result
 
 
 STEPS: dict[str, Callable[..., list[Array]]] = {
-    f.__name__: f for f in (concat, codes, matrix, float32, transpose, pack_columns, pack_dot, pack_nibbles)
+    f.__name__: f
+    for f in (
+        concat,
+        codes,
+        matrix,
+        float32,
+        transpose,
+        pack_columns,
+        pack_dot,
+        pack_nibbles,
+        pack_channels,
+        pack_channel_nibbles,
+    )
 }
 
 

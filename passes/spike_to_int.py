@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,9 +11,11 @@ from torch_mlir import ir
 from spikingbrain.passes import linalg_build as build
 from spikingbrain.passes import parameters, torch_ir
 from spikingbrain.passes.base import PassContext
+from spikingbrain.passes.dialect_spikes import silent_share
 from spikingbrain.passes.kernels import spike_portable as portable
-from spikingbrain.passes.kernels.spike_dot import Dot, choose
+from spikingbrain.passes.kernels.spike_dot import ChannelDot, Dot, choose, choose_by_channel
 from spikingbrain.passes.kernels.spike_encode import (
+    EVENT_ROWS,
     LARGEST_CHANNELS,
     Encoding,
     Spikes,
@@ -21,6 +24,7 @@ from spikingbrain.passes.kernels.spike_encode import (
 )
 from spikingbrain.passes.kernels.spike_linear import Shape, emit_spike_linear, scale_recipe
 from spikingbrain.passes.kernels.spike_rows import emit_rows
+from spikingbrain.passes.spike_forms import form
 from spikingbrain.target import Target
 
 _Encoded = dict[tuple[int, Encoding], Spikes]
@@ -31,9 +35,10 @@ class SpikeToInt:
     """Lowers ``spikingbrain.spike_linear`` and ``spikingbrain.spike_encode``.
 
     A stored weight is packed for the target's dot products, and its counts come as bytes or words from a kernel that all
-    projections of one input share. Where there is no such instruction, and for weights that the model computes and groups of
-    other sizes than the instruction's, linear algebra. Counts and thresholds that something else asks for are computed too.
-    Look-ups in codes that a projection has packed, a head's, read them as they are packed, so that they are stored once.
+    projections of one input share. Where most channels are silent, the weight is packed by channel and the kernel also lists
+    the channels that fire (``spike_forms.py``). Where there is no such instruction, and for weights that the model computes and
+    groups of other sizes than the instruction's, linear algebra. Counts and thresholds that something else asks for are computed
+    too. Look-ups in codes that a projection has packed, a head's, read them as they are packed, so that they are stored once.
     In: our dialect on builtin tensors. Out: ``spikingbrain_control.launch`` and kernel functions, or linalg.
     """
 
@@ -44,14 +49,17 @@ class SpikeToInt:
         encoded: _Encoded = {}
         packed: dict[str, Dot] = {}  # weights and scales, by what they were before
         for op in torch_ir.operations(module, "spikingbrain.spike_linear"):
-            dot = choose(context.target, op.attributes["bits"].value)
+            bits = op.attributes["bits"].value
+            by_channel = form(silent_share(op)) == "events"
+            dot = (choose_by_channel if by_channel else choose)(context.target, bits)
             reason = _refusal(op, dot)
             with ir.InsertionPoint(op), op.location:
                 y = _kernel(op, dot, context.target, encoded) if dot and not reason else _linalg(op, context)
             op.results[0].replace_all_uses_with(y)
-            context.record(self, "lowered", op, f"linalg: {reason}" if reason else "kernel")
+            way = f"kernel of events, {silent_share(op):.0%} silent" if by_channel else "kernel"
+            context.record(self, "lowered", op, f"linalg: {reason}" if reason else way)
             stored = [parameters.parameter(value) for value in op.operands]
-            if dot and not reason:
+            if dot and not reason and not by_channel:
                 packed |= {parameters.stored(p).key: dot for p in stored[2:4] if p}
             op.erase()
             for parameter in {hash(p): p for p in stored if p}.values():
@@ -134,13 +142,15 @@ def _kernel(op: ir.Operation, dot: Dot, target: Target, encoded: _Encoded) -> ir
     encode = torch_ir.defining(counts)
     assert encode is not None
     settings = [encode.attributes[name].value for name in ("k", "lower", "upper")]
-    cut = encoding(dot, channels, groups, target, *settings)
+    rows = ir.RankedTensorType(encode.operands[0].type)
+    m = math.prod(rows.shape[:-1]) if rows.has_static_shape else ir.ShapedType.get_dynamic_size()
+    events = isinstance(dot, ChannelDot) and (m == ir.ShapedType.get_dynamic_size() or m <= EVENT_ROWS)
+    cut = encoding(dot, channels, groups, *settings, events)
     key = (hash(encode), cut)
     if key not in encoded:
         with ir.InsertionPoint(encode), encode.location:
             encoded[key] = emit_spike_encode(build.flatten_leading(encode.operands[0]), cut)
     spikes = encoded[key]
-    m = ir.RankedTensorType(spikes.x.type).shape[0]
     shape = Shape(cut, columns, None if m == ir.ShapedType.get_dynamic_size() else m, bool(bias))
     panels = -(-columns // dot.block)
     scales = ir.RankedTensorType.get([panels, groups, dot.block], ir.F32Type.get())

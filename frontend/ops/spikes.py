@@ -48,6 +48,7 @@ def spike_linear(
     bits: int = 8,
     activation: Tensor | None = None,
     float_weight: Tensor | None = None,
+    silent: float = 0.0,
 ) -> Tensor:
     """Returns y [..., N]: threshold * (sum over groups of scale * (exact sum of counts * codes)) + bias.
 
@@ -56,7 +57,8 @@ def spike_linear(
     in float32. Weights and scales may be half floats.
 
     The gradient is that of activation @ float_weight^T + bias: whoever trains gives what counts and codes stand for, computed as
-    gradients should pass; their values are not read forwards.
+    gradients should pass; their values are not read forwards. ``silent`` is the share of counts that are 0, as far as it is
+    known; no result depends on it.
 
     Raises:
         ShapeError: shapes or dtypes do not fit each other, or a code does not fit ``bits``.
@@ -86,6 +88,7 @@ def _(
     bits: int = 8,
     activation: Tensor | None = None,
     float_weight: Tensor | None = None,
+    silent: float = 0.0,
 ) -> Tensor:
     _check(counts, threshold, weight, scale, bias, bits)
     return counts.new_empty([*counts.shape[:-1], weight.shape[0]])
@@ -116,7 +119,7 @@ def _check(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, _, _, _, bias, _, activation, float_weight = inputs
+    _, _, _, _, bias, _, activation, float_weight, _ = inputs
     ctx.save_for_backward(activation, float_weight)
     ctx.has_bias = bias is not None
 
@@ -130,7 +133,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     if wants[7] and activation is not None:
         of_weight = rows.mT @ (activation.flatten(0, -2) if activation.ndim > 1 else activation.unsqueeze(0))
     of_bias = rows.sum(0) if ctx.has_bias and wants[4] else None
-    return None, None, None, None, of_bias, None, of_activation, of_weight
+    return None, None, None, None, of_bias, None, of_activation, of_weight, None
 
 
 spike_linear.register_autograd(_backward, setup_context=_save)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch._higher_order_ops import associative_scan
 from torch.export.graph_signature import OutputKind, OutputSpec, TensorArgument
+from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
 from spikingbrain.errors import CompileError
@@ -78,7 +79,8 @@ def export_program(
 
     Raises what torch.export raises.
     """
-    with torch.no_grad(), warnings.catch_warnings():
+    # what a model tells of its ops (torch.fx.traceback.annotate) is kept
+    with torch.no_grad(), preserve_node_meta(), warnings.catch_warnings():
         # torch warns about its own use of its own deprecated class
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         examples = shortened(tensors, dims)

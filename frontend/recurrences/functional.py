@@ -189,7 +189,7 @@ class _Functionaliser:
 
     def _meta(self, node: fx.Node) -> dict[str, Any]:
         """Returns the metadata of what a node becomes; reads before and after a write from outside are not the same value."""
-        found = {k: node.meta[k] for k in ("stack_trace", "nn_module_stack") if node.meta.get(k)}
+        found = {k: node.meta[k] for k in ("stack_trace", "nn_module_stack", "custom") if node.meta.get(k)}
         return found | ({"opaque": True} if _storage(node) in self.written else {})
 
     def _renamed(self, tree: Any) -> Any:

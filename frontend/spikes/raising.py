@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from spikingbrain.frontend.checks import user_line
 from spikingbrain.frontend.recurrences.emit import Emitter
-from spikingbrain.frontend.spikes.finite import Watch
+from spikingbrain.frontend.spikes.finite import Watch, module_path
 from spikingbrain.frontend.spikes.functions import body_of, forget, is_function, write_forwards
 from spikingbrain.frontend.spikes.neuron import (
     CASTS,
@@ -41,6 +41,7 @@ from spikingbrain.frontend.spikes.projection import (
 )
 from spikingbrain.frontend.spikes.report import SpikeReport
 from spikingbrain.models import spiking
+from spikingbrain.passes.spike_forms import form
 
 aten = torch.ops.aten
 _ENCODE = torch.ops.spikingbrain.spike_encode.default
@@ -140,11 +141,37 @@ def _calls(graph: fx.Graph, tensors: Mapping[fx.Node, Tensor]) -> list[SpikeRepo
                 widths[weight] = _bits(tensors[weight], fixed=True)
             bits = widths[weight]
             node.args, node.kwargs = (*node.args[:4], bias, bits, *node.args[6:]), {}
+        silent = _silent(node)
+        if silent:
+            node.kwargs = {**node.kwargs, "silent": silent}
         (outputs, inputs), groups = weight.meta["val"].shape, scale.meta["val"].shape[1]
         k = _arguments(encode)[1] if encode.target is _ENCODE else 0.0
         where, reason = str(user_line(node) or ""), "a spiking layer of this package"
-        reports.append(SpikeReport("raised", "spike_linear", where, reason, inputs, outputs, groups, bits, k))
+        reports.append(
+            SpikeReport(
+                "raised",
+                "spike_linear",
+                where,
+                reason + _way(silent),
+                inputs,
+                outputs,
+                groups,
+                bits,
+                k,
+                module_path(node),
+                silent,
+            )
+        )
     return reports
+
+
+def _silent(product: fx.Node) -> float:
+    """Returns the share of silent channels that the model tells of a product; 0 where it tells nothing."""
+    return float((product.meta.get("custom") or {}).get(spiking.SILENT_NOTE, 0.0))
+
+
+def _way(silent: float) -> str:
+    return ", added for the channels that fire" if form(silent) == "events" else ""
 
 
 def _arguments(node: fx.Node) -> list[Any]:
@@ -190,7 +217,11 @@ class _Raiser:
         form = "integers" if not weight.source.meta["val"].is_floating_point() else "floats that are rounded"
         kind = "of an adaptive threshold" if neuron.settings else "computed as they are written"
         reason = f"counts {kind}{f' ({neuron.why})' if neuron.why else ''} times {form}"
-        return SpikeReport("raised", "spike_linear", where, reason, channels, outputs, groups, bits, neuron.k)
+        silent, layer = _silent(projection.product), module_path(projection.product)
+        sizes = channels, outputs, groups, bits
+        return SpikeReport(
+            "raised", "spike_linear", where, reason + _way(silent), *sizes, neuron.k, layer, silent
+        )
 
     def _decided(self, neuron: Neuron, projection: Projection) -> tuple[Neuron, fx.Node, Weight, int, int]:
         """Returns how the neuron is taken, and what ``_matched`` returns."""
@@ -361,7 +392,8 @@ class _Raiser:
             else:
                 gradients = (None, None)
             inside = bias if factor is None else None
-            made = emit.op(_LINEAR, counts, threshold, weight.source, scale, inside, bits, *gradients)
+            silent = _silent(projection.product)
+            made = emit.op(_LINEAR, counts, threshold, weight.source, scale, inside, bits, *gradients, silent)
             if made.meta["val"].ndim != len(shape):
                 made = emit.op(aten.reshape.default, made, [-1, *map(int, shape[1:])])
             elif axis != len(shape) - 1:

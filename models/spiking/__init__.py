@@ -17,6 +17,7 @@ from spikingbrain.models.spiking.experts import SpikeExpertLinear, adaptive_spik
 from spikingbrain.models.spiking.finite import check_finite
 from spikingbrain.models.spiking.linear import SpikeLinear, SpikeLinearTraining, exact_dtype, spike_linear
 from spikingbrain.models.spiking.neurons import integrate_and_fire, lif
+from spikingbrain.models.spiking.observe import measure_silence
 from spikingbrain.models.spiking.quantise import (
     check_group_size,
     dequantise_weight,
@@ -24,12 +25,14 @@ from spikingbrain.models.spiking.quantise import (
     weight_codes,
     weight_scale,
 )
+from spikingbrain.models.spiking.silent import SILENT_NOTE, telling
 from spikingbrain.models.spiking.threshold import spike_counts, spiking, threshold
 
 __all__ = [
     "CODINGS",
     "Budget",
     "Firing",
+    "SILENT_NOTE",
     "SpikeEmbedding",
     "SpikeExpertLinear",
     "SpikeLinear",
@@ -47,12 +50,14 @@ __all__ = [
     "firing",
     "integrate_and_fire",
     "lif",
+    "measure_silence",
     "quantise_weight",
     "spike",
     "spike_counts",
     "spike_linear",
     "spiking",
     "steps_needed",
+    "telling",
     "threshold",
     "weight_codes",
     "weight_scale",

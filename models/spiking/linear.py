@@ -13,6 +13,7 @@ from spikingbrain.models.spiking.quantise import (
     weight_codes,
     weight_scale,
 )
+from spikingbrain.models.spiking.silent import telling
 from spikingbrain.models.spiking.threshold import LOWER, UPPER, K, counts_at, spike_counts, spiking
 
 
@@ -32,6 +33,8 @@ class SpikeLinear(nn.Module):
         k: the firing constant: a channel of the mean size fires k times.
         static_threshold: the threshold of every token, [1], or None: each token has its own.
         budget: the virtual steps that there are; only one that drops the remainder changes the result.
+        silent: the share of counts that are 0, 0 to 1, as far as it is known (`measure_silence`). Compilers may then read
+            the weights of those channels alone that fire; the result is the same.
     """
 
     codes: Tensor
@@ -54,6 +57,7 @@ class SpikeLinear(nn.Module):
     ):
         super().__init__()
         self.budget = budget
+        self.silent: float | None = None
         self.k, self.lower, self.upper = k, lower, upper
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
@@ -99,6 +103,10 @@ class SpikeLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., C] -> [..., N], in the dtype of x."""
+        with telling(self.silent):
+            return self._project(x)
+
+    def _project(self, x: Tensor) -> Tensor:
         if self.static_threshold is None and not self._drops:
             scaled = x if self.channel_scale is None else x * self.channel_scale
             y = adaptive_spike_linear(

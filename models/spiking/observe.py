@@ -136,3 +136,31 @@ def _small(counts: Tensor) -> Tensor:
     return counts.to(
         torch.int16 if largest < 2**15 else torch.int32 if largest < 2**31 else torch.int64
     ).cpu()
+
+
+def measure_silence(model: nn.Module, calls: Iterable[Any]) -> dict[str, float]:
+    """Measures the share of counts that are 0 at each `SpikeLinear`; returns it by name, and keeps it there as ``silent``.
+
+    A call is a tuple of arguments, or the only one. Layers that no call reaches keep what they have. Only the channels of a token
+    that fires at all are counted: rows of zeros, such as padding, say nothing.
+
+    Raises SpikingError if no layer of the model spikes, or none is reached.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, SpikeLinear)}
+    if not layers:
+        raise SpikingError("no layer of the model spikes", hint="models.spiking.spike(model)")
+    seen = {name: [0, 0] for name in layers}
+
+    def see(name: str, x: Tensor) -> None:
+        counts = layers[name].counts(x)[0].flatten(0, -2)
+        fires = (counts != 0).sum(-1)
+        seen[name][0] += int(fires.sum())
+        seen[name][1] += int((fires > 0).sum()) * counts.shape[-1]
+
+    watch_inputs(model, layers, calls, see)
+    found = {name: 1 - fires / values for name, (fires, values) in seen.items() if values}
+    if not found:
+        raise SpikingError("no spiking layer was reached", hint="calls that reach one")
+    for name, share in found.items():
+        layers[name].silent = share
+    return found

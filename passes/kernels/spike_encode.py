@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 from torch_mlir import ir
 from torch_mlir.dialects import arith, func, math, memref, scf, tensor, vector
 
@@ -19,7 +20,9 @@ from spikingbrain.passes.kernels.builders import (
     add,
     ceil_div,
     compare,
+    compressed,
     f32,
+    floor_div,
     folded,
     greater,
     i32,
@@ -37,17 +40,19 @@ from spikingbrain.passes.kernels.builders import (
     reduced,
     reduced_float,
     root_module,
+    round_up,
     splat,
     store,
+    when,
 )
 from spikingbrain.passes.kernels.spike_dot import Dot
-from spikingbrain.target import Target
 
 WORKGROUP_ROWS = 8
 MARKED = -1
 LARGEST_CHANNELS = 1 << 16  # so that sums of words fit 32 bits
 BEYOND = 1 << 16  # what larger counts become, larger than any that fits
 ROUNDER_BITS = 0x4B400000  # of the float ROUNDER
+EVENT_ROWS = 8  # of which the channels that fire are listed: with more of them, few are silent in all
 SUM_VECTORS = 4  # accumulators of the mean, to hide the latency of an addition
 
 
@@ -62,6 +67,12 @@ class Spikes:
         sums: ``[M, G]``, the sum of a group's counts.
         ends: ``[M, 1 + G]``: MARKED or 0, then where each group ends in the list.
         wide: ``[M, steps, 2]``, the list: step and high bytes.
+
+    Where the weights are stored by channel, of rows up to EVENT_ROWS in all, also which channels fire:
+
+        active: ``[R, places]``, the channels whose count is not 0, group by group, each padded to whole steps.
+        fired: ``[R, places]``, their counts as in the plane.
+        active_ends: ``[R, G]``, the step at which each group ends in these lists.
     """
 
     x: ir.Value
@@ -70,9 +81,13 @@ class Spikes:
     sums: ir.Value
     ends: ir.Value
     wide: ir.Value
+    active: ir.Value | None = None
+    fired: ir.Value | None = None
+    active_ends: ir.Value | None = None
 
     def values(self) -> list[ir.Value]:
-        return [self.x, self.plane, self.threshold, self.sums, self.ends, self.wide]
+        events = [v for v in (self.active, self.fired, self.active_ends) if v is not None]
+        return [self.x, self.plane, self.threshold, self.sums, self.ends, self.wide, *events]
 
 
 @dataclass(frozen=True)
@@ -87,6 +102,7 @@ class Encoding:
         largest_count: magnitude of counts that fit.
         largest_sum: of the magnitudes in a row, so that products fit 32 bits.
         k, lower, upper: of the op.
+        events: whether to list the channels that fire.
     """
 
     channels: int
@@ -99,6 +115,7 @@ class Encoding:
     k: float
     lower: float
     upper: float
+    events: bool = False
 
     @property
     def part(self) -> ir.Type:
@@ -109,7 +126,13 @@ class Encoding:
     def name(self) -> str:
         numbers = [self.lanes, self.width, self.largest_sum, self.k, self.lower, self.upper]
         settings = "_".join(map(repr, numbers)).replace("-", "m").replace("+", "").replace(".", "p")
-        return f"spike_encode_k{self.channels}_g{self.groups}_{settings}"
+        events = "_events" if self.events else ""
+        return f"spike_encode_k{self.channels}_g{self.groups}_{settings}{events}"
+
+    @property
+    def places(self) -> int:
+        """Returns how long the lists of channels are: with what is stored behind the last one."""
+        return self.channels + self.groups * (self.width - 1) + 2 * self.lanes
 
     def types(self, rows: int) -> list[tuple[list[int], ir.Type]]:
         """Returns shape and element of x and of each result."""
@@ -121,11 +144,26 @@ class Encoding:
             ([rows, self.groups], i32s),
             ([rows, 1 + self.groups], i32s),
             ([rows, self.steps if self.width == 4 else 1, 2], i32s),
+            *self.event_types(rows),
         ]
+
+    def event_types(self, rows: int) -> list[tuple[list[int], ir.Type]]:
+        """Returns shape and element of the lists of channels that fire, if they are made."""
+        if not self.events:
+            return []
+        rows = rows if rows == ir.ShapedType.get_dynamic_size() else min(rows, EVENT_ROWS)
+        i32s = i32_type()
+        return [([rows, self.places], i32s), ([rows, self.places], self.part), ([rows, self.groups], i32s)]
 
 
 def encoding(
-    dot: Dot, channels: int, groups: int, target: Target, k: float, lower: float, upper: float
+    dot: Dot,
+    channels: int,
+    groups: int,
+    k: float,
+    lower: float,
+    upper: float,
+    events: bool = False,
 ) -> Encoding:
     """Returns the encoding that ``dot`` reads; one for all codes of up to 8 bits."""
     largest_code = 1 << (max(dot.bits, 8) - 1)
@@ -133,7 +171,7 @@ def encoding(
     return Encoding(
         channels,
         groups,
-        target.vector_lanes_f32,
+        dot.lanes,
         dot.width,
         steps,
         dot.largest_count,
@@ -141,6 +179,7 @@ def encoding(
         k,
         lower,
         upper,
+        events,
     )
 
 
@@ -156,7 +195,8 @@ def emit_spike_encode(x: ir.Value, cut: Encoding) -> Spikes:
             build_spike_encode(name, cut, m)
     types = [ir.RankedTensorType.get(shape, kind) for shape, kind in cut.types(m)[1:]]
     rows = tensor.dim(x, index(0)) if is_dynamic else index(m)
-    sizes = [rows] * len(types) if is_dynamic else []
+    lists = len(cut.event_types(m))
+    sizes = [rows] * (len(types) - lists) + [minimum(rows, EVENT_ROWS)] * lists if is_dynamic else []
     grid = [ceil_div(rows, WORKGROUP_ROWS), index(1), index(1)]
     return Spikes(x, *launch(name, types, grid, [x], sizes, [-1] * len(types)).results)
 
@@ -172,6 +212,9 @@ def build_spike_encode(name: str, cut: Encoding, rows: int) -> func.FuncOp:
         end = minimum(add(first, WORKGROUP_ROWS), memref.dim(buffers[0], index(0)))
         kernel = _Kernel(cut, Spikes(*buffers))
         loop(first, end, 1, kernel.row)
+        if cut.events:
+            few = compare("ule", memref.dim(buffers[0], index(0)), index(EVENT_ROWS))
+            when(few, lambda: kernel.list_events(first, end))
         func.ReturnOp([])
     return function
 
@@ -182,6 +225,10 @@ class _Kernel:
         self.floats = ir.VectorType.get([cut.lanes], ir.F32Type.get())
         self.integers = ir.VectorType.get([cut.lanes], i32_type())
         self.zeros = splat(0.0, cut.lanes)
+        parts = ir.VectorType.get([cut.lanes], cut.part)
+        self.nothing = arith.constant(
+            parts, ir.DenseElementsAttr.get_splat(parts, ir.IntegerAttr.get(cut.part, 0))
+        )
 
     def row(self, row: ir.Value) -> None:
         cut, to = self.cut, self.to
@@ -308,6 +355,55 @@ class _Kernel:
             return [last]
 
         return _if(reduced("or", wide), listed, [end])[0]
+
+    def list_events(self, first: ir.Value, end: ir.Value) -> None:
+        loop(first, end, 1, self.events)
+
+    def events(self, row: ir.Value) -> None:
+        """Lists the channels of a row that fire. A count whose low byte is 0 has all of it in the list of high bytes."""
+        cut, to = self.cut, self.to
+        assert to.active is not None and to.fired is not None and to.active_ends is not None
+        width = cut.channels // cut.groups
+        whole = width // cut.lanes * cut.lanes
+
+        def group(g: ir.Value, end: ir.Value) -> list[ir.Value]:
+            first = mul(g, width)
+
+            def vector_of(at: ir.Value, end: ir.Value, count: int | None = None) -> list[ir.Value]:
+                return [self.append(row, add(first, at), end, count)]
+
+            (end,) = loop(0, whole, cut.lanes, vector_of, [end])
+            if whole < width:
+                (end,) = vector_of(index(whole), end, width - whole)
+            store(splat(arith.index_cast(i32_type(), first), cut.lanes), to.active, [row, end])
+            store(self.nothing, to.fired, [row, end])
+            end = round_up(end, cut.width)
+            steps = floor_div(end, cut.width)
+            put(arith.index_cast(i32_type(), steps), to.active_ends, [row, g])
+            return [end]
+
+        loop(0, cut.groups, 1, group, [index(0)])
+
+    def append(self, row: ir.Value, at: ir.Value, end: ir.Value, count: int | None) -> ir.Value:
+        """Appends those of a vector's channels that fire to the lists; returns their end."""
+        cut, to = self.cut, self.to
+        assert to.active is not None and to.fired is not None
+        kind = self.nothing.type
+        if count is None:
+            parts = load(to.plane, [row, at], cut.lanes)
+        else:
+            parts = vector.maskedload(kind, to.plane, [row, at], self.mask(count), self.nothing)
+        fires = arith.cmpi(arith.CmpIPredicate.ne, parts, self.nothing)
+        lanes = np.arange(cut.lanes, dtype=np.int32)
+        each = arith.constant(self.integers, ir.DenseElementsAttr.get(lanes, type=self.integers))
+        channels = arith.addi(splat(arith.index_cast(i32_type(), at), cut.lanes), each)
+        store(compressed(channels, fires), to.active, [row, end])
+        counts = compressed(arith.extsi(self.integers, parts), fires)
+        store(arith.trunci(kind, counts), to.fired, [row, end])
+        bits = ir.IntegerType.get_signless(cut.lanes)
+        mask = vector.extract(vector.bitcast(ir.VectorType.get([1], bits), fires), [], [0])
+        number = math.ctpop(arith.extui(i32_type(), mask))
+        return add(end, arith.index_cast(ir.IndexType.get(), number))
 
     def packed(self, counts: ir.Value) -> ir.Value:
         """Returns the low parts of counts, ``width`` of them in each i32."""

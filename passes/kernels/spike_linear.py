@@ -16,7 +16,6 @@ from torch_mlir import ir
 from torch_mlir.dialects import arith, func, math, memref, tensor, vector
 
 from spikingbrain.passes.kernels.builders import (
-    LINE_BYTES,
     add,
     ceil_div,
     compare,
@@ -30,21 +29,24 @@ from spikingbrain.passes.kernels.builders import (
     minimum,
     mul,
     multiply_add,
-    prefetch,
     root_module,
     splat,
     store,
     sub,
     when,
 )
-from spikingbrain.passes.kernels.spike_dot import Dot, sums_type
-from spikingbrain.passes.kernels.spike_encode import Encoding, Spikes
+from spikingbrain.passes.kernels.spike_dot import ChannelDot, Dot, sums_type
+from spikingbrain.passes.kernels.spike_encode import EVENT_ROWS, Encoding, Spikes
+from spikingbrain.passes.spike_forms import LARGEST_FIRING_SHARE
 from spikingbrain.target import Target
 
 WORKGROUP_BYTES = 128 << 10  # of weight for one workgroup
 WORKGROUP_ROWS = 1024
 PREFETCH_BYTES = 4096  # how far ahead of its use one row asks for a weight: 4 to 7% faster than without
+EVENTS_AHEAD = 8  # steps: how far ahead of its use a channel's weights are asked for
 UNROLL = 4  # stored vectors of a column in the inner loop
+
+_GroupSums = Callable[[list[ir.Value], ir.Value, ir.Value], list[ir.Value]]
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class Shape:
     def name(self, dot: Dot) -> str:
         m = "" if self.rows is None else self.rows
         bias = "_bias" if self.bias else ""
-        return f"spike_linear_i{dot.bits}_k{self.cut.channels}_g{self.cut.groups}_n{self.columns}_m{m}{bias}"
+        way = "events" if isinstance(dot, ChannelDot) else "linear"
+        return f"spike_{way}_i{dot.bits}_k{self.cut.channels}_g{self.cut.groups}_n{self.columns}_m{m}{bias}"
 
 
 def scale_recipe(dot: Dot) -> str:
@@ -118,7 +121,8 @@ def build_spike_linear(name: str, dot: Dot, shape: Shape, target: Target) -> fun
     entry = function.add_entry_block()
     with ir.InsertionPoint(entry):
         group, chunk, _, *buffers = entry.arguments
-        kernel = _Kernel(dot, shape, target, buffers)
+        spikes = Spikes(*buffers[: len(cut.types(m))])
+        kernel = _Kernel(dot, shape, target, spikes, buffers[len(cut.types(m)) :])
         first_panel = mul(group, _group_panels(dot, shape))
         end_panel = minimum(add(first_panel, _group_panels(dot, shape)), panels)
         first_row = mul(chunk, _group_rows(dot.rows))
@@ -140,39 +144,99 @@ def _group_rows(rows: int) -> int:
 class _Kernel:
     """Emits the parts of one kernel function at the insertion point."""
 
-    def __init__(self, dot: Dot, shape: Shape, target: Target, buffers: list[ir.Value]) -> None:
+    def __init__(
+        self, dot: Dot, shape: Shape, target: Target, spikes: Spikes, buffers: list[ir.Value]
+    ) -> None:
         self.dot, self.shape, self.fma = dot, shape, has_fma(target)
-        self.spikes = Spikes(*buffers[:6])
-        self.weight, self.scale, *bias, self.y = buffers[6:]
+        self.spikes = spikes
+        self.weight, self.scale, *bias, self.y = buffers
         self.bias = bias[0] if bias else None
         self.sums = sums_type(dot.lanes)
         self.floats = ir.VectorType.get([dot.lanes], ir.F32Type.get())
+        self.few_fire = self._few_fire() if shape.cut.events else None
+
+    def _few_fire(self) -> ir.Value:
+        """Returns whether all rows together have so few spikes that each is computed from the channels that fire."""
+        rows, cut, ends = memref.dim(self.spikes.x, index(0)), self.shape.cut, self.spikes.active_ends
+        (steps,) = loop(
+            0,
+            minimum(rows, EVENT_ROWS),
+            1,
+            lambda row, so_far: [arith.addi(so_far, get(ends, [row, cut.groups - 1]))],
+            [i32(0)],
+        )
+        limit = i32(int(LARGEST_FIRING_SHARE * cut.channels / cut.width))
+        return arith.andi(compare("ule", rows, index(EVENT_ROWS)), compare("sle", steps, limit))
 
     def panel(self, panel: ir.Value, first: ir.Value, end: ir.Value) -> None:
+        """Computes one panel for rows ``first`` to ``end``."""
+        if self.few_fire is None:
+            self.dense(panel, first, end)
+            return
+
+        def events() -> None:
+            for body in (self.event_row, self.again):
+                loop(first, end, 1, lambda row, do=body: do(row, panel))
+
+        when(self.few_fire, events, lambda: self.dense(panel, first, end))
+
+    def event_row(self, row: ir.Value, panel: ir.Value) -> None:
+        self.tile([row], panel, self.event_sums)
+
+    def event_sums(self, rows: list[ir.Value], panel: ir.Value, g: ir.Value) -> list[ir.Value]:
+        """Returns the sums of one group from the channels that fire."""
+        dot, (row,) = self.dot, rows
+        assert isinstance(dot, ChannelDot)
+        to_index, ends = ir.IndexType.get(), self.spikes.active_ends
+        before = arith.maxsi(sub(g, 1), index(0))
+        start = arith.select(compare("eq", g, index(0)), i32(0), get(ends, [row, before]))
+        low, high = (arith.index_cast(to_index, e) for e in (start, get(ends, [row, g])))
+
+        def channels(step: ir.Value) -> list[ir.Value]:
+            places = [add(mul(step, dot.width), j) for j in range(dot.width)]
+            return [arith.index_cast(to_index, get(self.spikes.active, [row, place])) for place in places]
+
+        last = sub(high, 1)
+
+        def step(at: ir.Value, *sums: ir.Value) -> list[ir.Value]:
+            if EVENTS_AHEAD:
+                for channel in channels(minimum(add(at, EVENTS_AHEAD), last)):
+                    dot.prefetch_channel(self.weight, panel, channel)
+            counts = dot.counts_at(self.spikes.fired, row, at)
+            weights = dot.gathered(self.weight, panel, channels(at))
+            return [dot.multiply_add(s, w, counts) for s, (w,) in zip(sums, weights, strict=True)]
+
+        sums = loop(low, high, 1, step, self.first_sums(rows, g))
+        return sums if dot.width == 2 else self.wide_sums(rows, panel, g, sums)
+
+    def dense(self, panel: ir.Value, first: ir.Value, end: ir.Value) -> None:
         """Computes one panel for rows ``first`` to ``end`` with tiles, the largest first."""
         if self.shape.rows == 1:
-            self.tile(1, index(0), panel)
+            self.tile([index(0)], panel, self.group_sums)
             self.again(index(0), panel)
             return
         at = first
         for count in _row_counts(self.dot.rows):
             whole = add(at, mul(arith.divui(sub(end, at), index(count)), count))
-            loop(at, whole, count, lambda row, n=count: self.tile(n, row, panel))
+            loop(
+                at,
+                whole,
+                count,
+                lambda row, n=count: self.tile([add(row, r) for r in range(n)], panel, self.group_sums),
+            )
             at = whole
         loop(first, end, 1, lambda row: self.again(row, panel))
 
-    def tile(self, count: int, row: ir.Value, panel: ir.Value) -> None:
-        """Computes ``count`` rows of one panel."""
-        rows = [add(row, r) for r in range(count)]
-        groups, size = self.shape.cut.groups, count * self.dot.vectors
+    def tile(self, rows: list[ir.Value], panel: ir.Value, group_sums: _GroupSums) -> None:
+        """Computes some rows of one panel."""
+        groups, size = self.shape.cut.groups, len(rows) * self.dot.vectors
         if groups == 1:
-            sums = self.group_sums(rows, panel, index(0), self.dot.steps(self.shape.cut.channels))
+            sums = group_sums(rows, panel, index(0))
             totals = [arith.mulf(value, s) for value, s in self.with_scales(sums, panel, index(0))]
         else:
-            steps = self.shape.cut.channels // groups // self.dot.width
 
             def group(g: ir.Value, *totals: ir.Value) -> list[ir.Value]:
-                scaled = self.with_scales(self.group_sums(rows, panel, g, steps), panel, g)
+                scaled = self.with_scales(group_sums(rows, panel, g), panel, g)
                 return [
                     multiply_add(value, s, total, self.fma)
                     for (value, s), total in zip(scaled, totals, strict=True)
@@ -235,15 +299,21 @@ class _Kernel:
         kind = ir.VectorType.get([self.dot.lanes], ir.IntegerType.get_signless(1))
         return vector.constant_mask(kind, [count])
 
-    def group_sums(self, rows: list[ir.Value], panel: ir.Value, g: ir.Value, steps: int) -> list[ir.Value]:
-        """Returns the sums of one group, row by row, ``vectors`` for each."""
-        dot = self.dot
-        values = []
+    def first_sums(self, rows: list[ir.Value], g: ir.Value) -> list[ir.Value]:
+        """Returns what the sums of one group start at: what takes the offset from its codes."""
+        dot, values = self.dot, []
         for row in rows:
             start = i32(0)
             if dot.offset:
                 start = arith.muli(get(self.spikes.sums, [row, g]), i32(-dot.offset))
             values += [splat(start, dot.lanes)] * dot.vectors
+        return values
+
+    def group_sums(self, rows: list[ir.Value], panel: ir.Value, g: ir.Value) -> list[ir.Value]:
+        """Returns the sums of one group, row by row, ``vectors`` for each."""
+        dot, cut = self.dot, self.shape.cut
+        steps = dot.steps(cut.channels) if cut.groups == 1 else cut.channels // cut.groups // dot.width
+        values = self.first_sums(rows, g)
         chunk = dot.steps_per_vector * UNROLL
         first = mul(g, steps)
         whole = steps // chunk * chunk
@@ -268,12 +338,9 @@ class _Kernel:
         """Adds the products of one step, or of the two whose nibbles are stored together."""
         dot, sums = self.dot, list(sums)
         at = arith.divui(step, index(2)) if dot.steps_per_vector == 2 else step
-        weights = [dot.weights(self.weight, [panel, at, v, 0]) for v in range(dot.vectors)]
+        weights = dot.weights(self.weight, panel, at)
         if len(rows) == 1 and dot.bits != 4:  # unpacking nibbles leaves too little time: 20% slower with it
-            ahead = add(at, -(-PREFETCH_BYTES // dot.step_bytes))
-            for line in range(0, dot.step_bytes, LINE_BYTES):
-                v, column = divmod(line, dot.step_bytes // dot.vectors)
-                prefetch(self.weight, [panel, ahead, v, column // dot.code_bytes])
+            dot.prefetch(self.weight, panel, add(at, -(-PREFETCH_BYTES // dot.step_bytes)))
         for part, (r, row) in itertools.product(range(dot.steps_per_vector), enumerate(rows)):
             counts = dot.counts_at(self.spikes.plane, row, add(step, part))
             for v in range(dot.vectors):
@@ -311,10 +378,9 @@ class _Kernel:
         """Returns the weights of a step that is known only at run time."""
         dot = self.dot
         if dot.steps_per_vector == 1:
-            return [dot.weights(self.weight, [panel, step, v, 0])[0] for v in range(dot.vectors)]
+            return [parts[0] for parts in dot.weights(self.weight, panel, step)]
         at, odd = arith.divui(step, index(2)), compare("ne", arith.remui(step, index(2)), index(0))
-        both = [dot.weights(self.weight, [panel, at, v, 0]) for v in range(dot.vectors)]
-        return [arith.select(odd, high, low) for low, high in both]
+        return [arith.select(odd, high, low) for low, high in dot.weights(self.weight, panel, at)]
 
     # Marked rows
 

@@ -21,6 +21,8 @@ CASES = {
     "grouped": Case(128, 33, groups=2),
     "nibbles": Case(96, 70, groups=3, bits=4),
     "wide_codes": Case(64, 20, bits=16),
+    "events": Case(257, 70, silent=0.9, bias=True),
+    "events_nibbles": Case(384, 70, groups=3, bits=4, silent=0.9),
 }
 
 
@@ -35,7 +37,9 @@ def test_kernels(features: frozenset[str], tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for name, case in CASES.items():
         weights = case.weights(rng)
-        x = rng.standard_normal((9, case.k)).astype(np.float32)
+        x = rng.standard_normal((9 if case.silent is None else 7, case.k)).astype(np.float32)
+        if case.silent:
+            x[rng.random(x.shape) < 1 - 0.2 / len(x)] = 0  # so few fire in all that events are taken
         x[rng.random(x.shape) < 0.02] *= 300
         x[1], x[3, 0], x[5, 0], x[6] = 0, np.inf, 1e7, x[6] * 1e9
         arguments = [x, *spike_cases.packed(stored[name], weights)]

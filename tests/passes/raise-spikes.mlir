@@ -22,13 +22,29 @@ func.func @encode(%x: !x) -> (!x, !v) {
 // CHECK:         %[[S:.+]] = "spikingbrain.parameter"() {recipe = ["matrix"], sources = ["q.scale"]} : () -> tensor<6x2xf32>
 // CHECK:         "spikingbrain.spike_linear"(%{{.+}}, %{{.+}}, %{{.+}}, %[[S]]) {bits = 8 : i64}
 func.func @codes(%counts: !x, %v: !v) -> !y {
+  %share = torch.constant.float 0.0
   %none = torch.constant.none
   %bits = torch.constant.int 8
   %w0 = "spikingbrain.parameter"() {sources = ["q.codes"], recipe = []} : () -> tensor<6x8xi8>
   %w = torch_c.from_builtin_tensor %w0 : tensor<6x8xi8> -> !codes
   %s0 = "spikingbrain.parameter"() {sources = ["q.scale"], recipe = []} : () -> tensor<6x2x1xf32>
   %s = torch_c.from_builtin_tensor %s0 : tensor<6x2x1xf32> -> !torch.vtensor<[6,2,1],f32>
-  %y = torch.operator "torch.spikingbrain.spike_linear"(%counts, %v, %w, %s, %none, %bits, %none, %none) : (!x, !v, !codes, !torch.vtensor<[6,2,1],f32>, !torch.none, !torch.int, !torch.none, !torch.none) -> !y
+  %y = torch.operator "torch.spikingbrain.spike_linear"(%counts, %v, %w, %s, %none, %bits, %none, %none, %share) : (!x, !v, !codes, !torch.vtensor<[6,2,1],f32>, !torch.none, !torch.int, !torch.none, !torch.none, !torch.float) -> !y
+  return %y : !y
+}
+
+// A share of silent channels that someone has measured goes with it.
+// CHECK-LABEL: func.func @silent(
+// CHECK:         "spikingbrain.spike_linear"(%{{.+}}, %{{.+}}, %{{.+}}, %{{.+}}) {bits = 8 : i64, silent = 9.000000e-01 : f64}
+func.func @silent(%counts: !x, %v: !v) -> !y {
+  %share = torch.constant.float 0.9
+  %none = torch.constant.none
+  %bits = torch.constant.int 8
+  %w0 = "spikingbrain.parameter"() {sources = ["q.codes"], recipe = []} : () -> tensor<6x8xi8>
+  %w = torch_c.from_builtin_tensor %w0 : tensor<6x8xi8> -> !codes
+  %s0 = "spikingbrain.parameter"() {sources = ["q.scale"], recipe = []} : () -> tensor<6x1xf32>
+  %s = torch_c.from_builtin_tensor %s0 : tensor<6x1xf32> -> !torch.vtensor<[6,1],f32>
+  %y = torch.operator "torch.spikingbrain.spike_linear"(%counts, %v, %w, %s, %none, %bits, %none, %none, %share) : (!x, !v, !codes, !torch.vtensor<[6,1],f32>, !torch.none, !torch.int, !torch.none, !torch.none, !torch.float) -> !y
   return %y : !y
 }
 
@@ -37,13 +53,14 @@ func.func @codes(%counts: !x, %v: !v) -> !y {
 // CHECK:         %[[W:.+]] = "spikingbrain.parameter"() {recipe = ["codes bits=8"], sources = ["q.weight", "q.scale"]} : () -> tensor<6x8xi8>
 // CHECK:         "spikingbrain.spike_linear"(%{{.+}}, %{{.+}}, %[[W]], %{{.+}}, %{{.+}}) {bits = 4 : i64}
 func.func @floats(%counts: !x, %v: !v, %bias: !torch.vtensor<[6],f32>) -> !y {
+  %share = torch.constant.float 0.0
   %none = torch.constant.none
   %bits = torch.constant.int 4
   %w0 = "spikingbrain.parameter"() {sources = ["q.weight"], recipe = []} : () -> tensor<6x8xf32>
   %w = torch_c.from_builtin_tensor %w0 : tensor<6x8xf32> -> !w
   %s0 = "spikingbrain.parameter"() {sources = ["q.scale"], recipe = []} : () -> tensor<6x1xf32>
   %s = torch_c.from_builtin_tensor %s0 : tensor<6x1xf32> -> !torch.vtensor<[6,1],f32>
-  %y = torch.operator "torch.spikingbrain.spike_linear"(%counts, %v, %w, %s, %bias, %bits, %none, %none) : (!x, !v, !w, !torch.vtensor<[6,1],f32>, !torch.vtensor<[6],f32>, !torch.int, !torch.none, !torch.none) -> !y
+  %y = torch.operator "torch.spikingbrain.spike_linear"(%counts, %v, %w, %s, %bias, %bits, %none, %none, %share) : (!x, !v, !w, !torch.vtensor<[6,1],f32>, !torch.vtensor<[6],f32>, !torch.int, !torch.none, !torch.none, !torch.float) -> !y
   return %y : !y
 }
 
@@ -51,8 +68,9 @@ func.func @floats(%counts: !x, %v: !v, %bias: !torch.vtensor<[6],f32>) -> !y {
 // CHECK-LABEL: func.func @computed(
 // CHECK:         torch.operator "torch.spikingbrain.spike_linear"
 func.func @computed(%counts: !x, %v: !v, %w: !w, %s: !torch.vtensor<[6,1],f32>) -> !y {
+  %share = torch.constant.float 0.0
   %none = torch.constant.none
   %bits = torch.constant.int 8
-  %y = torch.operator "torch.spikingbrain.spike_linear"(%counts, %v, %w, %s, %none, %bits, %none, %none) : (!x, !v, !w, !torch.vtensor<[6,1],f32>, !torch.none, !torch.int, !torch.none, !torch.none) -> !y
+  %y = torch.operator "torch.spikingbrain.spike_linear"(%counts, %v, %w, %s, %none, %bits, %none, %none, %share) : (!x, !v, !w, !torch.vtensor<[6,1],f32>, !torch.none, !torch.int, !torch.none, !torch.none, !torch.float) -> !y
   return %y : !y
 }

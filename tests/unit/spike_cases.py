@@ -23,7 +23,7 @@ LARGEST = {4: 7, 8: 127, 16: 32767}
 
 @dataclass(frozen=True)
 class Case:
-    """One projection: K channels in G groups to N columns; ``rows`` None means any number of them."""
+    """One projection: K channels in G groups to N columns; ``rows`` None means any number of them, ``silent`` a share told."""
 
     k: int
     n: int
@@ -31,6 +31,7 @@ class Case:
     bits: int = 8
     rows: int | None = None
     bias: bool = False
+    silent: float | None = None
 
     def function(self, name: str) -> str:
         m = "?" if self.rows is None else self.rows
@@ -43,13 +44,14 @@ class Case:
         )
         parameter = '%{0} = "spikingbrain.parameter"() {{sources = ["{0}"], recipe = []}} : () -> {1}'
         stored = [("w", w), ("s", s), *[("b", b)] * self.bias]
+        share = "" if self.silent is None else f", silent = {self.silent} : f64"
         operands = ["%counts", "%v", *(f"%{p}" for p, _ in stored)]
         return f"""
 func.func @{name}(%x: {x}) -> {y} attributes {{spikingbrain.weight_arguments}} {{
   {"".join(parameter.format(p, t) + chr(10) + "  " for p, t in stored)}
   %counts, %v = "spikingbrain.spike_encode"(%x) {{k = 3.0 : f64, lower = 1.0e-5 : f64, upper = 1.0e4 : f64}}
     : ({x}) -> ({x}, {v})
-  %y = "spikingbrain.spike_linear"({", ".join(operands)}) {{bits = {self.bits} : i64}}
+  %y = "spikingbrain.spike_linear"({", ".join(operands)}) {{bits = {self.bits} : i64{share}}}
     : ({", ".join([x, v, *(t for _, t in stored)])}) -> {y}
   return %y : {y}
 }}"""
