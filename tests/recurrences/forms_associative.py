@@ -60,7 +60,14 @@ def associative_maximum(x: Tensor) -> Tensor:
     return associative_scan(torch.maximum, x, dim=1, combine_mode="generic")
 
 
-@form("matrix products", "torch associative_scan, without gradients", "a:TBNN", "loop", gradients=False)
+@form(
+    "matrix products",
+    "torch associative_scan, without gradients",
+    "a:TBNN",
+    "loop",
+    gradients=False,
+    longest=64,
+)
 def associative_matrices(a: Tensor) -> Tensor:
     return associative_scan(lambda left, right: right @ left, a, dim=0, combine_mode="generic")
 
