@@ -24,17 +24,19 @@ Body = Callable[..., ir.Value]
 def lower_attention_portable(op: Any) -> ir.Value:
     """Replaces a ``spikingbrain.attention`` op by linalg ops on tensors; returns the new result.
 
-    Queries, keys and values may be of any float type; sums are in f32. Raises UnsupportedOp when the number
-    or the size of heads is dynamic.
+    Queries, keys and values may be of any float type, those of a cache codes; sums are in f32. Raises UnsupportedOp
+    when the number or the size of heads is dynamic.
     """
     query, keys = (ir.RankedTensorType(v.type) for v in (op.query, op.keys))
     if any(t.is_dynamic_dim(axis) for t in (query, keys) for axis in (2, 3)):
         raise UnsupportedOp("attention with a dynamic number or size of heads", hint="static sizes")
     segments = [(op.keys, op.values, op.key_positions)]
-    if op.cache_keys is not None:
-        segments.insert(0, (op.cache_keys, op.cache_values, op.cache_positions))
     operation = op.operation
     with operation.context, operation.location, ir.InsertionPoint(operation):
+        if op.cache_keys is not None:
+            keys = _decoded(op.cache_keys, op.cache_key_scales)
+            values = _decoded(op.cache_values, op.cache_value_scales)
+            segments.insert(0, (keys, values, op.cache_positions))
         result = _attention(op, segments)
         op.out.replace_all_uses_with(result)
         operation.erase()
@@ -102,6 +104,19 @@ def _attention(op: Any, segments: Sequence[tuple[ir.Value, ir.Value, ir.Value]])
         lambda value, t, _: _narrow(_normalised(value, t), element),
     )
     return tensor.collapse_shape(op.out.type, out, _HEAD_SPLIT)
+
+
+def _decoded(rows: ir.Value, scales: ir.Value | None) -> ir.Value:
+    """Returns codes times their scales as f32, and rows that are no codes as they are."""
+    if scales is None:
+        return rows
+    f32, shape = ir.F32Type.get(), ir.RankedTensorType(rows.type).shape
+    sizes = dict(zip("bskd", (_size(rows, axis) for axis in range(len(shape))), strict=True))
+    return _map(
+        [(rows, "bskd"), (scales, "bsk")],
+        (_empty("bskd", sizes, f32), "bskd"),
+        lambda code, scale, _: arith.mulf(arith.sitofp(f32, code), scale),
+    )
 
 
 _HEAD_SPLIT = [[0], [1], [2, 3], [4]]

@@ -56,6 +56,7 @@
 !wide = !torch.vtensor<[2,2,3,8],f32>
 !any = !torch.vtensor<[2,?,3,4],f32>
 !half = !torch.vtensor<[2,2,3,4],f16>
+!double = !torch.vtensor<[2,2,3,4],f64>
 !mask = !torch.vtensor<[2,1,3,3],i1>
 
 // The model's own transposes to [B, H, T, D] and back disappear. Grouped heads, a given scale, a dynamic length.
@@ -317,19 +318,74 @@ func.func @no_mask(%q: !q, %k: !q, %v: !q) -> !q {
   return %o : !q
 }
 
-// is_causal counts from the first key and knows no cache.
+// is_causal numbers queries and keys from 0.
 // CHECK-LABEL: func.func @is_causal(
-// CHECK-NOT:     spikingbrain.attention
-// CHECK:         torch.aten.scaled_dot_product_attention
+// CHECK:         %[[I:.+]] = linalg.generic {{.*}} outs({{.*}} : tensor<2x3xi64>)
+// CHECK:         "spikingbrain.attention"({{.*}}, %[[I]], {{.*}}sinks = 0 : i64, window = 0 : i64}
 func.func @is_causal(%q: !q, %k: !q, %v: !q) -> !q {
   %none = torch.constant.none
   %false = torch.constant.bool false
   %true = torch.constant.bool true
   %zero = torch.constant.float 0.000000e+00
-  // expected-remark@+1 {{raise-attention: dropout, or is_causal: spell the mask with positions}}
   %o = torch.aten.scaled_dot_product_attention %q, %k, %v, %none, %zero, %true, %none, %false
       : !q, !q, !q, !torch.none, !torch.float, !torch.bool, !torch.none, !torch.bool -> !q
   return %o : !q
+}
+
+// Keys and values stay halves; the query becomes f32, and the result f16 again.
+// CHECK-LABEL: func.func @halves(
+// CHECK:         torch.aten.to.dtype %{{.*}} -> !torch.vtensor<[2,3,2,4],f32>
+// CHECK:         "spikingbrain.attention"{{.*}} : (tensor<2x3x2x4xf32>, tensor<2x3xi64>, tensor<2x3x2x4xf16>, tensor<2x3x2x4xf16>, tensor<2x3xi64>) -> tensor<2x3x2x4xf32>
+// CHECK:         torch.aten.to.dtype %{{.*}} -> !torch.vtensor<[2,3,2,4],f16>
+func.func @halves(%q: !half, %k: !half, %v: !half) -> !half {
+  %none = torch.constant.none
+  %false = torch.constant.bool false
+  %true = torch.constant.bool true
+  %zero = torch.constant.float 0.000000e+00
+  %o = torch.aten.scaled_dot_product_attention %q, %k, %v, %none, %zero, %true, %none, %false
+      : !half, !half, !half, !torch.none, !torch.float, !torch.bool, !torch.none, !torch.bool -> !half
+  return %o : !half
+}
+
+// A cache of f16 keys and of values in codes with a scale per slot and head, both made f32 to be concatenated with new
+// ones: they are read as they lie.
+// CHECK-LABEL: func.func @narrow_cache(
+// CHECK:         array<i32: 1, 1, 1, 1, 1, 1, 1, 1, 0, 1>
+// CHECK-SAME:    tensor<1x6x2x8xf16>, tensor<1x6x2x8xi8>, tensor<1x6xi64>, tensor<1x6x2xf32>) -> tensor<1x3x2x8xf32>
+func.func @narrow_cache(%q: !f32_1x3x2x8, %k: !f32_1x3x2x8, %v: !f32_1x3x2x8, %i: !si64_1x3, %kc: !torch.vtensor<[1,6,2,8],f16>, %vc: !torch.vtensor<[1,6,2,8],si8>, %scales: !torch.vtensor<[1,6,2],f32>, %jc: !si64_1x6) -> !f32_1x3x2x8 {
+  %int0 = torch.constant.int 0
+  %int1 = torch.constant.int 1
+  %int2 = torch.constant.int 2
+  %int3 = torch.constant.int 3
+  %int6 = torch.constant.int 6
+  %minus = torch.constant.int -1
+  %false = torch.constant.bool false
+  %none = torch.constant.none
+  %zero = torch.constant.float 0.000000e+00
+  %0 = torch.prim.ListConstruct %jc, %i : (!si64_1x6, !si64_1x3) -> !torch.list<vtensor>
+  %1 = torch.aten.cat %0, %int1 : !torch.list<vtensor>, !torch.int -> !si64_1x9
+  %2 = torch.aten.unsqueeze %i, %int1 : !si64_1x3, !torch.int -> !si64_1x1x3
+  %3 = torch.aten.unsqueeze %2, %int3 : !si64_1x1x3, !torch.int -> !si64_1x1x3x1
+  %4 = torch.aten.unsqueeze %1, %int1 : !si64_1x9, !torch.int -> !si64_1x1x9
+  %5 = torch.aten.unsqueeze %4, %int2 : !si64_1x1x9, !torch.int -> !si64_1x1x1x9
+  %6 = torch.prim.ListConstruct %int0, %int2, %int1, %int3 : (!torch.int, !torch.int, !torch.int, !torch.int) -> !torch.list<int>
+  %7 = torch.aten.permute %q, %6 : !f32_1x3x2x8, !torch.list<int> -> !torch.vtensor<[1,2,3,8],f32>
+  %8 = torch.aten.to.dtype %kc, %int6, %false, %false, %none : !torch.vtensor<[1,6,2,8],f16>, !torch.int, !torch.bool, !torch.bool, !torch.none -> !f32_1x6x2x8
+  %9 = torch.prim.ListConstruct %8, %k : (!f32_1x6x2x8, !f32_1x3x2x8) -> !torch.list<vtensor>
+  %10 = torch.aten.cat %9, %int1 : !torch.list<vtensor>, !torch.int -> !f32_1x9x2x8
+  %11 = torch.aten.permute %10, %6 : !f32_1x9x2x8, !torch.list<int> -> !f32_1x2x9x8
+  %12 = torch.aten.to.dtype %vc, %int6, %false, %false, %none : !torch.vtensor<[1,6,2,8],si8>, !torch.int, !torch.bool, !torch.bool, !torch.none -> !f32_1x6x2x8
+  %13 = torch.aten.unsqueeze %scales, %minus : !torch.vtensor<[1,6,2],f32>, !torch.int -> !torch.vtensor<[1,6,2,1],f32>
+  %14 = torch.aten.mul.Tensor %12, %13 : !f32_1x6x2x8, !torch.vtensor<[1,6,2,1],f32> -> !f32_1x6x2x8
+  %15 = torch.prim.ListConstruct %14, %v : (!f32_1x6x2x8, !f32_1x3x2x8) -> !torch.list<vtensor>
+  %16 = torch.aten.cat %15, %int1 : !torch.list<vtensor>, !torch.int -> !f32_1x9x2x8
+  %17 = torch.aten.permute %16, %6 : !f32_1x9x2x8, !torch.list<int> -> !f32_1x2x9x8
+  %18 = torch.aten.ge.Scalar %5, %int0 : !si64_1x1x1x9, !torch.int -> !i1_1x1x1x9
+  %19 = torch.aten.le.Tensor %5, %3 : !si64_1x1x1x9, !si64_1x1x3x1 -> !i1_1x1x3x9
+  %20 = torch.aten.bitwise_and.Tensor %18, %19 : !i1_1x1x1x9, !i1_1x1x3x9 -> !i1_1x1x3x9
+  %21 = torch.aten.scaled_dot_product_attention %7, %11, %17, %20, %zero, %false, %none, %false : !torch.vtensor<[1,2,3,8],f32>, !f32_1x2x9x8, !f32_1x2x9x8, !i1_1x1x3x9, !torch.float, !torch.bool, !torch.none, !torch.bool -> !torch.vtensor<[1,2,3,8],f32>
+  %22 = torch.aten.permute %21, %6 : !torch.vtensor<[1,2,3,8],f32>, !torch.list<int> -> !f32_1x3x2x8
+  return %22 : !f32_1x3x2x8
 }
 
 // Dropout: no op of ours draws random numbers.
@@ -340,7 +396,7 @@ func.func @dropout(%q: !q, %k: !q, %v: !q, %mask: !mask) -> !q {
   %none = torch.constant.none
   %false = torch.constant.bool false
   %half = torch.constant.float 5.000000e-01
-  // expected-remark@+1 {{raise-attention: dropout, or is_causal: spell the mask with positions}}
+  // expected-remark@+1 {{raise-attention: dropout, or is_causal is not constant}}
   %o = torch.aten.scaled_dot_product_attention %q, %k, %v, %mask, %half, %false, %none, %false
       : !q, !q, !q, !mask, !torch.float, !torch.bool, !torch.none, !torch.bool -> !q
   return %o : !q
@@ -359,18 +415,18 @@ func.func @unknown_scale(%q: !q, %k: !q, %v: !q, %mask: !mask, %scale: !torch.fl
   return %o : !q
 }
 
-// No kernel takes half precision yet.
-// CHECK-LABEL: func.func @half_precision(
+// f64: the arithmetic is that of f32.
+// CHECK-LABEL: func.func @double_precision(
 // CHECK-NOT:     spikingbrain.attention
 // CHECK:         torch.aten.scaled_dot_product_attention
-func.func @half_precision(%q: !half, %k: !half, %v: !half, %mask: !mask) -> !half {
+func.func @double_precision(%q: !double, %k: !double, %v: !double, %mask: !mask) -> !double {
   %none = torch.constant.none
   %false = torch.constant.bool false
   %zero = torch.constant.float 0.000000e+00
-  // expected-remark@+1 {{raise-attention: element type f16; only f32 is raised}}
+  // expected-remark@+1 {{raise-attention: element type f64; f16, f32, bf16 are raised}}
   %o = torch.aten.scaled_dot_product_attention %q, %k, %v, %mask, %zero, %false, %none, %false
-      : !half, !half, !half, !mask, !torch.float, !torch.bool, !torch.none, !torch.bool -> !half
-  return %o : !half
+      : !double, !double, !double, !mask, !torch.float, !torch.bool, !torch.none, !torch.bool -> !double
+  return %o : !double
 }
 
 // Values of another width than keys.
