@@ -17,7 +17,7 @@ from torch_mlir.dialects import torch as torch_dialect  # noqa: F401  (registers
 from torch_mlir.passmanager import PassManager
 
 from spikingbrain.passes.dialect_base import SpikingBrain, after_declaration, fail, fits, shape
-from spikingbrain.passes.dialect_experts import GroupedLinear  # noqa: F401
+from spikingbrain.passes.dialect_experts import GroupedLinear, SpikeGroupedLinear  # noqa: F401
 from spikingbrain.passes.dialect_fused import verify_fused_recurrence
 from spikingbrain.passes.dialect_recurrences import LinearRecurrence, LinearScan, SelectiveScan  # noqa: F401
 from spikingbrain.passes.dialect_scans import verify_pointwise_scan

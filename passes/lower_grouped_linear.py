@@ -14,6 +14,7 @@ from spikingbrain.passes import torch_ir
 from spikingbrain.passes.base import PassContext
 from spikingbrain.passes.kernels.group_rows import known_expert
 from spikingbrain.passes.kernels.grouped_linear import Routings, emit_grouped_linear
+from spikingbrain.passes.kernels.spike_portable import spike_linear
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class LowerGroupedLinear:
     """Lowers ``spikingbrain.grouped_linear``: a packed weight to CPU kernels, a plain one to linalg.
 
     Rows that go the same ways through several weights are sorted once. Floats of 16 bits are summed as f32.
+    ``spike_grouped_linear`` becomes integer arithmetic in linalg.
     In: our dialect. Out: ``spikingbrain_control.launch`` and kernel functions, or ``linalg.generic``.
     """
 
@@ -40,6 +42,14 @@ class LowerGroupedLinear:
                     y = _gathering(x, weight, expert, op.results[0].type)
             op.results[0].replace_all_uses_with(y)
             context.record(self, "lowered", op, "kernel" if packed else "linalg")
+            op.erase()
+        for op in torch_ir.operations(module, "spikingbrain.spike_grouped_linear"):
+            with ir.InsertionPoint(op), op.location:
+                counts, threshold, weight, scale, expert = op.operands
+                bits = op.attributes["bits"].value
+                y = spike_linear(counts, threshold, weight, scale, None, bits, context.target, expert)
+            op.results[0].replace_all_uses_with(y)
+            context.record(self, "lowered", op, "linalg")
             op.erase()
 
 

@@ -1,4 +1,4 @@
-"""raise-grouped-linear: the torch op of projections by experts becomes that of the dialect."""
+"""raise-grouped-linear: the torch ops of projections by experts become those of the dialect."""
 
 from __future__ import annotations
 
@@ -11,57 +11,76 @@ from spikingbrain.passes import parameters, torch_ir
 from spikingbrain.passes.base import PassContext
 from spikingbrain.passes.casts import builtin_type, from_builtin, to_builtin
 
-_NAME = "torch.spikingbrain.grouped_linear"
+_FLOATS, _SPIKES = "torch.spikingbrain.grouped_linear", "torch.spikingbrain.spike_grouped_linear"
 
 
 @dataclass(frozen=True)
 class RaiseGroupedLinear:
-    """Raises ``torch.ops.spikingbrain.grouped_linear`` to ``spikingbrain.grouped_linear``.
+    """Raises ``torch.ops.spikingbrain.grouped_linear`` and ``spike_grouped_linear`` to the dialect's ops of these names.
 
-    In: ``torch.operator "torch.spikingbrain.grouped_linear"``. Out: the dialect's op between ``torch_c`` casts. Stored weights
-    ``[N, K, O]`` are stored the other way round; computed ones are transposed. Not handled: sizes of weights that are not
-    known; those keep the op, which no later pass lowers.
+    In: ``torch.operator "torch.spikingbrain.*"``. Out: the dialect's op between ``torch_c`` casts. Stored weights ``[N, K, O]``
+    of floats are stored the other way round; computed ones are transposed. Not handled: sizes of weights that are not known;
+    those keep the op, which no later pass lowers.
     """
 
     name: ClassVar[str] = "raise-grouped-linear"
 
     def run(self, module: ir.Module, context: PassContext) -> None:
         for op in torch_ir.operations(module, "torch.operator"):
-            if op.attributes["name"].value != _NAME:
+            if op.attributes["name"].value not in (_FLOATS, _SPIKES):
                 continue
             reason = _refusal(op)
             context.record(self, "refused" if reason else "raised", op, reason)
             if reason:
                 continue
+            raised = _floats if op.attributes["name"].value == _FLOATS else _spikes
             with ir.InsertionPoint(op), op.location:
-                op.results[0].replace_all_uses_with(_raised(op))
+                result = raised(*op.operands, builtin_type(op.results[0].type))
+                op.results[0].replace_all_uses_with(from_builtin(result, op.results[0].type))
             op.erase()
 
 
 def _refusal(op: ir.Operation) -> str:
-    _, weight, expert, transposed = op.operands
-    if -1 in (torch_ir.shape(weight) or [-1]):
+    *tensors, setting = op.operands
+    expert = tensors[-1]
+    weights = tensors[1:2] if op.attributes["name"].value == _FLOATS else tensors[2:4]
+    if any(-1 in (torch_ir.shape(weight) or [-1]) for weight in weights):
         return "weights of unknown size"
     if torch_ir.element_type(expert) != "si64":
         return f"experts of {torch_ir.element_type(expert)}; only int64 is raised"
-    if not isinstance(torch_ir.constant(transposed), bool):
+    if torch_ir.constant(setting) is None:
         return "an argument that is not constant"
     return ""
 
 
-def _raised(op: ir.Operation) -> ir.Value:
-    x, weight, expert, transposed = op.operands
-    plain = _plain(weight)
+def _floats(
+    x: ir.Value, weight: ir.Value, expert: ir.Value, transposed: ir.Value, type_: ir.Type
+) -> ir.Value:
+    weight = _plain(weight)
     if torch_ir.constant(transposed):
-        plain = _transposed(plain)
-    columns = ir.RankedTensorType(plain.type).shape[1]
-    made = ir.Operation.create(
-        "spikingbrain.grouped_linear",
-        [builtin_type(op.results[0].type)],
-        [to_builtin(x), plain, to_builtin(expert)],
-        {"columns": ir.IntegerAttr.get(ir.IntegerType.get_signless(64), columns)},
-    )
-    return from_builtin(made.result, op.results[0].type)
+        weight = _transposed(weight)
+    columns = _number(ir.RankedTensorType(weight.type).shape[1])
+    operands = [to_builtin(x), weight, to_builtin(expert)]
+    return ir.Operation.create("spikingbrain.grouped_linear", [type_], operands, {"columns": columns}).result
+
+
+def _spikes(
+    counts: ir.Value,
+    threshold: ir.Value,
+    weight: ir.Value,
+    scale: ir.Value,
+    expert: ir.Value,
+    bits: ir.Value,
+    type_: ir.Type,
+) -> ir.Value:
+    operands = [to_builtin(counts), to_builtin(threshold), _plain(weight), _plain(scale), to_builtin(expert)]
+    return ir.Operation.create(
+        "spikingbrain.spike_grouped_linear", [type_], operands, {"bits": _number(torch_ir.constant(bits))}
+    ).result
+
+
+def _number(value: int | float | None) -> ir.IntegerAttr:
+    return ir.IntegerAttr.get(ir.IntegerType.get_signless(64), value)
 
 
 def _plain(weight: ir.Value) -> ir.Value:

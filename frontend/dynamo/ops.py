@@ -71,7 +71,7 @@ silu sin sinh softplus sqrt square stack sub sum tan tanh tril triu trunc var va
 _log_softmax to prims::convert_element_type masked_fill ones_like zeros_like zeros ones flip
 """)
 RECURRENCES = _names("linear_recurrence linear_scan selective_scan")  # our own
-SPIKES = _names("spike_encode spike_linear")
+SPIKES = _names("spike_encode spike_linear spike_grouped_linear")
 EXPERTS = _names("grouped_linear grouped_outer")
 OURS = RECURRENCES | SPIKES | EXPERTS
 

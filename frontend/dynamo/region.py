@@ -136,10 +136,17 @@ def build(region: Region, verdicts: Mapping[fx.Node, Verdict], frozen: set[fx.No
     return made_region
 
 
+_WEIGHTS = {  # and their scales, among the arguments of a projection
+    "linear": slice(1, 2),
+    "grouped_linear": slice(1, 2),
+    "spike_linear": slice(2, 4),
+    "spike_grouped_linear": slice(2, 4),
+}
+
+
 def _frozen_weights(node: fx.Node, frozen: set[fx.Node]) -> list[fx.Node]:
     """Returns the frozen tensors that are the weight of a projection, with its scale if it is one of spikes."""
-    places = {"spike_linear": slice(2, 4), "linear": slice(1, 2), "grouped_linear": slice(1, 2)}
-    weights = node.args[places.get(packet_name(node.target), slice(0))]
+    weights = node.args[_WEIGHTS.get(packet_name(node.target), slice(0))]
     return list(weights) if weights and all(w in frozen for w in weights) else []
 
 

@@ -9,6 +9,7 @@ from spikingbrain.frontend.ops.linear_recurrence import linear_recurrence
 from spikingbrain.frontend.ops.linear_recurrence_backward import linear_recurrence_backward
 from spikingbrain.frontend.ops.linear_scan import linear_scan
 from spikingbrain.frontend.ops.selective_scan import selective_scan, selective_scan_backward
+from spikingbrain.frontend.ops.spike_experts import spike_grouped_linear
 from spikingbrain.frontend.ops.spikes import spike_encode, spike_linear
 from spikingbrain.frontend.ops.unit_lower_inverse import unit_lower_inverse
 
@@ -21,6 +22,7 @@ __all__ = [
     "selective_scan",
     "selective_scan_backward",
     "spike_encode",
+    "spike_grouped_linear",
     "spike_linear",
     "unit_lower_inverse",
 ]

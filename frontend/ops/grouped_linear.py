@@ -26,7 +26,7 @@ def grouped_linear(x: Tensor, weight: Tensor, expert: Tensor, transposed: bool =
         IndexError: an expert that does not exist.
     """
     _check(x, weight, expert, transposed)
-    order, groups = _by_expert(expert, weight.shape[0])
+    order, groups = by_expert(expert, weight.shape[0])
     sorted_x = x[order]
     sorted_y = x.new_empty(x.shape[0], weight.shape[2 if transposed else 1])
     for e, first, end in groups:
@@ -46,7 +46,7 @@ def grouped_outer(a: Tensor, b: Tensor, expert: Tensor, experts: int) -> Tensor:
         IndexError: an expert that does not exist.
     """
     _check_outer(a, b, expert)
-    order, groups = _by_expert(expert, experts)
+    order, groups = by_expert(expert, experts)
     sorted_a, sorted_b = a[order], b[order]
     result = a.new_zeros(experts, a.shape[1], b.shape[1])
     for e, first, end in groups:
@@ -90,7 +90,7 @@ def _check_types(op: str, a: Tensor, b: Tensor, expert: Tensor) -> None:
         )
 
 
-def _by_expert(expert: Tensor, experts: int) -> tuple[Tensor, Iterator[tuple[int, int, int]]]:
+def by_expert(expert: Tensor, experts: int) -> tuple[Tensor, Iterator[tuple[int, int, int]]]:
     """Returns the rows in the order of their experts, and for each expert that has any: itself, its first and its end there."""
     if expert.numel():
         low, high = int(expert.min()), int(expert.max())

@@ -21,6 +21,7 @@ from torch import Tensor
 from spikingbrain.frontend.ops import associative_scan, fla
 from spikingbrain.models.recurrences import linear_recurrence as matrices
 from spikingbrain.models.recurrences import scan
+from spikingbrain.models.spiking import experts
 from spikingbrain.models.spiking.linear import adaptive_spike_linear as plain_spike_linear
 
 
@@ -73,13 +74,25 @@ def adaptive_spike_linear(
     return y
 
 
+def adaptive_spike_experts(
+    x: Tensor, codes: Tensor, scale: Tensor, expert: Tensor, k: float, lower: float, upper: float
+) -> Tensor:
+    """Calls `spike_encode` and `spike_grouped_linear`; where gradients may be asked for, what the layer computes without them."""
+    if x.dtype != torch.float32 or x.requires_grad:
+        return experts.gathering_spike_experts(x, codes, scale, expert, k, lower, upper)
+    counts, threshold = torch.ops.spikingbrain.spike_encode(x, k, lower, upper)
+    y: Tensor = torch.ops.spikingbrain.spike_grouped_linear(counts, threshold, codes, scale, expert)
+    return y
+
+
 _PACKAGE = __name__.rpartition(".")[0]
 
-# All functions of models.recurrences are written in these three.
+# All functions of models.recurrences are written in the first three.
 _OWN: list[tuple[Callable[..., Any], Callable[..., Any]]] = [
     (matrices.linear_recurrence, linear_recurrence),
     (scan.linear_scan, linear_scan),
     (scan.selective_scan, selective_scan),
+    (experts.adaptive_spike_experts, adaptive_spike_experts),
     (associative_scan.original, associative_scan.associative_scan),
 ]
 

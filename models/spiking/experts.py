@@ -73,14 +73,10 @@ def adaptive_spike_experts(
     upper: float = UPPER,
 ) -> Tensor:
     """Returns V (sum over groups of scale * (sum of counts * codes)) of each row's expert: [R, O], float32 or wider."""
+    if torch.compiler.is_compiling() or not len(x_RC):
+        return gathering_spike_experts(x_RC, codes_NOC, scale_NOG, expert_R, k, lower, upper)
     counts_RC, v_R1 = spike_counts(x_RC, k, lower, upper)
     dtype = exact_dtype(codes_NOC.shape[2], k, codes_NOC.dtype)
-    if torch.compiler.is_compiling() or not len(x_RC):
-        groups = scale_NOG.shape[2]
-        c = torch.unflatten(counts_RC.to(dtype), 1, (groups, -1))
-        w = torch.unflatten(codes_NOC[expert_R].to(dtype), 2, (groups, -1))
-        sums_ROG = torch.einsum("rgc,rogc->rog", c, w).to(counts_RC.dtype)
-        return (sums_ROG * scale_NOG[expert_R]).sum(-1) * v_R1
     order, lengths = rows_by_expert(expert_R, len(codes_NOC))
     groups_of_rows = zip(counts_RC[order].split(lengths), v_R1[order].split(lengths), strict=True)
     y_RO = [
@@ -89,3 +85,22 @@ def adaptive_spike_experts(
         if len(counts)
     ]
     return torch.cat(y_RO)[order.argsort()]
+
+
+def gathering_spike_experts(
+    x_RC: Tensor,
+    codes_NOC: Tensor,
+    scale_NOG: Tensor,
+    expert_R: Tensor,
+    k: float,
+    lower: float,
+    upper: float,
+) -> Tensor:
+    """Returns the same from weights gathered for each row, which needs no sizes that depend on the data."""
+    counts_RC, v_R1 = spike_counts(x_RC, k, lower, upper)
+    dtype = exact_dtype(codes_NOC.shape[2], k, codes_NOC.dtype)
+    groups = scale_NOG.shape[2]
+    c = torch.unflatten(counts_RC.to(dtype), 1, (groups, -1))
+    w = torch.unflatten(codes_NOC[expert_R].to(dtype), 2, (groups, -1))
+    sums_ROG = torch.einsum("rgc,rogc->rog", c, w).to(counts_RC.dtype)
+    return (sums_ROG * scale_NOG[expert_R]).sum(-1) * v_R1

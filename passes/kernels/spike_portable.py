@@ -7,12 +7,14 @@ rows clamped at the upper threshold have, and those that are no numbers go a sec
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import nan as NAN
 
 from torch_mlir import ir
-from torch_mlir.dialects import arith, math, tensor
+from torch_mlir.dialects import arith, linalg, math, tensor
 
 from spikingbrain.passes import linalg_build as build
 from spikingbrain.passes.dialect_spikes import LARGEST_CODE
+from spikingbrain.passes.kernels.group_rows import known_expert
 from spikingbrain.target import Target
 
 
@@ -62,13 +64,15 @@ def spike_linear(
     bias: ir.Value | None,
     bits: int,
     target: Target,
+    expert: ir.Value | None = None,
 ) -> ir.Value:
     """Emits the projection of counts ``[M, K]`` with thresholds ``[M]``; returns ``[M, N]``.
 
     ``weight`` is ``[N, K]`` of codes, ``scale`` ``[N, G]``, ``bias`` ``[N]``. Exact for counts below
-    2**31 / 2**(bits - 1), and above as far as f64 is, on targets that have it.
+    2**31 / 2**(bits - 1), and above as far as f64 is, on targets that have it. With experts ``[M]`` weight and scale are stacks
+    ``[E, N, K]`` and ``[E, N, G]``, of which a row takes its expert's; NaN where there is none.
     """
-    groups = ir.RankedTensorType(scale.type).shape[1]
+    groups = ir.RankedTensorType(scale.type).shape[-1]
     f32, i32, i64 = ir.F32Type.get(), _integer(32), _integer(64)
     wide = ir.F64Type.get() if target.kind == "cpu" else f32
     limit = float(2**31 // LARGEST_CODE[bits])
@@ -90,19 +94,21 @@ def spike_linear(
         return arith.addf(total, arith.mulf(count, arith.sitofp(wide, code)))
 
     grouped = _grouped(weight, groups)
-    sums = _products(_grouped(_each(spikes, i32, whole), groups), grouped, i64, add_whole)
-    rests = _products(_grouped(_each(spikes, wide, rest), groups), grouped, wide, add_rest)
+    sums = _products(_grouped(_each(spikes, i32, whole), groups), grouped, expert, i64, add_whole)
+    rests = _products(_grouped(_each(spikes, wide, rest), groups), grouped, expert, wide, add_rest)
+
+    factors, of_factor, read = _table(scale, expert, 3, [1, 2])
 
     def scaled(total: ir.Value, other: ir.Value, factor: ir.Value, so_far: ir.Value) -> ir.Value:
         value = arith.addf(arith.sitofp(wide, total), other)
         value = value if wide == f32 else arith.truncf(f32, value)
-        return arith.addf(so_far, arith.mulf(value, factor))
+        return arith.addf(so_far, arith.mulf(value, read(factor)))
 
-    group, of_column, column = _maps(3, [0, 1, 2], [1, 2], [0, 1])
+    group, column = _maps(3, [0, 1, 2], [0, 1])
     y = build.generic(
-        [sums, rests, scale],
+        [sums, rests, factors],
         _zeros(f32, sums, 2),
-        [group, group, of_column, column],
+        [group, group, of_factor, column],
         ["parallel", "parallel", "reduction"],
         scaled,
     )
@@ -117,15 +123,55 @@ def spike_linear(
     return build.generic(inputs, _empty(f32, y, 2), maps, ["parallel", "parallel"], finished)
 
 
-def _products(spikes: ir.Value, weight: ir.Value, kind: ir.Type, body: Callable[..., ir.Value]) -> ir.Value:
+def _products(
+    spikes: ir.Value,
+    weight: ir.Value,
+    expert: ir.Value | None,
+    kind: ir.Type,
+    body: Callable[..., ir.Value],
+) -> ir.Value:
     """Emits the products of ``[M, G, J]`` and ``[N, G, J]``, summed over J; returns ``[M, N, G]`` of ``kind``."""
     dynamic = ir.ShapedType.get_dynamic_size()
     m, groups, _ = ir.RankedTensorType(spikes.type).shape
-    n = ir.RankedTensorType(weight.type).shape[0]
+    n = ir.RankedTensorType(weight.type).shape[-3]
     type_ = ir.RankedTensorType.get([m, n, groups], kind)
     init = _filled(type_, build.dynamic_sizes(spikes) if m == dynamic else [])
-    maps = _maps(4, [0, 2, 3], [1, 2, 3], [0, 1, 2])
-    return build.generic([spikes, weight], init, maps, ["parallel"] * 3 + ["reduction"], body)
+    codes, of_code, read = _table(weight, expert, 4, [1, 2, 3])
+    of_count, result = _maps(4, [0, 2, 3], [0, 1, 2])
+    return build.generic(
+        [spikes, codes],
+        init,
+        [of_count, of_code, result],
+        ["parallel"] * 3 + ["reduction"],
+        lambda count, code, total: body(count, read(code), total),
+    )
+
+
+def _table(
+    table: ir.Value, expert: ir.Value | None, dims: int, places: list[int]
+) -> tuple[ir.Value, ir.AffineMap, Callable[[ir.Value], ir.Value]]:
+    """Returns an input of a generic, its map, and what makes of its element the table's at loops ``places``.
+
+    With experts ``[M]``, one for each step of loop 0, the table is the expert's of a stack; floats are NaN where there is none.
+    """
+    if expert is None:
+        (place,) = _maps(dims, places)
+        return table, place, lambda value: value
+    type_ = ir.RankedTensorType(table.type)
+    experts = type_.shape[0]
+    zero, limit = build.constant_index(0), build.constant_index(experts)
+
+    def read(number: ir.Value) -> ir.Value:
+        e = known_expert(number, experts)
+        exists = arith.cmpi(arith.CmpIPredicate.ult, e, limit)
+        at = [arith.select(exists, e, zero), *(linalg.IndexOp(place).result for place in places)]
+        value = tensor.extract(table, at)
+        if not isinstance(type_.element_type, ir.F32Type):
+            return value
+        return arith.select(exists, value, arith.constant(type_.element_type, NAN))
+
+    (row,) = _maps(dims, [0])
+    return expert, row, read
 
 
 def _each(value: ir.Value, kind: ir.Type, body: Callable[..., ir.Value]) -> ir.Value:
@@ -135,11 +181,11 @@ def _each(value: ir.Value, kind: ir.Type, body: Callable[..., ir.Value]) -> ir.V
 
 
 def _grouped(value: ir.Value, groups: int) -> ir.Value:
-    """Returns ``[R, K]`` as ``[R, G, K / G]``."""
+    """Returns ``[..., K]`` as ``[..., G, K / G]``."""
     ranked = ir.RankedTensorType(value.type)
-    r, k = ranked.shape
-    type_ = ir.RankedTensorType.get([r, groups, k // groups], ranked.element_type)
-    axes = build.reassociation([[0], [1, 2]])
+    *rows, k = ranked.shape
+    type_ = ir.RankedTensorType.get([*rows, groups, k // groups], ranked.element_type)
+    axes = build.reassociation([*([d] for d in range(len(rows))), [len(rows), len(rows) + 1]])
     return tensor.ExpandShapeOp(type_, value, axes, build.dynamic_sizes(value), list(type_.shape)).result
 
 

@@ -106,6 +106,43 @@ def test_the_report_names_them(artifact: tuple[Experts, Any]) -> None:
     assert len(explanation.to_dict()["experts"]) == 3
 
 
+class Spiking(nn.Module):
+    """Two products by the same experts, made to spike."""
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.gate = (ExpertLinear(EXPERTS, 48, HIDDEN) for _ in range(2))
+        spikingbrain.spike(self, group_size=16, bits=bits)
+
+    def forward(self, x: Tensor, expert: Tensor) -> Tensor:
+        y: Tensor = self.up(x, expert) * self.gate(x, expert)
+        return y
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_spiking_experts_are_integers_in_both_doors(bits: int, tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    model = Spiking(bits).eval()
+    x, expert = torch.randn(9, 48), torch.randint(0, EXPERTS, (9,))
+    with torch.no_grad(), report.collect() as graphs:
+        compiled = torch.compile(model, backend="spikingbrain")
+        torch.testing.assert_close(compiled(x, expert), model(x, expert), rtol=1e-5, atol=1e-6)
+    ops = [op for graph in graphs for r in graph.regions if r.status == "compiled" for op in r.ops]
+    assert ops.count("spike_grouped_linear") == 2
+    rows = {0: torch.export.Dim("rows", min=1, max=512)}
+    entries = {
+        "prefill": Entry((x, expert), dynamic_shapes={"x": rows, "expert": rows}),
+        "decode": Entry((x[:2], expert[:2])),
+    }
+    spikingbrain.export(model, entries, tmp_path / "experts.sbrain")
+    program = spikingbrain.load(tmp_path / "experts.sbrain")
+    for entry, count in (("prefill", 1), ("prefill", 60), ("decode", 2)):
+        x, expert = torch.randn(count, 48), torch.randint(0, EXPERTS, (count,))
+        y = torch.as_tensor(getattr(program, entry)(x.numpy(), expert.numpy()))
+        torch.testing.assert_close(y, model(x, expert), rtol=1e-5, atol=1e-6)
+
+
 def test_the_code_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
     """docs/experts.md"""
     page = (Path(__file__).resolve().parents[2] / "docs" / "experts.md").read_text()

@@ -476,3 +476,51 @@ func.func @grouped_result(%x: tensor<2x4xf32>, %w: tensor<3x40x4xf32>, %e: tenso
   %y = "spikingbrain.grouped_linear"(%x, %w, %e) {columns = 40 : i64} : (tensor<2x4xf32>, tensor<3x40x4xf32>, tensor<2xi64>) -> tensor<2x16xf32>
   return
 }
+
+// -----
+
+func.func @spike_grouped_types(%c: tensor<?x8xf32>, %v: tensor<?xf32>, %w: tensor<3x40x8xi16>, %s: tensor<3x40x2xf32>, %e: tensor<?xi64>) {
+  // expected-error@+1 {{'spikingbrain.spike_grouped_linear' takes f32, f32, i8, f32 and i64 and returns f32, got ['f32', 'f32', 'i16', 'f32', 'i64', 'f32']}}
+  %y = "spikingbrain.spike_grouped_linear"(%c, %v, %w, %s, %e) {bits = 8 : i64} : (tensor<?x8xf32>, tensor<?xf32>, tensor<3x40x8xi16>, tensor<3x40x2xf32>, tensor<?xi64>) -> tensor<?x40xf32>
+  return
+}
+
+// -----
+
+func.func @spike_grouped_bits(%c: tensor<?x8xf32>, %v: tensor<?xf32>, %w: tensor<3x40x8xi8>, %s: tensor<3x40x2xf32>, %e: tensor<?xi64>) {
+  // expected-error@+1 {{'spikingbrain.spike_grouped_linear' a weight of i8 has no codes of 16 bits}}
+  %y = "spikingbrain.spike_grouped_linear"(%c, %v, %w, %s, %e) {bits = 16 : i64} : (tensor<?x8xf32>, tensor<?xf32>, tensor<3x40x8xi8>, tensor<3x40x2xf32>, tensor<?xi64>) -> tensor<?x40xf32>
+  return
+}
+
+// -----
+
+func.func @spike_grouped_weight(%c: tensor<2x8xf32>, %v: tensor<?xf32>, %w: tensor<3x40x4xi8>, %s: tensor<3x40x2xf32>, %e: tensor<?xi64>) {
+  // expected-error@+1 {{'spikingbrain.spike_grouped_linear' weight [3, 40, 4] must be [N, O, K] for counts [2, 8]}}
+  %y = "spikingbrain.spike_grouped_linear"(%c, %v, %w, %s, %e) {bits = 8 : i64} : (tensor<2x8xf32>, tensor<?xf32>, tensor<3x40x4xi8>, tensor<3x40x2xf32>, tensor<?xi64>) -> tensor<?x40xf32>
+  return
+}
+
+// -----
+
+func.func @spike_grouped_scale(%c: tensor<?x8xf32>, %v: tensor<?xf32>, %w: tensor<3x40x8xi8>, %s: tensor<3x40x3xf32>, %e: tensor<?xi64>) {
+  // expected-error@+1 {{'spikingbrain.spike_grouped_linear' scale [3, 40, 3] must be [N, O, G] with G a divisor of K, weight is [3, 40, 8]}}
+  %y = "spikingbrain.spike_grouped_linear"(%c, %v, %w, %s, %e) {bits = 8 : i64} : (tensor<?x8xf32>, tensor<?xf32>, tensor<3x40x8xi8>, tensor<3x40x3xf32>, tensor<?xi64>) -> tensor<?x40xf32>
+  return
+}
+
+// -----
+
+func.func @spike_grouped_rows(%c: tensor<2x8xf32>, %v: tensor<2xf32>, %w: tensor<3x40x8xi8>, %s: tensor<3x40x2xf32>, %e: tensor<3xi64>) {
+  // expected-error@+1 {{'spikingbrain.spike_grouped_linear' experts [3] must be [R], one for each row of [2, 8]}}
+  %y = "spikingbrain.spike_grouped_linear"(%c, %v, %w, %s, %e) {bits = 8 : i64} : (tensor<2x8xf32>, tensor<2xf32>, tensor<3x40x8xi8>, tensor<3x40x2xf32>, tensor<3xi64>) -> tensor<?x40xf32>
+  return
+}
+
+// -----
+
+func.func @spike_grouped_result(%c: tensor<2x8xf32>, %v: tensor<2xf32>, %w: tensor<3x40x8xi8>, %s: tensor<3x40x2xf32>, %e: tensor<2xi64>) {
+  // expected-error@+1 {{'spikingbrain.spike_grouped_linear' result [2, 4] does not follow from counts [2, 8] and 40 columns}}
+  %y = "spikingbrain.spike_grouped_linear"(%c, %v, %w, %s, %e) {bits = 8 : i64} : (tensor<2x8xf32>, tensor<2xf32>, tensor<3x40x8xi8>, tensor<3x40x2xf32>, tensor<2xi64>) -> tensor<2x4xf32>
+  return
+}

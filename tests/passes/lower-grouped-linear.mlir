@@ -50,3 +50,16 @@ func.func @half(%x: tensor<2x4xbf16>, %w: tensor<3x40x4xbf16>, %e: tensor<2xi64>
   %y = "spikingbrain.grouped_linear"(%x, %w, %e) {columns = 40 : i64} : (tensor<2x4xbf16>, tensor<3x40x4xbf16>, tensor<2xi64>) -> tensor<2x40xbf16>
   return %y : tensor<2x40xbf16>
 }
+
+// Spike counts: products of integers, each code read where a sum needs it; then scales and the threshold.
+// CHECK-LABEL: func.func @spikes(
+// CHECK-SAME:      %[[C:[a-z0-9]+]]: {{[^,]+}}, %[[V:[a-z0-9]+]]: {{[^,]+}}, %[[W:[a-z0-9]+]]: {{[^,]+}}, %[[S:[a-z0-9]+]]: {{[^,]+}}, %[[E:[a-z0-9]+]]:
+// CHECK:         %[[CODES:.+]] = tensor.expand_shape %[[W]] {{.*}} into tensor<3x40x2x4xi8>
+// CHECK:         tensor.extract %[[CODES]]
+// CHECK:         arith.muli %{{.+}} : i32
+// CHECK:         tensor.extract %[[S]]
+// CHECK-NOT:     tensor<?x40x2x4
+func.func @spikes(%c: tensor<?x8xf32>, %v: tensor<?xf32>, %w: tensor<3x40x8xi8>, %s: tensor<3x40x2xf32>, %e: tensor<?xi64>) -> tensor<?x40xf32> {
+  %y = "spikingbrain.spike_grouped_linear"(%c, %v, %w, %s, %e) {bits = 8 : i64} : (tensor<?x8xf32>, tensor<?xf32>, tensor<3x40x8xi8>, tensor<3x40x2xf32>, tensor<?xi64>) -> tensor<?x40xf32>
+  return %y : tensor<?x40xf32>
+}

@@ -53,3 +53,30 @@ func.func @unknown_size(%x: !x, %w: !torch.vtensor<[3,?,4],f32>, %e: !e) -> !tor
   %y = torch.operator "torch.spikingbrain.grouped_linear"(%x, %w, %e, %false) : (!x, !torch.vtensor<[3,?,4],f32>, !e, !torch.bool) -> !torch.vtensor<[?,?],f32>
   return %y : !torch.vtensor<[?,?],f32>
 }
+
+// Spike counts and integer weights.
+// CHECK-LABEL: func.func @spikes(
+// CHECK-SAME:      %[[C:[a-z0-9]+]]: {{.+}}, %[[V:[a-z0-9]+]]: {{.+}}, %[[E:[a-z0-9]+]]:
+func.func @spikes(%c: !x, %v: !torch.vtensor<[?],f32>, %e: !e) -> !y {
+  %bits = torch.constant.int 8
+  %codes = "spikingbrain.parameter"() {sources = ["codes"], recipe = []} : () -> tensor<3x6x4xi8>
+  %scale = "spikingbrain.parameter"() {sources = ["scale"], recipe = []} : () -> tensor<3x6x2xf32>
+  %w = torch_c.from_builtin_tensor %codes : tensor<3x6x4xi8> -> !torch.vtensor<[3,6,4],si8>
+  %s = torch_c.from_builtin_tensor %scale : tensor<3x6x2xf32> -> !torch.vtensor<[3,6,2],f32>
+  // CHECK:         %[[W:.+]] = "spikingbrain.parameter"() {{.*}} -> tensor<3x6x4xi8>
+  // CHECK:         %[[S:.+]] = "spikingbrain.parameter"() {{.*}} -> tensor<3x6x2xf32>
+  // CHECK:         %[[Y:.+]] = "spikingbrain.spike_grouped_linear"(%{{.+}}, %{{.+}}, %[[W]], %[[S]], %{{.+}}) {bits = 8 : i64}
+  // CHECK:         torch_c.from_builtin_tensor %[[Y]]
+  %y = torch.operator "torch.spikingbrain.spike_grouped_linear"(%c, %v, %w, %s, %e, %bits)
+      : (!x, !torch.vtensor<[?],f32>, !torch.vtensor<[3,6,4],si8>, !torch.vtensor<[3,6,2],f32>, !e, !torch.int) -> !y
+  return %y : !y
+}
+
+// The experts of other integers.
+// CHECK-LABEL: func.func @narrow(
+func.func @narrow(%x: !x, %w: !torch.vtensor<[3,6,4],f32>, %e: !torch.vtensor<[?],si32>) -> !y {
+  %false = torch.constant.bool false
+  // expected-remark@+1 {{raise-grouped-linear: experts of si32; only int64 is raised}}
+  %y = torch.operator "torch.spikingbrain.grouped_linear"(%x, %w, %e, %false) : (!x, !torch.vtensor<[3,6,4],f32>, !torch.vtensor<[?],si32>, !torch.bool) -> !y
+  return %y : !y
+}

@@ -1,4 +1,4 @@
-"""`spikingbrain::grouped_linear`: against one product per row, derivatives, what torch asks of an op, and what is refused."""
+"""`spikingbrain::grouped_linear` and its kin: one product per row, derivatives, what torch asks of an op, what is refused."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 import spikingbrain.frontend.ops  # noqa: F401  (registers the ops)
-from spikingbrain.errors import ShapeError
+from spikingbrain.errors import OptionError, ShapeError
+from spikingbrain.models import spiking
 
 linear, outer = torch.ops.spikingbrain.grouped_linear, torch.ops.spikingbrain.grouped_outer
+spike_linear = torch.ops.spikingbrain.spike_grouped_linear
 
 EXPERTS = {"none": [], "one": [2], "odd": [0, 2, 2, -1, 0, 2, 3], "all to one": [1] * 5}  # of 4
 
@@ -82,3 +84,52 @@ def test_what_does_not_fit_is_refused() -> None:
         linear(x, weight, expert.int())
     with pytest.raises(ShapeError, match=r"grouped_outer: shapes \[7, 5\], \[6, 5\], \[7\]"):
         outer(x, x[1:], expert, 4)
+
+
+# Spikes
+
+
+def spiking_operands(experts: list[int], groups: int = 2, bits: int = 8) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(len(experts), 16, generator=generator)
+    counts, threshold = spiking.spike_counts(x)
+    codes, scale = spiking.quantise_weight(torch.randn(12, 16, generator=generator), 16 // groups, bits)
+    expert = torch.tensor(experts, dtype=torch.int64)
+    return counts, threshold.squeeze(-1), codes.view(4, 3, 16), scale.view(4, 3, groups), expert
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_spikes_go_through_their_expert(name: str) -> None:
+    for groups, bits in ((1, 8), (4, 4)):
+        counts, threshold, codes, scale, expert = spiking_operands(EXPERTS[name], groups, bits)
+        y = spike_linear(counts, threshold, codes, scale, expert, bits)
+        assert y.shape == (len(counts), 3)
+        for row, v, e, result in zip(counts, threshold, expert, y, strict=True):
+            sums = (row.long() * codes[e].long()).view(3, groups, -1).sum(-1)
+            torch.testing.assert_close(result, (sums.float() * scale[e]).sum(-1) * v, rtol=1e-6, atol=0)
+
+
+def test_sums_of_counts_are_exact_beyond_what_float32_holds() -> None:
+    counts = torch.full((1, 40_000), 3572.0)
+    counts[0, -1] = 3571.0
+    codes = torch.full((2, 1, 40_000), 127, dtype=torch.int8)
+    y = spike_linear(counts, torch.ones(1), codes, torch.ones(2, 1, 1), torch.tensor([1]))
+    assert y.item() == float(torch.tensor(127 * (3572 * 39_999 + 3571), dtype=torch.float64).float())
+
+
+def test_torch_can_rely_on_the_spiking_op() -> None:
+    torch.library.opcheck(spike_linear.default, spiking_operands(EXPERTS["odd"]))
+
+
+def test_spikes_that_do_not_fit_are_refused() -> None:
+    counts, threshold, codes, scale, expert = spiking_operands(EXPERTS["odd"])
+    with pytest.raises(IndexError, match="expert 4 is out of bounds"):
+        spike_linear(counts, threshold, codes, scale, expert + 1)
+    with pytest.raises(OptionError, match="codes of 16 bits"):
+        spike_linear(counts, threshold, codes, scale, expert, 16)
+    with pytest.raises(ShapeError, match="codes have 4 bits"):
+        spike_linear(counts, threshold, codes, scale, expert, 4)
+    with pytest.raises(ShapeError, match=r"torch\.int32"):
+        spike_linear(counts, threshold, codes, scale, expert.int())
+    with pytest.raises(ShapeError, match=r"shapes \[7, 16\], \[7\], \[4, 3, 16\], \[4, 3, 3\]"):
+        spike_linear(counts, threshold, codes, torch.ones(4, 3, 3), expert)
