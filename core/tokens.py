@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from spikingbrain.artifact import TOKENIZER
+from spikingbrain.artifact import TOKENIZER, Artifact
 from spikingbrain.errors import CallError, OptionError
 
 if TYPE_CHECKING:
     from spikingbrain.program import Program
 
 _CONTEXT = 8  # tokens that a piece of text is decoded after: some tokenizers put a space between words only
+
+
+# Reading a large vocabulary takes longer than a token of a small model.
+_read: weakref.WeakKeyDictionary[Artifact, Any] = weakref.WeakKeyDictionary()
 
 
 class Tokens:
@@ -23,9 +28,11 @@ class Tokens:
             raise CallError(
                 "this artifact holds no tokenizer", hint="export it with tokenizer=..., or pass token ids"
             )
-        from tokenizers import Tokenizer
+        self._tokenizer = _read.get(opened)
+        if self._tokenizer is None:
+            from tokenizers import Tokenizer
 
-        self._tokenizer = Tokenizer.from_str(bytes(opened.member(TOKENIZER)).decode())
+            self._tokenizer = _read[opened] = Tokenizer.from_str(bytes(opened.member(TOKENIZER)).decode())
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)

@@ -151,8 +151,7 @@ except spikingbrain.errors.ArtifactError:
     pass
 spikingbrain.targets()
 from spikingbrain.backend_iree import runtime
-from spikingbrain import generate
-from spikingbrain.tools import run
+from spikingbrain.tools import chat, forecast, run
 heavy = [m for m in ("torch", "torch_mlir", "spikingbrain.frontend", "spikingbrain.passes") if m in sys.modules]
 assert not heavy, heavy
 """
