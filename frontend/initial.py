@@ -42,7 +42,8 @@ def _the_entry(value: Tensor, axis: int, name: str) -> Tensor:
     """Returns the first of entries that are all alike, size 1 along the axis."""
     first = value.narrow(axis, 0, 1)
     if value.is_floating_point():  # a model's product of several rows may round each differently
-        rounding = torch.finfo(value.dtype).eps ** 0.5 * float(value.abs().max())
+        largest = float(value.abs().nan_to_num(0, 0).max())
+        rounding = torch.finfo(value.dtype).eps ** 0.5 * largest
         alike = torch.allclose(value, first.expand_as(value), rtol=0, atol=rounding, equal_nan=True)
     else:
         alike = torch.equal(value, first.expand_as(value))
@@ -57,6 +58,10 @@ def _the_entry(value: Tensor, axis: int, name: str) -> Tensor:
 
 def _block(value: Tensor, fill: Tensor) -> tuple[list[int], Tensor]:
     """Returns the smallest block that holds all values other than ``fill``, and where it begins."""
-    places = (value != fill).nonzero()
-    low, high = places.amin(0).tolist(), places.amax(0).tolist()
-    return low, value[tuple(slice(a, b + 1) for a, b in zip(low, high, strict=True))]
+    others, starts = value != fill, []
+    for axis in range(value.ndim):
+        places = others.movedim(axis, 0).reshape(others.shape[axis], -1).any(1).nonzero()
+        first, last = int(places[0]), int(places[-1])
+        starts.append(first)
+        value = value.narrow(axis, first, last - first + 1)
+    return starts, value

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+import spikingbrain
 from spikingbrain.artifact import TOKENIZER
 from spikingbrain.chat import Chat
 from spikingbrain.errors import CallError, MissingDependency, OptionError
@@ -19,6 +22,7 @@ from spikingbrain.generate import batch_ids, generate_batch, generate_ids, strea
 from spikingbrain.program import Program
 from spikingbrain.sampling import Sampling
 from spikingbrain.tokens import Tokens, Writer
+from spikingbrain.tools import cli
 
 VOCABULARY = 256  # a token for each byte
 
@@ -345,3 +349,70 @@ def test_special_tokens_reach_the_template() -> None:
     made = chatting("{{ bos_token }}" + TEMPLATE, bos_token="#")
     text = "".join(Chat(made).say("x", 5))
     assert text == "".join(Tokens(made).stream(expected(Tokens(made).encode("#<u>x\n<a>"), 5)))
+
+
+# Commands
+
+
+@pytest.fixture
+def commanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Program, str]:
+    """A program that every artifact file is loaded as, and such a file."""
+    made = chatting()
+    monkeypatch.setattr(spikingbrain, "load", lambda path, check_memory: made, raising=False)
+    (tmp_path / "a.sbrain").touch()
+    return made, str(tmp_path / "a.sbrain")
+
+
+def test_run_passes_its_options_on(
+    commanded: tuple[Program, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, file = commanded
+    options = [
+        "--tokens",
+        "20",
+        "--temperature",
+        "1",
+        "--top-k",
+        "50",
+        "--top-p",
+        "0.9",
+        "--min-p",
+        "0.01",
+        "--seed",
+        "2",
+    ]
+    penalties = ["--repetition-penalty", "1.5", "--presence-penalty", "0.2", "--frequency-penalty", "-0.1"]
+    assert cli.main(["run", file, "Once", *options, *penalties]) == 0
+    text = "".join(made.generate("Once", 20, sampling=Sampling(1, 50, 0.9, 0.01, 1.5, 0.2, -0.1, 2)))
+    found = capsys.readouterr().out
+    assert found == f"Once{text}\n" and len(text) > 5
+    assert (
+        cli.main(["run", file, "Once", "--quiet", "--stop", text[2], "--stop", text[4], *options, *penalties])
+        == 0
+    )
+    assert capsys.readouterr().out == text[: min(text.index(text[2]), text.index(text[4]))] + "\n"
+    assert cli.main(["run", file, "Once", "--min-p", "2"]) == 1
+    assert "min_p is from 0 to 1" in capsys.readouterr().err
+
+
+def test_chat_takes_a_turn_a_line(
+    commanded: tuple[Program, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, file = commanded
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n\nAnd?\n/reset\nHi\n"))
+    assert cli.main(["chat", file, "--quiet", "--system", "Be", "--tokens", "6"]) == 0
+    chat = Chat(made, "Be")
+    first, second = "".join(chat.say("Hi", 6)), "".join(chat.say("And?", 6))
+    assert capsys.readouterr().out == f"{first}\n{second}\n{first}\n"
+
+
+def test_chat_goes_on_after_what_does_not_fit(
+    commanded: tuple[Program, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, file = commanded
+    made.manifest["generation"]["capacity"] = 40
+    monkeypatch.setattr(sys, "stdin", io.StringIO("too long a line for the cache\nHi\n"))
+    assert cli.main(["chat", file, "--quiet", "--tokens", "9"]) == 0
+    out, err = capsys.readouterr()
+    assert "exceed the capacity of 40" in err
+    assert out == "".join(Chat(made).say("Hi", 9)) + "\n"
