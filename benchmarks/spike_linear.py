@@ -64,8 +64,8 @@ def on_device(device: Any, array: np.ndarray[Any, Any]) -> Any:
 # Ours
 
 
-def program(n: int, k: int, m: int, bits: int, groups: int, copies: int) -> str:
-    """Returns a function of ``copies`` inputs, each projected by a weight of its own."""
+def program(n: int, k: int, m: int, bits: int, groups: int, copies: int, silent: float = 0.0) -> str:
+    """Returns a function of ``copies`` inputs, each projected by a weight of its own; ``silent``: the share told."""
     element = "i16" if bits == 16 else "i8"
     x, v, y = f"tensor<{m}x{k}xf32>", f"tensor<{m}xf32>", f"tensor<{m}x{n}xf32>"
     w, s = f"tensor<{n}x{k}x{element}>", f"tensor<{n}x{groups}xf32>"
@@ -76,7 +76,7 @@ def program(n: int, k: int, m: int, bits: int, groups: int, copies: int) -> str:
   %s{i} = "spikingbrain.parameter"() {{sources = ["s{i}"], recipe = []}} : () -> {s}
   %c{i}, %v{i} = "spikingbrain.spike_encode"(%x{i}) {{k = 3.0 : f64, lower = 1.0e-5 : f64, upper = 1.0e4 : f64}}
     : ({x}) -> ({x}, {v})
-  %y{i} = "spikingbrain.spike_linear"(%c{i}, %v{i}, %w{i}, %s{i}) {{bits = {bits} : i64}}
+  %y{i} = "spikingbrain.spike_linear"(%c{i}, %v{i}, %w{i}, %s{i}) {{bits = {bits} : i64, silent = {silent} : f64}}
     : ({x}, {v}, {w}, {s}) -> {y}"""
     names = range(copies)
     arguments = ", ".join(f"%x{i}: {x}" for i in names)
@@ -86,13 +86,18 @@ def program(n: int, k: int, m: int, bits: int, groups: int, copies: int) -> str:
 
 
 def ours(
-    xs: Sequence[torch.Tensor], codes: Sequence[Any], scale: torch.Tensor, bits: int, target: Target
+    xs: Sequence[torch.Tensor],
+    codes: Sequence[Any],
+    scale: torch.Tensor,
+    bits: int,
+    target: Target,
+    silent: float = 0.0,
 ) -> Call:
     """Returns a call of all copies of our projection."""
     (n, k), m, groups = codes[0].shape, len(xs[0]), scale.shape[1]
     copies = min(MOST_COPIES, len(codes))
     with dialect.load(), ir.Location.unknown():
-        module = ir.Module.parse(program(n, k, m, bits, groups, copies))
+        module = ir.Module.parse(program(n, k, m, bits, groups, copies, silent))
         context = PassContext(target)
         pipeline.run([SpikeToInt(), WeightsToArguments()], module, context)
         pipeline.clean(module)

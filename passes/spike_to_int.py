@@ -145,7 +145,7 @@ def _kernel(op: ir.Operation, dot: Dot, target: Target, encoded: _Encoded) -> ir
     rows = ir.RankedTensorType(encode.operands[0].type)
     m = math.prod(rows.shape[:-1]) if rows.has_static_shape else ir.ShapedType.get_dynamic_size()
     events = isinstance(dot, ChannelDot) and (m == ir.ShapedType.get_dynamic_size() or m <= EVENT_ROWS)
-    cut = encoding(dot, channels, groups, *settings, events)
+    cut = encoding(dot, channels, groups, *settings, events=events)
     key = (hash(encode), cut)
     if key not in encoded:
         with ir.InsertionPoint(encode), encode.location:

@@ -18,6 +18,7 @@ from spikingbrain.models.spiking.finite import check_finite
 from spikingbrain.models.spiking.linear import SpikeLinear, SpikeLinearTraining, exact_dtype, spike_linear
 from spikingbrain.models.spiking.neurons import integrate_and_fire, lif
 from spikingbrain.models.spiking.observe import measure_silence
+from spikingbrain.models.spiking.order import Ordered, order_channels
 from spikingbrain.models.spiking.quantise import (
     check_group_size,
     dequantise_weight,
@@ -30,9 +31,10 @@ from spikingbrain.models.spiking.threshold import spike_counts, spiking, thresho
 
 __all__ = [
     "CODINGS",
+    "SILENT_NOTE",
     "Budget",
     "Firing",
-    "SILENT_NOTE",
+    "Ordered",
     "SpikeEmbedding",
     "SpikeExpertLinear",
     "SpikeLinear",
@@ -51,6 +53,7 @@ __all__ = [
     "integrate_and_fire",
     "lif",
     "measure_silence",
+    "order_channels",
     "quantise_weight",
     "spike",
     "spike_counts",

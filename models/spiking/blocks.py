@@ -48,8 +48,8 @@ def skipped(seen: LayerCounts, size: int) -> Skipped:
     half = active.shape[0] // 2
     first, second = active[:half], active[half:]
     order = first.sum(0).argsort(descending=True, stable=True)
-    as_is, blocks = _silent_blocks(second, size)
-    ordered, _ = _silent_blocks(second[:, order], size)
+    as_is, blocks = silent_blocks(second, size)
+    ordered, _ = silent_blocks(second[:, order], size)
     return Skipped(size, blocks * seen.outputs, as_is * seen.outputs, ordered * seen.outputs)
 
 
@@ -70,7 +70,7 @@ def skipped_in_all(inputs: Iterable[LayerCounts], sizes: Sequence[int] = BLOCKS)
     return sums
 
 
-def _silent_blocks(active: Tensor, size: int) -> tuple[int, int]:
+def silent_blocks(active: Tensor, size: int) -> tuple[int, int]:
     """Returns the silent blocks of ``active`` [tokens, C], and all blocks."""
     tokens, channels = active.shape
     padded = torch.nn.functional.pad(active, (0, -channels % size))

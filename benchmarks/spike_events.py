@@ -1,0 +1,82 @@
+"""Compares the two forms of the spiking linear: all channels multiplied, and the weights of those added that fire.
+
+    python benchmarks/spike_events.py [--shapes 2048x2048 ...] [--rows 1] [--bits 8] [--group 0] [--silent 0 50 70 90 99]
+
+One thread, the thread's CPU clock, both forms in turn, as in `spike_linear.py`; few rows go through copies of the weight that are
+larger than the last cache. For each share of silent channels, in percent, the same of every row: the best times, and how many
+times longer the dense form takes, the median over rounds. Both forms' results are compared bit by bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import numpy as np
+import spike_linear
+import torch
+from timing import interleave, keep_memory, mean, ratio
+
+from spikingbrain.backend_iree import targets
+from spikingbrain.target import Target
+
+
+def compare(
+    n: int, k: int, m: int, share: float, settings: argparse.Namespace, target: Target
+) -> tuple[float, float, float]:
+    """Returns the best seconds of the dense form and of events, and the median ratio."""
+    bits, group = settings.bits, settings.group or k
+    copies = max(2, round(spike_linear.CYCLE_BYTES * 8 / (n * k * bits))) if m < 64 else 1
+    copies = min(copies, spike_linear.MOST_COPIES)
+    rng = np.random.default_rng(0)
+    high = 1 << (min(bits, 8) - 1)
+    codes = [rng.integers(-high, high, (n, k), dtype=np.int8) for _ in range(copies)]
+    codes = [c.astype(np.int16) for c in codes] if bits == 16 else codes
+    scale = torch.from_numpy(rng.uniform(0.001, 0.002, (n, k // group)).astype(np.float32))
+    xs = [1 + torch.from_numpy(rng.random((m, k), np.float32)) for _ in range(copies)]
+    for x in xs:
+        for row in x:
+            row[torch.from_numpy(rng.permutation(k)[: round(share * k)])] = 0
+    calls = {
+        form: spike_linear.ours(xs, codes, scale, bits, target, told)
+        for form, told in (("dense", 0.0), ("events", 1.0))
+    }
+    results = []
+    for call in calls.values():
+        first = call()[0]
+        results.append((first[0] if isinstance(first, list | tuple) else first).to_host())
+    np.testing.assert_array_equal(*results)
+    times = interleave(calls, settings.rounds, mean(spike_linear.ROUND_SECONDS, time.thread_time))
+    dense, events = times["dense"] / copies, times["events"] / copies
+    return min(dense), min(events), ratio(dense, events)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shapes", nargs="+", default=["2048x2048", "2048x8192"], help="columns x channels")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1])
+    parser.add_argument("--bits", type=int, default=8, choices=[4, 8, 16])
+    parser.add_argument("--group", type=int, default=0, help="channels with one scale; 0 for all")
+    parser.add_argument("--silent", type=float, nargs="+", default=[0, 25, 50, 60, 70, 80, 90, 95, 99])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--target", default="cpu", help="of another instruction set, e.g. x86-64-v3")
+    settings = parser.parse_args()
+    keep_memory()
+    torch.set_num_threads(1)
+    target = targets.known()[settings.target].target
+    for rows in settings.rows:
+        for shape in settings.shapes:
+            n, k = map(int, shape.split("x"))
+            for percent in settings.silent:
+                dense, events, faster = compare(n, k, rows, percent / 100, settings, target)
+                print(
+                    f"{n:5d} x {k:5d} {rows:4d} rows {percent:3.0f}% silent: dense {dense * 1e6:8.1f} us,"
+                    f" events {events * 1e6:8.1f} us, {faster:.2f}x",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
