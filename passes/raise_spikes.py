@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch_mlir import ir
+from torch_mlir.dialects import arith, tensor
 
+from spikingbrain.passes import linalg_build as build
 from spikingbrain.passes import parameters, torch_ir
 from spikingbrain.passes.base import PassContext
 from spikingbrain.passes.casts import builtin_type, from_builtin, to_builtin
@@ -59,16 +62,21 @@ def _raise_encode(op: ir.Operation) -> str:
 
 
 def _raise_linear(op: ir.Operation) -> str:
-    counts, threshold, weight, scale, bias, bits, _, _, silent = op.operands
+    counts, threshold, weight, scale, bias, bits, _, _, silent, *flags = op.operands
     width, share = torch_ir.constant(bits), torch_ir.constant(silent)
     if not isinstance(width, int) or not isinstance(share, float):
         return "an argument that is not constant"
-    codes, scales = _plain(weight), _float32(_matrix(_plain(scale)))
+    turned = any(torch_ir.constant(flag) for flag in flags)
+    codes = _plain(weight)
     if not isinstance(ir.RankedTensorType(codes.type).element_type, ir.IntegerType):
+        scales = _float32(_scales(_plain(scale), codes, False))
         stored = parameters.parameter(codes), parameters.parameter(scales)
         if stored[0] is None or stored[1] is None:
             return "float weights, or a scale of them, that are not stored"
         codes = _rounded(*stored, 16 if width == 16 else 8)
+    else:
+        codes = _transposed(codes) if turned else codes
+        scales = _ones(codes) if torch_ir.is_none(scale) else _float32(_scales(_plain(scale), codes, turned))
     operands = [to_builtin(counts), to_builtin(threshold), codes, scales]
     operands += [] if torch_ir.is_none(bias) else [to_builtin(bias)]
     attributes: dict[str, ir.Attribute] = {"bits": ir.IntegerAttr.get(ir.IntegerType.get_signless(64), width)}
@@ -87,23 +95,53 @@ def _plain(value: ir.Value) -> ir.Value:
     return cast.operands[0] if cast is not None else to_builtin(value)
 
 
-def _matrix(scale: ir.Value) -> ir.Value:
-    """Returns a stored scale [N, G, 1] as [N, G]."""
-    type_ = ir.RankedTensorType(scale.type)
-    if type_.rank == 2:
-        return scale
-    two = ir.RankedTensorType.get(list(type_.shape)[:2], type_.element_type)
-    op = parameters.parameter(scale)
+def _scales(scale: ir.Value, codes: ir.Value, turned: bool) -> ir.Value:
+    """Returns scales as [N, G], in whatever shape the model has them."""
+    shape, outputs = list(ir.RankedTensorType(scale.type).shape), ir.RankedTensorType(codes.type).shape[0]
+    if math.prod(shape) == outputs:
+        return scale if shape == [outputs, 1] else _reshaped(scale, "column", [outputs, 1])
+    if len(shape) == 3:
+        scale = _reshaped(scale, "matrix", [n for i, n in enumerate(shape) if i != (1 if turned else 2)])
+    return _transposed(scale) if turned else scale
+
+
+def _ones(codes: ir.Value) -> ir.Value:
+    """Returns scales [N, 1] of 1, stored where the codes [N, C] are."""
+    type_ = ir.RankedTensorType.get([ir.RankedTensorType(codes.type).shape[0], 1], ir.F32Type.get())
+    op = parameters.parameter(codes)
+    if op is None:
+        return arith.constant(
+            type_, ir.DenseElementsAttr.get_splat(type_, ir.FloatAttr.get(ir.F32Type.get(), 1.0))
+        )
+    old = parameters.stored(op)
+    return parameters.create(old.sources, [*old.recipe, "ones"], type_)
+
+
+def _reshaped(value: ir.Value, step: str, shape: list[int]) -> ir.Value:
+    """Returns a tensor in another shape: a stored one by a step of its recipe."""
+    type_ = ir.RankedTensorType(value.type)
+    result, op = ir.RankedTensorType.get(shape, type_.element_type), parameters.parameter(value)
     if op is not None:
         old = parameters.stored(op)
-        return parameters.create(old.sources, [*old.recipe, "matrix"], two)
-    pairs = [[0], [1, 2]]
-    return ir.Operation.create(
-        "tensor.collapse_shape",
-        [two],
-        [scale],
-        {"reassociation": ir.ArrayAttr.get([_indices(p) for p in pairs])},
-    ).result
+        return parameters.create(old.sources, [*old.recipe, step], result)
+    flat = ir.RankedTensorType.get([math.prod(shape)], type_.element_type)
+    everything = [list(range(type_.rank))]
+    if type_.rank > 1:
+        value = tensor.CollapseShapeOp(flat, value, build.reassociation(everything)).result
+    axes = build.reassociation([list(range(len(shape)))])
+    return tensor.ExpandShapeOp(result, value, axes, [], shape).result
+
+
+def _transposed(matrix: ir.Value) -> ir.Value:
+    type_ = ir.RankedTensorType(matrix.type)
+    result = ir.RankedTensorType.get(list(type_.shape)[::-1], type_.element_type)
+    op = parameters.parameter(matrix)
+    if op is not None:
+        old = parameters.stored(op)
+        return parameters.create(old.sources, [*old.recipe, "transpose"], result)
+    d0, d1 = (ir.AffineDimExpr.get(d) for d in range(2))
+    maps = [ir.AffineMap.get(2, 0, [d1, d0]), ir.AffineMap.get(2, 0, [d0, d1])]
+    return build.generic([matrix], build.empty(result, []), maps, ["parallel"] * 2, lambda value, _: value)
 
 
 def _float32(value: ir.Value) -> ir.Value:
@@ -119,15 +157,10 @@ def _float32(value: ir.Value) -> ir.Value:
     return parameters.create(old.sources, [*old.recipe, "float32"], wide)
 
 
-def _indices(numbers: list[int]) -> ir.Attribute:
-    i64 = ir.IntegerType.get_signless(64)
-    return ir.ArrayAttr.get([ir.IntegerAttr.get(i64, n) for n in numbers])
-
-
 def _rounded(weight: ir.Operation, scale: ir.Operation, bits: int) -> ir.Value:
     """Returns the codes of a stored weight: a parameter made of both tensors."""
     w, s = parameters.stored(weight), parameters.stored(scale)
-    steps = [step for step in s.recipe if step not in ("matrix", "float32")]
+    steps = [step for step in s.recipe if step not in ("matrix", "column", "float32")]
     assert not w.recipe and not steps, "weights are rounded before anything else is done to them"
     element = ir.IntegerType.get_signless(bits)
     type_ = ir.RankedTensorType.get(list(w.shape), element)

@@ -41,6 +41,18 @@ def matrix(arrays: list[Array]) -> list[Array]:
     return [array.reshape(len(array), -1)]
 
 
+def column(arrays: list[Array]) -> list[Array]:
+    """Makes a column ``[N, 1]`` of N numbers in any shape."""
+    (array,) = arrays
+    return [array.reshape(-1, 1)]
+
+
+def ones(arrays: list[Array]) -> list[Array]:
+    """Makes a column of ones as long as a matrix."""
+    (array,) = arrays
+    return [np.ones((len(array), 1), np.float32)]
+
+
 def float32(arrays: list[Array]) -> list[Array]:
     """Widens half floats."""
     return [array.astype(np.float32) for array in arrays]
@@ -161,6 +173,8 @@ STEPS: dict[str, Callable[..., list[Array]]] = {
         concat,
         codes,
         matrix,
+        column,
+        ones,
         float32,
         transpose,
         pack_columns,

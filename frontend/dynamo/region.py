@@ -147,7 +147,8 @@ _WEIGHTS = {  # and their scales, among the arguments of a projection
 def _frozen_weights(node: fx.Node, frozen: set[fx.Node]) -> list[fx.Node]:
     """Returns the frozen tensors that are the weight of a projection, with its scale if it is one of spikes."""
     weights = node.args[_WEIGHTS.get(packet_name(node.target), slice(0))]
-    return list(weights) if weights and all(w in frozen for w in weights) else []
+    given = [w for w in weights if w is not None]  # integers may have no scale
+    return given if all(w in frozen for w in given) else []
 
 
 def _key(graph: fx.Graph) -> str:

@@ -43,18 +43,20 @@ def spike_linear(
     counts: Tensor,
     threshold: Tensor,
     weight: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     bias: Tensor | None = None,
     bits: int = 8,
     activation: Tensor | None = None,
     float_weight: Tensor | None = None,
     silent: float = 0.0,
+    turned: bool = False,
 ) -> Tensor:
     """Returns y [..., N]: threshold * (sum over groups of scale * (exact sum of counts * codes)) + bias.
 
-    counts [..., C] and threshold [...] are those of `spike_encode`; scale [N, G] or [N, G, 1]; bias [N]. ``weight`` [N, C] holds
-    the codes, of ``bits`` bits (4 and 8: int8, 16: int16), or float weights, whose codes are round(weight / scale), the quotient
-    in float32. Weights and scales may be half floats.
+    counts [..., C] and threshold [...] are those of `spike_encode`; bias [N]. scale: [N, G] or [N, G, 1], N numbers in any shape
+    for G = 1, or None for 1. ``weight`` [N, C] holds the codes, of ``bits`` bits (4 and 8: int8, 16: int16), or float weights,
+    whose codes are round(weight / scale), the quotient in float32. Weights and scales may be half floats. ``turned``: codes
+    are [C, N], and scales, unless they are N, [G, N].
 
     The gradient is that of activation @ float_weight^T + bias: whoever trains gives what counts and codes stand for, computed as
     gradients should pass; their values are not read forwards. ``silent`` is the share of counts that are 0, as far as it is
@@ -64,8 +66,7 @@ def spike_linear(
         ShapeError: shapes or dtypes do not fit each other, or a code does not fit ``bits``.
         OptionError: an unknown number of bits.
     """
-    _check(counts, threshold, weight, scale, bias, bits)
-    scale = scale.flatten(1).float()
+    scale, weight = _check(counts, threshold, weight, scale, bias, bits, turned)
     codes = weight if not weight.is_floating_point() else spiking.weight_codes(weight, scale)
     low, high = (float(codes.amin()), float(codes.amax())) if codes.numel() else (0.0, 0.0)
     if low < -(2 ** (bits - 1)) or high >= 2 ** (bits - 1):
@@ -83,43 +84,62 @@ def _(
     counts: Tensor,
     threshold: Tensor,
     weight: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     bias: Tensor | None = None,
     bits: int = 8,
     activation: Tensor | None = None,
     float_weight: Tensor | None = None,
     silent: float = 0.0,
+    turned: bool = False,
 ) -> Tensor:
-    _check(counts, threshold, weight, scale, bias, bits)
+    _, weight = _check(counts, threshold, weight, scale, bias, bits, turned)
     return counts.new_empty([*counts.shape[:-1], weight.shape[0]])
 
 
 def _check(
-    counts: Tensor, threshold: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits: int
-) -> None:
+    counts: Tensor,
+    threshold: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    turned: bool,
+) -> tuple[Tensor, Tensor]:
+    """Returns the scale as float32 [N, G], and the weight as [N, C]."""
     if bits not in _BITS:
         raise OptionError(f"spike_linear: codes of {bits} bits", hint="4, 8 or 16")
-    if counts.dtype != torch.float32 or (weight.dtype != _BITS[bits] and not weight.is_floating_point()):
+    if counts.dtype != torch.float32 or (
+        weight.dtype != _BITS[bits] and (turned or not weight.is_floating_point())
+    ):
         raise ShapeError(
             f"spike_linear: counts are {counts.dtype}, weights {weight.dtype}",
             why=f"counts must be float32, and codes of {bits} bits {_BITS[bits]}",
         )
+    given = [counts, threshold, weight, *(t for t in (scale, bias) if t is not None)]
+    weight = weight.mT if turned and weight.ndim == 2 else weight
     outputs, channels = weight.shape if weight.ndim == 2 else (-1, -1)
+    if scale is None:
+        scale = counts.new_ones([outputs, 1])
+    elif scale.numel() == outputs:
+        scale = scale.reshape(outputs, 1)
+    else:
+        if scale.ndim == 3 and scale.shape[1 if turned else 2] == 1:
+            scale = scale.squeeze(1 if turned else 2)
+        scale = scale.mT if turned and scale.ndim == 2 else scale
+    scale = scale.float()
     fits = counts.ndim >= 1 and counts.shape[-1] == channels and threshold.ndim == counts.ndim - 1
-    groups = scale.shape[1] if scale.ndim == 2 or (scale.ndim == 3 and scale.shape[2] == 1) else 0
-    fits = fits and scale.ndim >= 2 and scale.shape[0] == outputs and groups > 0 and channels % groups == 0
+    fits = fits and scale.ndim == 2 and scale.shape[0] == outputs
+    fits = fits and scale.shape[1] > 0 and channels % scale.shape[1] == 0
     if not fits or (bias is not None and (bias.ndim != 1 or bias.shape[0] != outputs)):
-        shapes = [
-            list(t.shape) for t in (counts, threshold, weight, scale, *([] if bias is None else [bias]))
-        ]
         raise ShapeError(
-            f"spike_linear: shapes {', '.join(map(str, shapes))}",
+            f"spike_linear: shapes {', '.join(str(list(t.shape)) for t in given)}",
             why="they must be [..., C], [...], [N, C], [N, G] with G dividing C, and [N]",
         )
+    return scale, weight
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, _, _, _, bias, _, activation, float_weight, _ = inputs
+    _, _, _, _, bias, _, activation, float_weight, _, _ = inputs
     ctx.save_for_backward(activation, float_weight)
     ctx.has_bias = bias is not None
 
@@ -133,7 +153,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     if wants[7] and activation is not None:
         of_weight = rows.mT @ (activation.flatten(0, -2) if activation.ndim > 1 else activation.unsqueeze(0))
     of_bias = rows.sum(0) if ctx.has_bias and wants[4] else None
-    return None, None, None, None, of_bias, None, of_activation, of_weight, None
+    return None, None, None, None, of_bias, None, of_activation, of_weight, None, None
 
 
 spike_linear.register_autograd(_backward, setup_context=_save)

@@ -57,13 +57,15 @@ class Projection:
 class Weight:
     """Integer weights [N, C] and scales [N, G], as nodes and as values.
 
-    ``source`` holds codes as they are, or float weights that are rounded after division by the scale.
+    ``source`` holds codes as they are, or float weights that are rounded after division by the scale. Without a ``scale``
+    the scales are 1. Where ``turned``, the source is [C, N], and scales are stored outputs last.
     """
 
     source: fx.Node
-    scale: fx.Node
+    scale: fx.Node | None
     codes: Tensor
     scales: Tensor
+    turned: bool
 
 
 class Constants:
@@ -279,12 +281,9 @@ def find_weights(
             for turned in (False, True):
                 codes = _matrix(constants.value(node), outputs, channels, turned)
                 for scale in scalings:
-                    if (
-                        scale is not node
-                        and scale.meta["val"].is_floating_point()
-                        and scale.op == "placeholder"
-                    ):
+                    if scale is not node and scale.meta["val"].is_floating_point():
                         yield from _with_scales(node, codes, scale, constants, turned)
+                yield Weight(node, None, codes, torch.ones(outputs, 1), turned)
         elif (parts := rounded(node)) and value.numel() == size:
             source, scale = through(parts[0]), parts[1]
             if value.dtype != torch.float32 or source not in constants:
@@ -322,15 +321,18 @@ def _with_scales(
     source: fx.Node, codes: Tensor, scale: fx.Node, constants: Constants, turned: bool
 ) -> Iterator[Weight]:
     outputs, channels = codes.shape
-    values = constants.value(scale) if scale in constants else None
-    if values is None or values.numel() % outputs or channels % max(values.numel() // outputs, 1):
+    is_computed = scale.op != "placeholder" and not source.meta["val"].is_floating_point()
+    if scale not in constants or (is_computed and scale.meta["val"].numel() != outputs):
+        return
+    values = constants.value(scale)
+    if values.numel() % outputs or channels % max(values.numel() // outputs, 1):
         return
     scales = (values.reshape(-1, outputs).mT if turned else values.reshape(outputs, -1)).float()
     if source.meta["val"].is_floating_point():
         weight = _matrix(constants.value(source), outputs, channels, turned)
         if not torch.equal(spiking.weight_codes(weight, scales), codes):
             return  # rounded in another arithmetic
-    yield Weight(source, scale, codes, scales)
+    yield Weight(source, scale, codes, scales, turned)
 
 
 def evaluate(node: fx.Node, given: Mapping[fx.Node, Tensor], constants: Constants) -> Tensor:

@@ -99,9 +99,10 @@ def raise_spikes(
     functions = write_forwards(module, raiser.mode)
     raiser.constants = constants = Constants(module.graph, tensors)
     reports = _calls(module.graph, tensors) if fixed else []
-    for encode in module.graph.find_nodes(op="call_function", target=_ENCODE) if watch is not None else []:
-        x = encode.args[0]
-        watch.add(raiser.emitter(), x, x.meta["val"].ndim - 1, encode)
+    if watch is not None:
+        for encode in module.graph.find_nodes(op="call_function", target=_ENCODE):
+            x = encode.args[0]
+            watch.add(raiser.emitter(), x, x.meta["val"].ndim - 1, encode)
     for neuron in [find_neuron(n) for n in module.graph.nodes]:
         if neuron is None or neuron.counts in constants or neuron.x in constants:
             continue
@@ -269,7 +270,8 @@ class _Raiser:
                 got = got.movedim(-1, axis) if got.ndim == wanted.ndim else got.reshape(wanted.shape)
                 if got.shape == wanted.shape and _agree(got, wanted, axis):
                     if not _is_stored_order(weight):
-                        why = "its weights are stored transposed; the op takes [outputs, inputs]"
+                        shape = list(weight.source.meta["val"].shape)
+                        why = f"its weights are stored as {shape}; the op takes [outputs, inputs]"
                         continue
                     return result, weight, axis, bits
         raise NotSpiking(why)
@@ -382,28 +384,36 @@ class _Raiser:
             if bias is not None:
                 bias = bias if bias.meta["val"].ndim == 1 else emit.op(aten.flatten.using_ints, bias)
                 bias = _float32(emit, bias)
-            scale = weight.scale
-            if scale.meta["val"].ndim not in (2, 3):
-                scale = emit.op(aten.reshape.default, scale, list(weight.scales.shape))
+            scale, outside = weight.scale, None
+            if scale is not None and scale.op != "placeholder":
+                whole_rows = weight.scales.shape[1] == 1 and not weight.source.meta["val"].is_floating_point()
+                if whole_rows and not self.training:
+                    scale, outside = None, scale  # a scale that is stored nowhere has no packed form
+                else:
+                    scale = emit.op(aten.reshape.default, scale, list(weight.scales.shape))
             if self.training:
                 gradients = (projection.activation, projection.weight)
                 if factor is not None:
                     threshold, factor = self._rows_of(emit, neuron, factor), None
             else:
                 gradients = (None, None)
-            inside = bias if factor is None else None
+            inside = bias if factor is None and outside is None else None
             silent = _silent(projection.product)
-            made = emit.op(_LINEAR, counts, threshold, weight.source, scale, inside, bits, *gradients, silent)
+            operands = (counts, threshold, weight.source, scale, inside, bits, *gradients, silent)
+            made = emit.op(_LINEAR, *operands, **({"turned": True} if weight.turned else {}))
+            if outside is not None:
+                column = emit.op(aten.reshape.default, _float32(emit, outside), [weight.codes.shape[0]])
+                made = emit.op(aten.mul.Tensor, made, column)
             if made.meta["val"].ndim != len(shape):
                 made = emit.op(aten.reshape.default, made, [-1, *map(int, shape[1:])])
             elif axis != len(shape) - 1:
                 made = emit.op(aten.movedim.int, made, -1, axis)
             if factor is not None:
                 made = emit.op(aten.mul.Tensor, made, _moved(emit, factor, neuron.axis, axis, len(shape)))
-                if bias is not None:
-                    if axis != len(shape) - 1:
-                        bias = emit.op(aten.reshape.default, bias, [-1, *[1] * (len(shape) - 1 - axis)])
-                    made = emit.op(aten.add.Tensor, made, bias)
+            if bias is not None and inside is None:
+                if axis != len(shape) - 1:
+                    bias = emit.op(aten.reshape.default, bias, [-1, *[1] * (len(shape) - 1 - axis)])
+                made = emit.op(aten.add.Tensor, made, bias)
         result.replace_all_uses_with(made)
 
     def _encode(self, emit: Emitter, neuron: Neuron) -> tuple[fx.Node, fx.Node]:
@@ -505,7 +515,10 @@ def _bits(codes: Tensor, fixed: bool) -> int:
 
 
 def _is_stored_order(weight: Weight) -> bool:
-    return tuple(weight.source.meta["val"].shape) == tuple(weight.codes.shape)
+    source, codes = weight.source.meta["val"], tuple(weight.codes.shape)
+    if weight.turned:
+        return not source.is_floating_point() and tuple(source.shape) == codes[::-1]
+    return tuple(source.shape) == codes
 
 
 def _agree(got: Tensor, wanted: Tensor, axis: int) -> bool:

@@ -32,6 +32,11 @@ class Layer(nn.Module):
         codes, row = quantise_weight(self.weight.detach())
         self.register_buffer("codes", codes)
         self.register_buffer("row", row)
+        self.register_buffer("turned_codes", codes.T.contiguous())
+        self.register_buffer("group_rows", torch.rand(4, N, generator=generator) + 0.1)
+        self.register_buffer("square", torch.randint(-99, 99, (C, C), generator=generator, dtype=torch.int8))
+        self.register_buffer("square_row", torch.rand(1, C, generator=generator))
+        self.register_buffer("most", torch.rand(N, generator=generator))
         self.register_buffer("v", torch.tensor(0.21))
         self.register_buffer("channels", torch.rand(C, generator=generator) + 0.1)
 
@@ -93,6 +98,34 @@ def channels_moved(m: Layer, x: Tensor) -> Tensor:
     return torch.einsum("bct,nc->btn", s * v.transpose(1, 2), m.floats()) + m.bias
 
 
+def turned(m: Layer, x: Tensor) -> Tensor:
+    v = adaptive(x)
+    return (torch.round(x / v) * v) @ (m.turned_codes.float() * m.row.flatten()) + m.bias
+
+
+def turned_groups(m: Layer, x: Tensor) -> Tensor:
+    v = adaptive(x)
+    w = (m.turned_codes.float().view(4, C // 4, N) * m.group_rows.view(4, 1, N)).view(C, N)
+    return torch.round(x / v).clamp(-99, 99) @ w * v
+
+
+def turned_square(m: Layer, x: Tensor) -> Tensor:
+    v = adaptive(x)
+    return (torch.round(x / v) * v) @ (m.square.float() * m.square_row)
+
+
+def computed_scale(m: Layer, x: Tensor) -> Tensor:
+    v = adaptive(x)
+    return F.linear(
+        torch.round(x / v) * v, m.codes.float() * (m.most.abs() / 127).clamp_min(1e-8)[:, None], m.bias
+    )
+
+
+def computed_outside(m: Layer, x: Tensor) -> Tensor:
+    s = torch.round(x / m.v).clamp(-128, 127).to(torch.int8)
+    return (s.to(torch.int32) @ m.codes.to(torch.int32).T).float() * (m.row.T * m.v) + m.bias
+
+
 def floor(m: Layer, x: Tensor) -> Tensor:
     v = adaptive(x)
     return F.linear(torch.floor(x / v) * v, m.floats())
@@ -128,6 +161,9 @@ FORMS: list[Call] = [
     buffer, number, shared_number, saturated, unsigned, in_bytes, passing_through, channels_first, channels_moved, floor,
     signed_mean, other_threshold, of_all_tokens, reciprocal, halves,
 ]  # fmt: skip
+
+
+STORED: list[Call] = [turned, turned_groups, turned_square, computed_scale, computed_outside]
 
 
 def layers() -> dict[str, nn.Module]:
@@ -215,6 +251,20 @@ def test_they_are_exported_for_every_length(tmp_path: Path) -> None:
         with torch.no_grad():
             for y, wanted, name in zip(program.main(x.numpy()), model(x), names, strict=True):
                 close(np.asarray(y), wanted, name)
+
+
+def test_weights_stored_in_another_way(tmp_path: Path) -> None:
+    model, x = All(map(Layer, STORED)), rows().clamp(-99, 99)
+    artifact = spikingbrain.export(model, {"main": spikingbrain.Entry((x,))}, tmp_path / "m.sbrain")
+    with torch.no_grad():
+        results, spikes = compiled(model, x)
+        wanted = model(x)
+    exported = spikingbrain.load(artifact).main(x)
+    for found in (spikes, artifact.manifest["entries"]["main"]["spikes"]):
+        assert [s["status"] for s in found] == ["raised"] * len(STORED), found
+    for y, other, expected, form in zip(results, exported, wanted, STORED, strict=True):
+        close(y, expected, form.__name__)
+        close(np.asarray(other), expected, form.__name__)
 
 
 @torch.no_grad()

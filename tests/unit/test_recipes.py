@@ -57,6 +57,16 @@ def test_nibbles_are_not_cut() -> None:
         recipes.apply(["pack_nibbles lanes=4 vectors=1 width=2 offset=8"], [np.arange(9).reshape(1, 9)])
 
 
+def test_scales_become_a_column() -> None:
+    scale = np.array([[0.5, 2.0, 3.0]], np.float16)
+    found = recipes.apply(["column", "float32"], [scale])
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, scale.T)
+    np.testing.assert_array_equal(
+        recipes.apply(["transpose", "ones"], [np.zeros((2, 3), np.int8)]), np.ones((3, 1))
+    )
+
+
 def test_an_empty_recipe_is_the_tensor_itself() -> None:
     tensor = np.ones(3)
     assert recipes.apply([], [tensor]) is tensor
