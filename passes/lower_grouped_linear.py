@@ -12,8 +12,8 @@ from torch_mlir.dialects import arith, linalg, tensor
 from spikingbrain.passes import linalg_build as build
 from spikingbrain.passes import torch_ir
 from spikingbrain.passes.base import PassContext
-from spikingbrain.passes.kernels.group_rows import known_expert
-from spikingbrain.passes.kernels.grouped_linear import Routings, emit_grouped_linear
+from spikingbrain.passes.kernels.group_rows import Routings, known_expert
+from spikingbrain.passes.kernels.grouped_linear import emit_grouped_linear
 from spikingbrain.passes.kernels.spike_portable import spike_linear
 
 

@@ -64,6 +64,15 @@ def transpose(arrays: list[Array]) -> list[Array]:
     return [np.ascontiguousarray(array.swapaxes(-1, -2))]
 
 
+def stack(arrays: list[Array], block: int) -> list[Array]:
+    """Puts matrices ``[E, N, K]`` below each other, each with zeros up to whole blocks: ``[E * ceil(N / block) * block, K]``."""
+    (array,) = arrays
+    e, n, k = array.shape
+    padded = np.zeros((e, -(-n // block) * block, k), array.dtype)
+    padded[:, :n] = array
+    return [padded.reshape(-1, k)]
+
+
 def pack_columns(arrays: list[Array], block: int) -> list[Array]:
     """Packs ``[..., N, K]`` as ``[..., ceil(N / block), K, block]``: one column block is read front to back by a kernel.
 
@@ -177,6 +186,7 @@ STEPS: dict[str, Callable[..., list[Array]]] = {
         ones,
         float32,
         transpose,
+        stack,
         pack_columns,
         pack_dot,
         pack_nibbles,

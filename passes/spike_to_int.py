@@ -12,7 +12,9 @@ from spikingbrain.passes import linalg_build as build
 from spikingbrain.passes import parameters, torch_ir
 from spikingbrain.passes.base import PassContext
 from spikingbrain.passes.dialect_spikes import silent_share
+from spikingbrain.passes.kernels import spike_grouped_linear as grouped
 from spikingbrain.passes.kernels import spike_portable as portable
+from spikingbrain.passes.kernels.group_rows import Routing, Routings
 from spikingbrain.passes.kernels.spike_dot import ChannelDot, Dot, choose, choose_by_channel
 from spikingbrain.passes.kernels.spike_encode import (
     EVENT_ROWS,
@@ -32,7 +34,7 @@ _Encoded = dict[tuple[int, Encoding], Spikes]
 
 @dataclass(frozen=True)
 class SpikeToInt:
-    """Lowers ``spikingbrain.spike_linear`` and ``spikingbrain.spike_encode``.
+    """Lowers ``spikingbrain.spike_linear`` and ``spikingbrain.spike_encode``, and ``spike_grouped_linear`` where it has a kernel.
 
     A stored weight is packed for the target's dot products, and its counts come as bytes or words from a kernel that all
     projections of one input share. Where most channels are silent, the weight is packed by channel and the kernel also lists
@@ -64,6 +66,22 @@ class SpikeToInt:
             op.erase()
             for parameter in {hash(p): p for p in stored if p}.values():
                 _erase_unused(parameter)  # only its packed form is to be kept
+        routings: dict[int, Routings] = {}  # by block
+        for op in torch_ir.operations(module, "spikingbrain.spike_grouped_linear"):
+            dot = choose(context.target, op.attributes["bits"].value)
+            reason = _refusal(op, dot)
+            if dot is None or reason:
+                context.record(self, "refused", op, f"{reason}; lower-grouped-linear makes it linalg")
+                continue
+            with ir.InsertionPoint(op), op.location:
+                known = routings.setdefault(hash(op.block), {})
+                y = _grouped_kernel(op, dot, context.target, encoded, known)
+            op.results[0].replace_all_uses_with(y)
+            context.record(self, "lowered", op, "kernel")
+            stored = [parameters.parameter(value) for value in op.operands]
+            op.erase()
+            for parameter in {hash(p): p for p in stored if p}.values():
+                _erase_unused(parameter)
         for op in torch_ir.operations(module, "spikingbrain.embedding"):
             table = parameters.parameter(op.operands[1])
             if table and (dot := packed.get(parameters.stored(table).key)):
@@ -95,9 +113,9 @@ def _share(op: ir.Operation, dot: Dot) -> None:
     assert stored is not None
     if ir.RankedTensorType(table.type).element_type == ir.F32Type.get():  # scales: packed as any table is
         type_ = ir.RankedTensorType.get([-(-rows // dot.block), channels, dot.block], ir.F32Type.get())
-        op.operands[1] = _with_step(table, scale_recipe(dot), type_)
+        op.operands[1] = _with_steps(table, [scale_recipe(dot)], type_)
     else:
-        packed = _with_step(table, dot.recipe(), dot.stored_type(rows, channels))
+        packed = _with_steps(table, [dot.recipe()], dot.stored_type(rows, channels))
         op.results[0].replace_all_uses_with(emit_rows(ids, packed, rows, op.results[0].type, dot))
         op.erase()
     _erase_unused(stored)
@@ -117,7 +135,7 @@ def _merge_encoders(module: ir.Module) -> None:
 
 def _refusal(op: ir.Operation, dot: Dot | None) -> str:
     """Returns why a projection has no kernel, or an empty text."""
-    counts, threshold, weight, scale, *_ = op.operands
+    counts, threshold, weight, scale, *_ = op.operands  # then a bias, or the experts
     if dot is None:
         return "the target has no dot products of such integers"
     source = torch_ir.defining(counts, "spikingbrain.spike_encode")
@@ -125,8 +143,8 @@ def _refusal(op: ir.Operation, dot: Dot | None) -> str:
         return "counts and threshold are not one encoder's"
     if parameters.parameter(weight) is None or parameters.parameter(scale) is None:
         return "weight and scale are computed by the model, not stored"
-    channels = ir.RankedTensorType(weight.type).shape[1]
-    groups = ir.RankedTensorType(scale.type).shape[1]
+    channels = ir.RankedTensorType(weight.type).shape[-1]
+    groups = ir.RankedTensorType(scale.type).shape[-1]
     chunk = dot.width * dot.steps_per_vector
     if groups > 1 and channels // groups % chunk:
         return f"groups of {channels // groups} channels; a step takes {chunk}"
@@ -141,31 +159,55 @@ def _kernel(op: ir.Operation, dot: Dot, target: Target, encoded: _Encoded) -> ir
     groups = ir.RankedTensorType(scale.type).shape[1]
     encode = torch_ir.defining(counts)
     assert encode is not None
-    settings = [encode.attributes[name].value for name in ("k", "lower", "upper")]
     rows = ir.RankedTensorType(encode.operands[0].type)
     m = math.prod(rows.shape[:-1]) if rows.has_static_shape else ir.ShapedType.get_dynamic_size()
     events = isinstance(dot, ChannelDot) and (m == ir.ShapedType.get_dynamic_size() or m <= EVENT_ROWS)
+    spikes, cut = _encoded(encode, dot, channels, groups, events, encoded)
+    shape = Shape(cut, columns, None if m == ir.ShapedType.get_dynamic_size() else m, bool(bias))
+    panels = -(-columns // dot.block)
+    scales = ir.RankedTensorType.get([panels, groups, dot.block], ir.F32Type.get())
+    packed = _with_steps(weight, [dot.recipe()], dot.stored_type(columns, channels))
+    packed_scale = _with_steps(scale, [scale_recipe(dot)], scales)
+    y = emit_spike_linear(spikes, packed, packed_scale, bias[0] if bias else None, dot, shape, target)
+    return build.unflatten_leading(y, op.results[0].type, encode.operands[0])
+
+
+def _grouped_kernel(
+    op: ir.Operation, dot: Dot, target: Target, encoded: _Encoded, routings: Routings
+) -> ir.Value:
+    counts, _, weight, scale, expert = op.operands
+    experts, columns, channels = ir.RankedTensorType(weight.type).shape
+    groups = ir.RankedTensorType(scale.type).shape[2]
+    encode = torch_ir.defining(counts)
+    assert encode is not None
+    spikes, cut = _encoded(encode, dot, channels, groups, False, encoded)
+    m = ir.RankedTensorType(spikes.x.type).shape[0]
+    rows = None if m == ir.ShapedType.get_dynamic_size() else m
+    shape = grouped.Shape(cut, columns, Routing(experts, rows))
+    stored = zip((weight, scale), grouped.recipes(dot), shape.stored(dot), strict=True)
+    packed = [_with_steps(value, steps, type_) for value, steps, type_ in stored]
+    return grouped.emit_spike_grouped_linear(spikes, *packed, expert, dot, shape, target, routings)
+
+
+def _encoded(
+    encode: ir.Operation, dot: Dot, channels: int, groups: int, events: bool, encoded: _Encoded
+) -> tuple[Spikes, Encoding]:
+    """Returns what an encoder's counts are for a kernel, and their form; projections that want the same share them."""
+    settings = [encode.attributes[name].value for name in ("k", "lower", "upper")]
     cut = encoding(dot, channels, groups, *settings, events=events)
     key = (hash(encode), cut)
     if key not in encoded:
         with ir.InsertionPoint(encode), encode.location:
             encoded[key] = emit_spike_encode(build.flatten_leading(encode.operands[0]), cut)
-    spikes = encoded[key]
-    shape = Shape(cut, columns, None if m == ir.ShapedType.get_dynamic_size() else m, bool(bias))
-    panels = -(-columns // dot.block)
-    scales = ir.RankedTensorType.get([panels, groups, dot.block], ir.F32Type.get())
-    packed = _with_step(weight, dot.recipe(), dot.stored_type(columns, channels))
-    packed_scale = _with_step(scale, scale_recipe(dot), scales)
-    y = emit_spike_linear(spikes, packed, packed_scale, bias[0] if bias else None, dot, shape, target)
-    return build.unflatten_leading(y, op.results[0].type, encode.operands[0])
+    return encoded[key], cut
 
 
-def _with_step(value: ir.Value, step: str, type_: ir.Type) -> ir.Value:
-    """Returns a stored tensor with one more step in its recipe."""
+def _with_steps(value: ir.Value, steps: list[str], type_: ir.Type) -> ir.Value:
+    """Returns a stored tensor with more steps in its recipe."""
     op = parameters.parameter(value)
     assert op is not None
     old = parameters.stored(op)
-    return parameters.create(old.sources, [*old.recipe, step], type_)
+    return parameters.create(old.sources, [*old.recipe, *steps], type_)
 
 
 def _linalg(op: ir.Operation, context: PassContext) -> ir.Value:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch_mlir import ir
@@ -9,6 +11,7 @@ from torch_mlir.dialects import arith, func, memref, tensor
 
 from spikingbrain.passes.kernels.builders import (
     add,
+    ceil_div,
     compare,
     get,
     i32,
@@ -17,11 +20,14 @@ from spikingbrain.passes.kernels.builders import (
     launch,
     loop,
     minimum,
+    mul,
     put,
     root_module,
+    size,
     when,
 )
 
+FEW_ROWS = 8  # not worth sorting: the experts of one token, which are different ones
 EXPERT, FIRST, END = range(3)  # the columns of ``Groups.groups``
 
 
@@ -40,6 +46,9 @@ class Groups:
 
     def values(self) -> list[ir.Value]:
         return [self.order, self.groups]
+
+
+Routings = dict[tuple[ir.Value, int], Groups]  # by the experts and their number
 
 
 def group_types(experts: int, rows: int | None) -> list[tuple[list[int], ir.Type]]:
@@ -115,6 +124,87 @@ def build_group_rows(name: str, experts: int, rows: int | None) -> func.FuncOp:
         loop(0, count, 1, placed)
         func.ReturnOp([])
     return function
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How the workgroups of a kernel find their rows: sorted by expert, or, if they are few, each its own.
+
+    ``rows`` None means any number of them.
+    """
+
+    experts: int
+    rows: int | None
+
+    @property
+    def has_few_rows(self) -> bool:
+        return self.rows is not None and self.rows <= FEW_ROWS
+
+    def types(self) -> list[ir.Type]:
+        """Returns the types of what a kernel takes for it: experts ``[R]``, or the parts of ``Groups``."""
+        if self.has_few_rows:
+            return [ir.MemRefType.get([self.rows], ir.IntegerType.get_signless(64))]
+        return [ir.MemRefType.get(shape, kind) for shape, kind in group_types(self.experts, self.rows)]
+
+    def emit(self, expert: ir.Value, most: int, known: Routings) -> tuple[list[ir.Value], list[ir.Value]]:
+        """Returns what a kernel takes, and its grid behind the first axis; a workgroup takes ``most`` rows of an expert.
+
+        Rows that are sorted already are in ``known``, which serves one block of operations.
+        """
+        if self.has_few_rows:
+            return [expert], [index(self.rows), index(1)]
+        key = (expert, self.experts)
+        if key not in known:
+            known[key] = emit_group_rows(expert, self.experts)
+        return known[key].values(), [size(known[key].groups, 0), ceil_div(size(expert, 0), most)]
+
+    def place(self, taken: list[ir.Value], y: ir.Value, workgroup: list[ir.Value], most: int) -> Place:
+        """Returns where one workgroup works, inside a kernel that takes ``taken`` and writes y."""
+        at, chunk = workgroup
+        if self.has_few_rows:
+            return Place(
+                known_expert(get(taken[0], [at]), self.experts), self.experts, at, add(at, 1), None, y
+            )
+        order, groups = taken
+        expert, first, end = (
+            arith.index_cast(ir.IndexType.get(), get(groups, [at, column])) for column in (EXPERT, FIRST, END)
+        )
+        first = minimum(add(first, mul(chunk, most)), end)
+        return Place(expert, self.experts, first, minimum(add(first, most), end), order, y)
+
+
+@dataclass(frozen=True)
+class Place:
+    """The rows ``first`` to ``end`` of ``order`` (None: in their own order), which go to one of ``experts`` or to none."""
+
+    expert: ir.Value
+    experts: int
+    first: ir.Value
+    end: ir.Value
+    order: ir.Value | None
+    y: ir.Value
+
+    def rows(self, first: ir.Value, count: int) -> list[ir.Value]:
+        """Returns the numbers of some rows."""
+        rows = [add(first, r) for r in range(count)]
+        if self.order is None:
+            return rows
+        return [arith.index_cast(ir.IndexType.get(), get(self.order, [row])) for row in rows]
+
+    def fill(self, low: ir.Value, high: ir.Value, body: Callable[[], None]) -> None:
+        """Runs ``body``, which computes columns ``low`` to ``high``; without an expert these are NaN."""
+        f32 = ir.F32Type.get()
+        nan = arith.constant(f32, math.nan)
+
+        def row(at: ir.Value) -> None:
+            (number,) = self.rows(at, 1)
+            loop(low, high, 1, lambda column: put(nan, self.y, [number, column]))
+
+        def rows() -> None:
+            loop(self.first, self.end, 1, row)
+
+        exists = compare("ult", self.expert, index(self.experts))
+        when(exists, body, rows)
 
 
 def known_expert(expert: ir.Value, experts: int) -> ir.Value:

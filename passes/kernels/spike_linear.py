@@ -90,13 +90,13 @@ def emit_spike_linear(
         with ir.InsertionPoint.at_block_begin(module.regions[0].blocks[0]):
             build_spike_linear(name, dot, shape, target)
     panels = -(-shape.columns // dot.block)
-    groups = index(-(-panels // _group_panels(dot, shape)))
-    group_rows = _group_rows(dot.rows)
+    groups = index(-(-panels // panels_of_workgroup(dot, shape.cut)))
+    most = rows_of_workgroup(dot)
     if shape.rows is None:
         sizes = [tensor.dim(spikes.x, index(0))]
-        chunks = ceil_div(sizes[0], group_rows)
+        chunks = ceil_div(sizes[0], most)
     else:
-        sizes, chunks = [], index(-(-shape.rows // group_rows))
+        sizes, chunks = [], index(-(-shape.rows // most))
     m = ir.ShapedType.get_dynamic_size() if shape.rows is None else shape.rows
     result = ir.RankedTensorType.get([m, shape.columns], ir.F32Type.get())
     inputs = [*spikes.values(), weight, scale, *([] if bias is None else [bias])]
@@ -122,27 +122,27 @@ def build_spike_linear(name: str, dot: Dot, shape: Shape, target: Target) -> fun
     with ir.InsertionPoint(entry):
         group, chunk, _, *buffers = entry.arguments
         spikes = Spikes(*buffers[: len(cut.types(m))])
-        kernel = _Kernel(dot, shape, target, spikes, buffers[len(cut.types(m)) :])
-        first_panel = mul(group, _group_panels(dot, shape))
-        end_panel = minimum(add(first_panel, _group_panels(dot, shape)), panels)
-        first_row = mul(chunk, _group_rows(dot.rows))
-        end_row = minimum(add(first_row, _group_rows(dot.rows)), memref.dim(buffers[0], index(0)))
+        kernel = SpikeKernel(dot, shape, target, spikes, buffers[len(cut.types(m)) :])
+        first_panel = mul(group, panels_of_workgroup(dot, shape.cut))
+        end_panel = minimum(add(first_panel, panels_of_workgroup(dot, shape.cut)), panels)
+        first_row = mul(chunk, rows_of_workgroup(dot))
+        end_row = minimum(add(first_row, rows_of_workgroup(dot)), memref.dim(buffers[0], index(0)))
         loop(first_panel, end_panel, 1, lambda panel: kernel.panel(panel, first_row, end_row))
         func.ReturnOp([])
     return function
 
 
-def _group_panels(dot: Dot, shape: Shape) -> int:
-    panel = dot.block * shape.cut.channels * dot.bits // 8
+def panels_of_workgroup(dot: Dot, cut: Encoding) -> int:
+    panel = dot.block * cut.channels * dot.bits // 8
     return max(1, WORKGROUP_BYTES // panel)
 
 
-def _group_rows(rows: int) -> int:
-    return -(-WORKGROUP_ROWS // rows) * rows
+def rows_of_workgroup(dot: Dot) -> int:
+    return -(-WORKGROUP_ROWS // dot.rows) * dot.rows
 
 
-class _Kernel:
-    """Emits the parts of one kernel function at the insertion point."""
+class SpikeKernel:
+    """Emits the parts of one kernel function at the insertion point; who reads other rows says so in ``row_numbers``."""
 
     def __init__(
         self, dot: Dot, shape: Shape, target: Target, spikes: Spikes, buffers: list[ir.Value]
@@ -212,20 +212,25 @@ class _Kernel:
     def dense(self, panel: ir.Value, first: ir.Value, end: ir.Value) -> None:
         """Computes one panel for rows ``first`` to ``end`` with tiles, the largest first."""
         if self.shape.rows == 1:
-            self.tile([index(0)], panel, self.group_sums)
-            self.again(index(0), panel)
+            (row,) = self.row_numbers(first, 1)
+            self.tile([row], panel, self.group_sums)
+            self.again(row, panel)
             return
         at = first
-        for count in _row_counts(self.dot.rows):
+        for count in tile_heights(self.dot.rows):
             whole = add(at, mul(arith.divui(sub(end, at), index(count)), count))
             loop(
                 at,
                 whole,
                 count,
-                lambda row, n=count: self.tile([add(row, r) for r in range(n)], panel, self.group_sums),
+                lambda row, n=count: self.tile(self.row_numbers(row, n), panel, self.group_sums),
             )
             at = whole
-        loop(first, end, 1, lambda row: self.again(row, panel))
+        loop(first, end, 1, lambda row: self.again(self.row_numbers(row, 1)[0], panel))
+
+    def row_numbers(self, first: ir.Value, count: int) -> list[ir.Value]:
+        """Returns which rows a tile covers."""
+        return [add(first, r) for r in range(count)]
 
     def tile(self, rows: list[ir.Value], panel: ir.Value, group_sums: _GroupSums) -> None:
         """Computes some rows of one panel."""
@@ -436,6 +441,6 @@ class _Kernel:
         return result
 
 
-def _row_counts(rows: int) -> list[int]:
+def tile_heights(rows: int) -> list[int]:
     """Returns the heights of the tiles that together cover any number of rows, largest first."""
     return [rows, *(count for count in (4, 2, 1) if count < rows)]

@@ -95,3 +95,25 @@ func.func @head(%ids: tensor<1x?xi64>, %x: tensor<1x?x64xf32>) -> (tensor<1x?x64
       : (tensor<1x?x64xf32>, tensor<1x?xf32>, tensor<40x64xi8>, tensor<40x2xf32>) -> tensor<1x?x40xf32>
   return %rows, %scales, %y : tensor<1x?x64xi8>, tensor<1x?x2xf32>, tensor<1x?x40xf32>
 }
+
+// Experts: their weights are packed as those of one projection, with panels of their own; one encoder and one sorting of rows
+// serve both products.
+// WORDS-LABEL: func.func @experts(
+// WORDS-SAME:      %[[X:[a-z0-9]+]]: tensor<?x8xf32>, %[[E:[a-z0-9]+]]: tensor<?xi64>
+func.func @experts(%x: tensor<?x8xf32>, %e: tensor<?xi64>) -> (tensor<?x40xf32>, tensor<?x40xf32>) {
+  %w = "spikingbrain.parameter"() {sources = ["codes"], recipe = []} : () -> tensor<3x40x8xi8>
+  %s = "spikingbrain.parameter"() {sources = ["scale"], recipe = []} : () -> tensor<3x40x2xf32>
+  %c, %v = "spikingbrain.spike_encode"(%x) {k = 3.0 : f64, lower = 1.0e-5 : f64, upper = 1.0e4 : f64} : (tensor<?x8xf32>) -> (tensor<?x8xf32>, tensor<?xf32>)
+  // WORDS:         callee = @spike_encode
+  // WORDS-NOT:     callee = @spike_encode
+  // WORDS:         %[[W:.+]] = "spikingbrain.parameter"() {recipe = ["stack block={{[0-9]+}}", "pack_dot {{[^"]+}}"], sources = ["codes"]}
+  // WORDS:         %[[S:.+]] = "spikingbrain.parameter"() {recipe = ["stack block={{[0-9]+}}", "pack_columns block={{[0-9]+}}"], sources = ["scale"]}
+  // WORDS:         %[[G:.+]]:3 = "spikingbrain_control.launch"({{.*}}%[[E]]{{.*}}) {callee = @group_rows_n3_m
+  // WORDS:         "spikingbrain_control.launch"({{.*}}%[[W]], %[[S]], %[[G]]#0, %[[G]]#1{{.*}}) {callee = @[[KERNEL:spike_grouped_linear_i8_e3_k8_g2_n40_m]]
+  // WORDS-NOT:     callee = @group_rows
+  // WORDS:         callee = @[[KERNEL]]
+  // WORDS:         return
+  %y = "spikingbrain.spike_grouped_linear"(%c, %v, %w, %s, %e) {bits = 8 : i64} : (tensor<?x8xf32>, tensor<?xf32>, tensor<3x40x8xi8>, tensor<3x40x2xf32>, tensor<?xi64>) -> tensor<?x40xf32>
+  %z = "spikingbrain.spike_grouped_linear"(%c, %v, %w, %s, %e) {bits = 8 : i64} : (tensor<?x8xf32>, tensor<?xf32>, tensor<3x40x8xi8>, tensor<3x40x2xf32>, tensor<?xi64>) -> tensor<?x40xf32>
+  return %y, %z : tensor<?x40xf32>, tensor<?x40xf32>
+}

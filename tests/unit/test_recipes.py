@@ -23,6 +23,15 @@ def test_joined_then_packed_equals_packed_whole() -> None:
     np.testing.assert_array_equal(joined, recipes.apply(["pack_columns block=4"], [np.concatenate(parts)]))
 
 
+def test_stacked_matrices_begin_with_whole_blocks() -> None:
+    matrices = np.random.default_rng(0).random((3, 5, 2), np.float32)
+    stacked = recipes.apply(["stack block=4"], [matrices])
+    assert stacked.shape == (24, 2)
+    for matrix, rows in zip(matrices, stacked.reshape(3, 8, 2), strict=True):
+        np.testing.assert_array_equal(rows[:5], matrix)
+        assert not rows[5:].any()
+
+
 def test_each_matrix_of_a_stack_is_packed() -> None:
     stack = np.random.default_rng(0).random((3, 6, 5), np.float32)
     packed = recipes.apply(["transpose", "pack_columns block=4"], [stack])
