@@ -8,12 +8,12 @@ gradient keeps. What is meant is a linear layer chosen by each row. Every axis o
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 import spikingbrain.frontend.ops  # noqa: F401  (registers the op)
 from spikingbrain.frontend.checks import user_line
@@ -21,6 +21,7 @@ from spikingbrain.frontend.recurrences.emit import Emitter
 
 aten = torch.ops.aten
 _GROUPED = torch.ops.spikingbrain.grouped_linear.default
+_SPIKING = torch.ops.spikingbrain.spike_grouped_linear.default
 
 Label = Any  # an int: that axis of the experts; "a" or "b": an axis of a weight; None: an axis of size 1
 
@@ -31,7 +32,7 @@ class ExpertReport:
 
     Attributes:
         status: "raised", or "gathered" where weights are copied for each row.
-        op: "grouped_linear", or "" where it stays.
+        op: "grouped_linear" or "spike_grouped_linear", or "" where it stays.
         where: the user's line.
         reason: what it was recognised as, or why it was not.
         experts, inputs, outputs: its sizes, 0 where unknown.
@@ -92,7 +93,7 @@ def _may_gather(node: fx.Node) -> bool:
         return False
     source = node.args[0]
     value = source.meta.get("example_value", source.meta.get("val")) if isinstance(source, fx.Node) else None
-    if not isinstance(value, torch.Tensor) or value.ndim != 3:
+    if not isinstance(value, Tensor) or value.ndim != 3:
         return False
     if node.target is operator.getitem:
         return isinstance(node.args[1], fx.Node)
@@ -121,6 +122,23 @@ def raise_experts(module: fx.GraphModule) -> list[ExpertReport]:
         )
         module.graph.lint()
         module.recompile()
+    return reports
+
+
+def note_spiking(graph: fx.Graph, weights: Mapping[fx.Node, Tensor]) -> list[ExpertReport]:
+    """Returns what a graph whose ``weights`` are fixed calls by the spiking op; codes that fit 4 bits are given 4."""
+    reports = []
+    for node in graph.find_nodes(op="call_function", target=_SPIKING):
+        codes = node.args[2]
+        if codes in weights and weights[codes].numel():
+            low, high = weights[codes].aminmax()
+            node.args = (*node.args[:5], 4 if -8 <= int(low) <= int(high) < 8 else 8)
+        experts, outputs, inputs = codes.meta["val"].shape
+        where = str(user_line(node) or "")
+        reason = "a spiking layer of this package"
+        reports.append(
+            ExpertReport("raised", "spike_grouped_linear", where, reason, experts, inputs, outputs)
+        )
     return reports
 
 

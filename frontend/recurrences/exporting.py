@@ -19,7 +19,7 @@ from spikingbrain.errors import CompileError
 from spikingbrain.finite import WatchedLayer
 from spikingbrain.frontend.checks import user_line
 from spikingbrain.frontend.decompose import decompose
-from spikingbrain.frontend.experts import ExpertReport, may_route, raise_experts
+from spikingbrain.frontend.experts import ExpertReport, may_route, note_spiking, raise_experts
 from spikingbrain.frontend.ops.substitutions import substituted
 from spikingbrain.frontend.recurrences.all_sizes import export_all_sizes, symbols_of
 from spikingbrain.frontend.recurrences.associative import associative_scans
@@ -220,16 +220,7 @@ def _raise_spikes(program: torch.export.ExportedProgram, watch: Watch | None) ->
     """Raises in place what multiplies spike counts by weights."""
     if not may_spike(program.graph):
         return []
-    signature = program.graph_signature
-    held = {**program.state_dict, **program.constants}
-    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    names |= signature.inputs_to_lifted_tensor_constants
-    weights = {
-        n: held[names[n.name]]
-        for n in program.graph.find_nodes(op="placeholder")
-        if isinstance(held.get(names.get(n.name, "")), torch.Tensor)
-    }
-    found = raise_spikes(program.graph_module, weights, fixed=True, watch=watch)
+    found = raise_spikes(program.graph_module, _weights(program), fixed=True, watch=watch)
     if watch is not None and watch.states:
         _declare_results(program, watch)
     if (watch and watch.states) or any(s.status == "raised" for s in found):
@@ -249,12 +240,25 @@ def _declare_results(program: torch.export.ExportedProgram, watch: Watch) -> Non
 
 def _raise_experts(exported: Exported) -> None:
     """Raises what multiplies rows by the weights of their experts."""
-    if not may_route(exported.program.graph):
-        return
-    exported.program = _functional(exported.program)
-    exported.experts = raise_experts(exported.program.graph_module)
-    if any(e.status == "raised" for e in exported.experts):
-        name_outputs(exported.program)
+    if may_route(exported.program.graph):
+        exported.program = _functional(exported.program)
+        exported.experts = raise_experts(exported.program.graph_module)
+        if any(e.status == "raised" for e in exported.experts):
+            name_outputs(exported.program)
+    exported.experts += note_spiking(exported.program.graph, _weights(exported.program))
+
+
+def _weights(program: torch.export.ExportedProgram) -> dict[torch.fx.Node, torch.Tensor]:
+    """Returns the tensors that placeholders of a program stand for: parameters, buffers and constants."""
+    signature = program.graph_signature
+    held = {**program.state_dict, **program.constants}
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    names |= signature.inputs_to_lifted_tensor_constants
+    return {
+        n: held[names[n.name]]
+        for n in program.graph.find_nodes(op="placeholder")
+        if isinstance(held.get(names.get(n.name, "")), torch.Tensor)
+    }
 
 
 def _functional(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

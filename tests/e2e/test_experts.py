@@ -137,6 +137,12 @@ def test_spiking_experts_are_integers_in_both_doors(bits: int, tmp_path: Path) -
     }
     spikingbrain.export(model, entries, tmp_path / "experts.sbrain")
     program = spikingbrain.load(tmp_path / "experts.sbrain")
+    found = program.manifest["entries"]["prefill"]["experts"]
+    assert [(e["op"], e["experts"], e["inputs"]) for e in found] == [
+        ("spike_grouped_linear", EXPERTS, 48)
+    ] * 2
+    held = (tmp_path / "experts.sbrain").read_bytes()  # names of weights tell how they are stored
+    assert (b"pack_nibbles" in held, b"pack_dot" in held) == (bits == 4, bits == 8)
     for entry, count in (("prefill", 1), ("prefill", 60), ("decode", 2)):
         x, expert = torch.randn(count, 48), torch.randint(0, EXPERTS, (count,))
         y = torch.as_tensor(getattr(program, entry)(x.numpy(), expert.numpy()))
