@@ -67,6 +67,10 @@ class MissingDependency(SpikingBrainError, ImportError):
     """Raised when an optional package or tool is needed and not installed; names the command that installs it."""
 
 
+class NotMapped(SpikingBrainError, ImportError):
+    """Raised when code for NVIDIA GPUs imports something of its packages that has no stand-in; names the table of those."""
+
+
 class ArtifactError(SpikingBrainError):
     """Base of the errors about artifact files."""
 

@@ -1,4 +1,4 @@
-"""Puts the recurrence ops where models call plain functions: those of `models.recurrences`, and GPU kernels of `fla.ops`.
+"""Puts the recurrence ops where models call plain functions: those of `models.recurrences`, and GPU kernels that `compat` maps.
 
 torch's ``associative_scan`` becomes a ``scan`` in the same way; and when a model is exported, our spiking layers become the
 spiking ops, so that nothing of theirs has to be found and tried.
@@ -13,12 +13,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spikingbrain.frontend.ops import associative_scan, fla
+from spikingbrain.compat.table import functions
+from spikingbrain.frontend.ops import associative_scan
 from spikingbrain.models.recurrences import linear_recurrence as matrices
 from spikingbrain.models.recurrences import scan
 from spikingbrain.models.spiking import experts
@@ -98,11 +100,11 @@ _OWN: list[tuple[Callable[..., Any], Callable[..., Any]]] = [
 
 
 def table() -> list[tuple[Callable[..., Any], Callable[..., Any]]]:
-    """Returns the functions that are replaced, with what replaces them; those of fla only if the program imported them."""
+    """Returns the functions that are replaced, with what replaces them; GPU kernels only if the program imported them."""
     found = list(_OWN)
-    for name, (module, replacement) in fla.TABLE.items():
-        original = getattr(sys.modules.get(module), name, None)
-        if original is not None:
+    for module, name, replacement in functions():
+        original = getattr(sys.modules.get(module), "__dict__", {}).get(name)
+        if isinstance(original, FunctionType) and original is not replacement:
             found.append((original, replacement))
     return found
 
@@ -139,7 +141,7 @@ _registered: set[int] = set()
 
 
 def register_for_dynamo() -> None:
-    """Lets torch.compile, with any backend, trace the replacements from now on; may be called again when fla was imported."""
+    """Lets torch.compile, with any backend, trace the replacements from now on; may be called again when more was imported."""
     for original, replacement in table():
         if id(original) not in _registered:
             torch.compiler.substitute_in_graph(original, skip_signature_check=True)(replacement)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from spikingbrain.frontend.ops import fla, substitutions
+from spikingbrain.frontend.ops import substitutions
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "recurrence-ops.md").read_text()
 
@@ -25,9 +25,3 @@ def test_the_signatures() -> None:
     assert set(signatures) == {"linear_recurrence", "linear_scan", "selective_scan"}
     for name, arguments in signatures.items():
         assert list(inspect.signature(getattr(substitutions, name)).parameters) == arguments.split(", ")
-
-
-def test_the_functions_of_fla() -> None:
-    listed = PAGE.split("`chunk_` and `fused_recurrent_` ")[1].split(".")[0]
-    names = set(re.findall(r"`(\w+)`", listed))
-    assert names == {re.sub("^(fused_)?(chunk|recurrent)_", "", name) for name in fla.TABLE}

@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spikingbrain.compat import fla_ops as fla
+from spikingbrain.compat.table import STAND_INS
 from spikingbrain.errors import UnsupportedOp
-from spikingbrain.frontend.ops import fla
+from spikingbrain.frontend.ops import substitutions
 from spikingbrain.frontend.ops.substitutions import register_for_dynamo, substituted, table
 from spikingbrain.models import recurrences
 from spikingbrain.models.recurrences import gla, hgrn, mamba
@@ -120,8 +122,10 @@ def test_models_that_call_fla(stand_in: types.ModuleType, fresh_dynamo: None) ->
 
 def test_what_fla_alone_computes_is_refused_by_name() -> None:
     inputs = _inputs()
-    with pytest.raises(UnsupportedOp, match="fla's chunk_gla with cu_seqlens"):
-        fla.gla(*inputs, cu_seqlens=torch.tensor([0, 3, 9]))
+    with pytest.raises(UnsupportedOp, match="fla's chunk_gla with head_first"):
+        fla.gla(*inputs, head_first=True)
+    with pytest.raises(UnsupportedOp, match="cu_seqlens and normalize"):
+        fla.chunk_linear_attn(*inputs[:3], cu_seqlens=torch.tensor([0, 3, 9]))
     with pytest.raises(UnsupportedOp, match="both gk and gv"):
         fla.fused_recurrent_gla(*inputs[:3], gk=inputs[3], gv=inputs[3])
     with pytest.raises(UnsupportedOp, match="beta for each value channel"):
@@ -204,12 +208,12 @@ def test_fla_options() -> None:
         ("chunk_hgrn", "hgrn", (q[..., 0], g[..., 0])),
         ("chunk_lightning_attn", "lightning_attention", (q, k, v, 1, 3)),
     ):
-        o, _ = fla.TABLE[name][1](*arguments)
+        o, _ = STAND_INS["fla.ops"][name](*arguments)
         assert_close(o, getattr(reference, other)(*arguments)[0], name)
 
 
 def test_functions_of_fla_are_looked_up_only_if_imported(stand_in: types.ModuleType) -> None:
     originals = [original for original, _ in table()]
     assert stand_in.chunk_gla in originals
-    assert len(originals) == 5
+    assert len(originals) == len(substitutions._OWN) + 1
     assert recurrences.gla not in originals

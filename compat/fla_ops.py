@@ -1,19 +1,19 @@
 """Functions of `fla.ops` (flash-linear-attention 0.6) in the recurrences of `models/`, so that model code that calls its GPU
-kernels can be compiled for any target.
+kernels runs and can be compiled for any target.
 
-Parameters stand in fla's order and have its names. What a recurrence of ours cannot do (packed texts of different lengths,
-above all) is refused by name.
+Parameters stand in fla's order and have its names. Texts of different lengths one after another (``cu_seqlens``) are taken apart
+for the recurrence and put together again, see `packed`. What a recurrence of ours cannot do is refused by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spikingbrain.compat.packed import each_text
 from spikingbrain.errors import UnsupportedOp
 from spikingbrain.models import recurrences
 from spikingbrain.models.recurrences.attend import attend
@@ -29,6 +29,7 @@ _HOW = {
     "safe_gate",
     "use_graph",
     "max_num_seqs",
+    "cu_seqlens",
     "cu_seqlens_cpu",
 }
 _NORM_EPSILON = 1e-6
@@ -45,9 +46,9 @@ def gla(
     state_v_first: bool = False,
     **rest: Any,
 ) -> Result:
-    _refuse("chunk_gla", rest)
-    state = _state(initial_state, state_v_first)
-    return _turned(recurrences.gla(q, k, v, g, scale, state, output_final_state), state_v_first)
+    return _attend(
+        "chunk_gla", rest, q, k, v, g, "key", scale, initial_state, output_final_state, state_v_first
+    )
 
 
 def fused_recurrent_gla(
@@ -63,23 +64,26 @@ def fused_recurrent_gla(
     state_v_first: bool = False,
     **rest: Any,
 ) -> Result:
-    _refuse("fused_recurrent_gla", rest)
+    if "g" in rest:  # the published SpikingBrain layer names the gate so, in both of its functions
+        gk = rest.pop("g")
     if gk is not None and gv is not None:
         raise UnsupportedOp(
             "fused_recurrent_gla with both gk and gv", why="one state has one gate", hint="one of them"
         )
-    result = attend(
+    return _attend(
+        "fused_recurrent_gla",
+        rest,
         q,
         k,
         v,
         gv if gk is None else gk,
-        "key" if gk is not None else "none" if gv is None else "value",
-        scale=scale,
-        initial_state=_state(initial_state, state_v_first),
-        output_final_state=output_final_state,
-        reverse=reverse,
+        "key" if gk is not None else "value",
+        scale,
+        initial_state,
+        output_final_state,
+        state_v_first,
+        reverse,
     )
-    return _turned(result, state_v_first)
 
 
 def chunk_simple_gla(
@@ -113,21 +117,35 @@ def fused_recurrent_simple_gla(
     **rest: Any,
 ) -> Result:
     """The gate is the sum of g [B, T, H] and the constant g_gamma [H]."""
-    _refuse("simple_gla", rest)
     if g_gamma is not None:
         g = g_gamma.expand(k.shape[:3]) if g is None else g + g_gamma
-    result = attend(
+    return _attend(
+        "simple_gla",
+        rest,
         q,
         k,
         v,
         g,
-        "none" if g is None else "head",
-        scale=scale,
-        initial_state=_state(initial_state, state_v_first),
-        output_final_state=output_final_state,
-        reverse=reverse,
+        "head",
+        scale,
+        initial_state,
+        output_final_state,
+        state_v_first,
+        reverse,
     )
-    return _turned(result, state_v_first)
+
+
+def parallel_simple_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    scale: float | None = None,
+    output_attentions: bool = False,
+    **rest: Any,
+) -> Result:
+    """The second result, the weights, is None: they are never made."""
+    return chunk_simple_gla(q, k, v, g, scale=scale, **_no_weights(output_attentions, rest))
 
 
 def chunk_linear_attn(
@@ -157,9 +175,27 @@ def fused_recurrent_linear_attn(
     **rest: Any,
 ) -> Result:
     """With ``normalize`` the state is a pair: the matrices and the running sum of keys [B, 1, H, K]."""
-    _refuse("linear_attn", rest)
     if not normalize:
-        return recurrences.linear_attention(q, k, v, scale, initial_state, output_final_state, reverse)
+        return _attend(
+            "linear_attn",
+            rest,
+            q,
+            k,
+            v,
+            None,
+            "none",
+            scale,
+            initial_state,
+            output_final_state,
+            reverse=reverse,
+        )
+    packing = _checked("linear_attn", rest)
+    if packing is not None:
+        raise UnsupportedOp(
+            "fla's linear_attn with cu_seqlens and normalize",
+            why="behind a text the normaliser is 0",
+            hint="normalize=False, or texts of one length",
+        )
     state = initial_state
     if state is not None:
         keys = state[1].squeeze(1) if isinstance(state, tuple) else state.new_zeros(state.shape[:3])
@@ -176,10 +212,12 @@ def chunk_retention(
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    state_v_first: bool = False,
     **rest: Any,
 ) -> Result:
-    _refuse("chunk_retention", rest)
-    return recurrences.retention(q, k, v, scale, initial_state, output_final_state)
+    return fused_recurrent_retention(
+        q, k, v, scale, initial_state, output_final_state, False, state_v_first, **rest
+    )
 
 
 def fused_recurrent_retention(
@@ -193,9 +231,34 @@ def fused_recurrent_retention(
     state_v_first: bool = False,
     **rest: Any,
 ) -> Result:
-    _refuse("fused_recurrent_retention", rest)
-    state = _state(initial_state, state_v_first)
-    return _turned(recurrences.retention(q, k, v, scale, state, output_final_state, reverse), state_v_first)
+    states = torch.arange(k.shape[2], device=k.device, dtype=wide(k.dtype))
+    g = torch.log1p(-torch.exp2(-5 - states)).expand(k.shape[:3])
+    return _attend(
+        "retention",
+        rest,
+        q,
+        k,
+        v,
+        g,
+        "head",
+        scale,
+        initial_state,
+        output_final_state,
+        state_v_first,
+        reverse,
+    )
+
+
+def parallel_retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    output_attentions: bool = False,
+    **rest: Any,
+) -> Result:
+    """The second result, the weights, is None: they are never made."""
+    return chunk_retention(q, k, v, scale, **_no_weights(output_attentions, rest))
 
 
 def lightning_attn(
@@ -210,9 +273,10 @@ def lightning_attn(
     reverse: bool = False,
     **rest: Any,
 ) -> Result:
-    _refuse("lightning_attn", rest)
-    return recurrences.lightning_attention(
-        q, k, v, layer_idx, num_layers, scale, initial_state, output_final_state, reverse
+    states = torch.arange(k.shape[2], device=k.device, dtype=wide(k.dtype))
+    g = states * (-8 / max(k.shape[2], 1) * (1 - layer_idx / num_layers))
+    return fused_recurrent_simple_gla(
+        q, k, v, None, g, scale, initial_state, output_final_state, reverse, **rest
     )
 
 
@@ -225,11 +289,17 @@ def delta_rule(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
+    state_v_first: bool = False,
     **rest: Any,
 ) -> Result:
-    _refuse("delta_rule", rest)
+    packing = _checked("delta_rule", rest)
     q, k, beta = _for_delta("delta_rule", q, k, v, beta, use_qk_l2norm_in_kernel)
-    return recurrences.delta_rule(q, k, v, beta, scale, initial_state, output_final_state)
+    state = _state(initial_state, state_v_first)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Result:
+        return recurrences.delta_rule(q, k, v, beta, scale, state, output_final_state)
+
+    return _turned(each_text(run, packing, q, k, v, beta), state_v_first)
 
 
 def chunk_gated_delta_rule(
@@ -287,7 +357,7 @@ def fused_recurrent_gated_delta_rule(
 ) -> Result:
     """``use_gate_in_kernel``: the gate is -exp(A_log) softplus(g + dt_bias), with A_log and dt_bias [HV]."""
     name = "gated_delta_rule"
-    _refuse(name, {**rest, "gk": gk, "gv": gv})
+    packing = _checked(name, {**rest, "gk": gk, "gv": gv})
     if g is None:
         raise UnsupportedOp(f"fla's {name} without g", hint="delta_rule, which has no gate")
     q, k, beta = _for_delta(
@@ -296,9 +366,11 @@ def fused_recurrent_gated_delta_rule(
     if use_gate_in_kernel:
         g = _gate(name, g, A_log, dt_bias)
     state = _state(initial_state, state_v_first)
-    return _turned(
-        recurrences.gated_delta_rule(q, k, v, g, beta, scale, state, output_final_state), state_v_first
-    )
+
+    def run(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Result:
+        return recurrences.gated_delta_rule(q, k, v, g, beta, scale, state, output_final_state)
+
+    return _turned(each_text(run, packing, q, k, v, g, beta), state_v_first)
 
 
 def kda(
@@ -324,7 +396,7 @@ def kda(
     """``use_gate_in_kernel``: the gate is -exp(A_log) softplus(g + dt_bias), with A_log [HV] and dt_bias [HV K], or, if
     ``lower_bound`` is given, lower_bound sigmoid(exp(A_log) (g + dt_bias)). What follows beta is passed by name: fla's two
     functions differ in the order."""
-    _refuse("kda", rest)
+    packing = _checked("kda", rest)
     q, k, beta = _for_delta(
         "kda", q, k, v, beta, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval
     )
@@ -333,25 +405,82 @@ def kda(
         bias = None if dt_bias is None else dt_bias.view(heads, size)
         g = _gate("kda", g, None if A_log is None else A_log.view(heads, 1), bias, lower_bound)
     state = _state(initial_state, state_v_first)
-    return _turned(recurrences.kda(q, k, v, g, beta, scale, state, output_final_state), state_v_first)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Result:
+        return recurrences.kda(q, k, v, g, beta, scale, state, output_final_state)
+
+    return _turned(each_text(run, packing, q, k, v, g, beta), state_v_first)
 
 
-def chunk_rwkv6(
-    r: Tensor,
+def dplr_delta_rule(
+    q: Tensor,
     k: Tensor,
     v: Tensor,
-    w: Tensor,
-    u: Tensor,
+    a: Tensor,
+    b: Tensor,
+    gk: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    state_v_first: bool = False,
+    reverse: bool = False,
+    **rest: Any,
+) -> Result:
+    """A decay for each key channel and a rank-one part: S_t = Diag(exp gk_t) S_(t-1) + b_t (a_t^T S_(t-1)) + k_t v_t^T."""
+    packing = _checked("dplr_delta_rule", rest)
+    state = _state(initial_state, state_v_first)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, gk: Tensor | None) -> Result:
+        return attend(
+            q,
+            k,
+            v,
+            gk,
+            "none" if gk is None else "key",
+            erase=b,
+            predict=a,
+            reverse=reverse,
+            scale=scale,
+            initial_state=state,
+            output_final_state=output_final_state,
+        )
+
+    return _turned(each_text(run, packing, q, k, v, a, b, gk), state_v_first)
+
+
+def iplr_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     **rest: Any,
 ) -> Result:
-    _refuse("chunk_rwkv6", rest)
-    return recurrences.rwkv6(r, k, v, w, u, scale, initial_state, output_final_state)
+    """The same without decay."""
+    gk = torch.zeros_like(k)
+    return dplr_delta_rule(q, k, v, a, b, gk, scale, initial_state, output_final_state, **rest)
 
 
-def fused_recurrent_rwkv6(
+def rwkv7(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float | None = 1.0,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    **rest: Any,
+) -> Result:
+    """RWKV-7: `dplr_delta_rule` with log decays w and, by default, no scale."""
+    return dplr_delta_rule(r, k, v, a, b, w, scale, initial_state, output_final_state, **rest)
+
+
+def rwkv6(
     r: Tensor,
     k: Tensor,
     v: Tensor,
@@ -363,8 +492,12 @@ def fused_recurrent_rwkv6(
     reverse: bool = False,
     **rest: Any,
 ) -> Result:
-    _refuse("fused_recurrent_rwkv6", rest)
-    return recurrences.rwkv6(r, k, v, w, u, scale, initial_state, output_final_state, reverse)
+    packing = _checked("rwkv6", rest)
+
+    def run(r: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Result:
+        return recurrences.rwkv6(r, k, v, w, u, scale, initial_state, output_final_state, reverse)
+
+    return each_text(run, packing, r, k, v, w)
 
 
 def gsa(
@@ -378,15 +511,36 @@ def gsa(
     output_final_state: bool = False,
     **rest: Any,
 ) -> Result:
-    _refuse("gsa", rest)
-    if g is not None:
-        o, last = recurrences.gsa(q, k, v, s, g, scale, initial_state, output_final_state)
-        return o, (None, None) if last is None else last
+    packing = _checked("gsa", rest)
+    if g is None:
+        return chunk_abc(q, k, v, s, scale, initial_state, output_final_state, cu_seqlens=packing)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor) -> Result:
+        return recurrences.gsa(q, k, v, s, g, scale, initial_state, output_final_state)
+
+    o, last = each_text(run, packing, q, k, v, s, g)
+    return o, (None, None) if last is None else last
+
+
+def chunk_abc(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s: Tensor,
+    scale: float | None = None,
+    initial_state: tuple[Tensor, Tensor] | None = None,
+    output_final_state: bool = False,
+    **rest: Any,
+) -> Result:
     if initial_state is not None or output_final_state:
         raise UnsupportedOp(
-            "fla's gsa with a state and no gate", why="the weights so far are not part of its state"
+            "fla's gsa or abc with a state and no gate", why="the weights so far are not part of its state"
         )
-    return recurrences.abc(q, k, v, s, scale), (None, None)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> Result:
+        return recurrences.abc(q, k, v, s, scale), (None, None)
+
+    return each_text(run, _checked("abc", rest), q, k, v, s)
 
 
 def hgrn(
@@ -396,19 +550,59 @@ def hgrn(
     output_final_state: bool = False,
     **rest: Any,
 ) -> Result:
-    _refuse("hgrn", rest)
-    return recurrences.hgrn(x, g, initial_state, output_final_state)
+    packing = _checked("hgrn", rest)
+
+    def run(x: Tensor, g: Tensor) -> Result:
+        return recurrences.hgrn(x, g, initial_state, output_final_state)
+
+    return each_text(run, packing, x, g)
 
 
-def _refuse(name: str, rest: dict[str, Any]) -> None:
-    """Raises UnsupportedOp for an option that is set and changes what is computed."""
+def _attend(
+    name: str,
+    rest: dict[str, Any],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    axis: str,
+    scale: float | None,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    state_v_first: bool = False,
+    reverse: bool = False,
+) -> Result:
+    """What has keys, values and a gate along ``axis``, or none."""
+    packing = _checked(name, rest)
+    state = _state(initial_state, state_v_first)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> Result:
+        return attend(
+            q,
+            k,
+            v,
+            g,
+            "none" if g is None else axis,
+            scale=scale,
+            initial_state=state,
+            output_final_state=output_final_state,
+            reverse=reverse,
+        )
+
+    return _turned(each_text(run, packing, q, k, v, g), state_v_first)
+
+
+def _checked(name: str, rest: dict[str, Any]) -> Tensor | None:
+    """Returns the option cu_seqlens; raises UnsupportedOp for any other that is set and changes what is computed."""
     for option, value in rest.items():
         if option not in _HOW and value is not None and value is not False:
-            raise UnsupportedOp(
-                f"fla's {name} with {option}",
-                why="no op of ours computes that",
-                hint="texts of one length in a batch, and no " + option,
-            )
+            raise UnsupportedOp(f"fla's {name} with {option}", why="no op of ours computes that")
+    packing: Tensor | None = rest.get("cu_seqlens")
+    return packing
+
+
+def _no_weights(wanted: bool, rest: dict[str, Any]) -> dict[str, Any]:
+    return {**rest, "output_attentions": wanted}
 
 
 def _state(state: Tensor | None, transposed: bool) -> Tensor | None:
@@ -461,30 +655,3 @@ def _gate(
             f"fla's {name} with use_gate_in_kernel and no A_log", hint="A_log, one number for each head"
         )
     return -A_log.exp() * F.softplus(g)
-
-
-TABLE: dict[str, tuple[str, Callable[..., Result]]] = {
-    "chunk_gla": ("fla.ops.gla", gla),
-    "fused_chunk_gla": ("fla.ops.gla", gla),
-    "fused_recurrent_gla": ("fla.ops.gla", fused_recurrent_gla),
-    "chunk_simple_gla": ("fla.ops.simple_gla", chunk_simple_gla),
-    "fused_recurrent_simple_gla": ("fla.ops.simple_gla", fused_recurrent_simple_gla),
-    "chunk_linear_attn": ("fla.ops.linear_attn", chunk_linear_attn),
-    "fused_recurrent_linear_attn": ("fla.ops.linear_attn", fused_recurrent_linear_attn),
-    "chunk_retention": ("fla.ops.retention", chunk_retention),
-    "fused_recurrent_retention": ("fla.ops.retention", fused_recurrent_retention),
-    "chunk_lightning_attn": ("fla.ops.lightning_attn", lightning_attn),
-    "fused_recurrent_lightning_attn": ("fla.ops.lightning_attn", lightning_attn),
-    "chunk_delta_rule": ("fla.ops.delta_rule", delta_rule),
-    "fused_recurrent_delta_rule": ("fla.ops.delta_rule", delta_rule),
-    "chunk_gated_delta_rule": ("fla.ops.gated_delta_rule", chunk_gated_delta_rule),
-    "fused_recurrent_gated_delta_rule": ("fla.ops.gated_delta_rule", fused_recurrent_gated_delta_rule),
-    "chunk_kda": ("fla.ops.kda", kda),
-    "fused_recurrent_kda": ("fla.ops.kda", kda),
-    "chunk_rwkv6": ("fla.ops.rwkv6", chunk_rwkv6),
-    "fused_recurrent_rwkv6": ("fla.ops.rwkv6", fused_recurrent_rwkv6),
-    "chunk_gsa": ("fla.ops.gsa", gsa),
-    "fused_recurrent_gsa": ("fla.ops.gsa", gsa),
-    "chunk_hgrn": ("fla.ops.hgrn", hgrn),
-    "fused_recurrent_hgrn": ("fla.ops.hgrn", hgrn),
-}
