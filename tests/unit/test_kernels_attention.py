@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from torch_mlir import ir
@@ -44,12 +45,20 @@ WITHOUT_VECTORS = Target("vulkan", "gpu", "iree", "spirv")
 
 
 def function(
-    name: str, heads: tuple[int, int, int], rule: tuple[int, int], time: str, cache: str | None, ops: int = 1
+    name: str,
+    heads: tuple[int, int, int],
+    rule: tuple[int, int],
+    time: str,
+    cache: str | None,
+    ops: int = 1,
+    element: str = "f32",
 ) -> str:
-    """Returns a function of ``ops`` chained attention ops; batch and keys are dynamic."""
+    """Returns a function of ``ops`` chained attention ops; batch and keys are dynamic, the cache is of ``element``."""
     (h, hk, d), (window, sinks) = heads, rule
     rows = [f"tensor<?x?x{hk}x{d}xf32>"] * 2 + ["tensor<?x?xi64>"]
-    cached = [] if cache is None else [r.replace("?x?", f"?x{cache}") for r in rows]
+    cached = [] if cache is None else [r.replace("?x?", f"?x{cache}").replace("f32", element) for r in rows]
+    if element == "i8":
+        cached += [f"tensor<?x{cache}x{hk}xf32>"] * 2
     types = [f"tensor<?x{time}x{h}x{d}xf32>", f"tensor<?x{time}xi64>", *rows, *cached]
     names = [f"%a{i}" for i in range(len(types))]
     segments = ", ".join("1" if i < len(types) else "0" for i in range(10))
@@ -96,11 +105,14 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Returns a function that compiles ``@prefill`` and ``@decode`` of a case, once per case."""
 
     @functools.cache
-    def build(heads: tuple[int, int, int], rule: tuple[int, int], cache: bool, target: str) -> Any:
+    def build(
+        heads: tuple[int, int, int], rule: tuple[int, int], cache: bool, target: str, element: str = "f32"
+    ) -> Any:
         if target == "v4" and "avx512f" not in Path("/proc/cpuinfo").read_text():
             pytest.skip("this processor has no AVX-512")
-        text = function("prefill", heads, rule, "?", "?" if cache else None)
-        text += function("decode", heads, rule, "1", "?" if cache else None)
+        slots = "?" if cache else None
+        text = function("prefill", heads, rule, "?", slots, element=element)
+        text += function("decode", heads, rule, "1", slots, element=element)
         module = lowered(text, TARGETS.get(target))
         wrap_kernels(module)
         folder = tmp_path_factory.mktemp("attention")
@@ -262,6 +274,66 @@ class TestCache:
         inputs = arguments(heads, 3, [9], 12)
         inputs[2:5] = [a[:, :0].copy() for a in inputs[2:5]]
         check(module, inputs, rule)
+
+
+def narrowed(inputs: list[np.ndarray], element: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Returns inputs with a cache of ``element``, and the same with the cache as the f32 that it stands for."""
+    new, cached, held = inputs[:5], inputs[5:7], inputs[7]
+    if element == "i8":
+        scales = [np.abs(x).max(-1) / 127 for x in cached]
+        codes = [np.rint(x / s[..., None]).astype(np.int8) for x, s in zip(cached, scales, strict=True)]
+        decoded = [c * s[..., None] for c, s in zip(codes, scales, strict=True)]
+        return [*new, *codes, held, *scales], [*new, *decoded, held]
+    if element == "f16":
+        halves = [x.astype(np.float16) for x in cached]
+        return [*new, *halves, held], [*new, *(x.astype(np.float32) for x in halves), held]
+    bits = [(x.view(np.uint32) >> 16).astype(np.uint16) for x in cached]  # cut, not rounded: any bf16 will do
+    decoded = [(x.astype(np.uint32) << 16).view(np.float32) for x in bits]
+    return [*new, *(x.view(ml_dtypes.bfloat16) for x in bits), held], [*new, *decoded, held]
+
+
+@pytest.mark.parametrize(
+    ("target", "element"),
+    [("v4", "i8"), ("v3", "f16"), ("v2", "bf16"), ("portable", "i8")],
+)
+def test_narrow_caches(compiled: Any, target: str, element: str) -> None:
+    heads, rule = (4, 2, 32), (40, 2)
+    module = compiled(heads, rule, True, target, element)
+    for time in (1, 37):
+        inputs, exact = narrowed(arguments(heads, time, [100, 5], 48), element)
+        expected = reference(exact, rule)
+        for entry in ["prefill"] + ["decode"] * (time == 1):
+            np.testing.assert_allclose(module[entry](*inputs).to_host(), expected, rtol=0, atol=1e-5)
+
+
+def test_f16_needs_the_instruction() -> None:
+    with pytest.raises(UnsupportedOp, match="no attention kernel for these element types"):
+        lowered(function("f", GROUPED, (0, 0), "?", "?", element="f16"), TARGETS["v2"])
+
+
+@pytest.mark.parametrize("target", ["v4", "v3"])
+def test_positions_in_any_order(compiled: Any, target: str) -> None:
+    module, rng = compiled(GROUPED, (40, 2), True, target), np.random.default_rng(3)
+    inputs = arguments(GROUPED, 330, [700, 0], 70)
+    for positions in (inputs[1], inputs[4], inputs[7]):
+        for row in positions:
+            rng.shuffle(row)
+    inputs[4][:, ::7] = -1
+    inputs[1][0, :100] = 699  # before all new keys
+    check(module, inputs, (40, 2))
+
+
+@pytest.mark.parametrize("time", [39, 40, 41, 1500])
+def test_lengths_around_the_window_and_beyond(compiled: Any, time: int) -> None:
+    check(compiled(ODD, (40, 1), True, "v4"), arguments(ODD, time, [0, 43], 42), (40, 1))
+
+
+def test_layers_share_the_table_of_bounds() -> None:
+    module = lowered(function("a", GROUPED, (40, 2), "?", None, ops=3), TARGETS["v3"])
+    function_a = next(op for op in module.body.operations if op.name.value == "a")
+    launches = [op.operation for op in function_a.body.blocks[0].operations if "launch" in op.operation.name]
+    callees = [op.attributes["callee"].value for op in launches]
+    assert [name.startswith("attention_bounds") for name in callees] == [True, False, False, False]
 
 
 def test_equal_ops_share_a_kernel() -> None:
