@@ -5,19 +5,27 @@
 One thread, the thread's CPU clock, both forms in turn, as in `spike_linear.py`; few rows go through copies of the weight that are
 larger than the last cache. For each share of silent channels, in percent, the same of every row: the best times, and how many
 times longer the dense form takes, the median over rounds. Both forms' results are compared bit by bit.
+
+    python benchmarks/spike_events.py --model
+
+A stack of feed-forward blocks of squared ReLU, its weights random, compiled by torch.compile before and after `measure_silence`.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import time
 
 import numpy as np
 import spike_linear
 import torch
 from timing import interleave, keep_memory, mean, ratio
+from torch import nn
 
 from spikingbrain.backend_iree import targets
+from spikingbrain.models import spiking
 from spikingbrain.target import Target
 
 
@@ -51,6 +59,42 @@ def compare(
     return min(dense), min(events), ratio(dense, events)
 
 
+class Block(nn.Module):
+    """x + down(relu(up(norm(x)))^2), most of whose hidden channels are silent."""
+
+    def __init__(self, size: int = 2048, hidden: int = 8192) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.RMSNorm(size), nn.Linear(size, hidden), nn.Linear(hidden, size)
+        nn.init.constant_(self.up.bias, -0.7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.up(self.norm(x))).square())
+
+
+@torch.no_grad()
+def compare_model(settings: argparse.Namespace, blocks: int = 6) -> str:
+    """Returns the line of a whole model, whose weights are larger than the last cache."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[Block() for _ in range(blocks)]).eval()
+    spiking.spike(model, group_size=None)
+    x = torch.randn(1, 2048)
+    calls, results = {}, []
+    for form in ("dense", "events"):
+        shares = spiking.measure_silence(model, [torch.randn(64, 2048)]) if form == "events" else {}
+        torch._dynamo.reset()
+        call = torch.compile(copy.deepcopy(model), backend="spikingbrain")
+        results.append(call(x))
+        calls[form] = functools.partial(call, x)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    times = interleave(calls, settings.rounds, mean(0.2, time.thread_time))
+    hidden = np.mean([share for name, share in shares.items() if name.endswith("down")])
+    dense, events = (min(times[form]) * 1e3 for form in calls)
+    return (
+        f"{blocks} blocks 2048 - 8192 - 2048, 1 row, {hidden:.0%} of hidden channels silent:"
+        f" dense {dense:.2f} ms, events {events:.2f} ms, {ratio(times['dense'], times['events']):.2f}x"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -62,9 +106,13 @@ def main() -> None:
     parser.add_argument("--silent", type=float, nargs="+", default=[0, 25, 50, 60, 70, 80, 90, 95, 99])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--target", default="cpu", help="of another instruction set, e.g. x86-64-v3")
+    parser.add_argument("--model", action="store_true", help="the stack of blocks, compiled by torch.compile")
     settings = parser.parse_args()
     keep_memory()
     torch.set_num_threads(1)
+    if settings.model:
+        print(compare_model(settings))
+        return
     target = targets.known()[settings.target].target
     for rows in settings.rows:
         for shape in settings.shapes:

@@ -7,7 +7,7 @@ the fewer channels share a scale; a product of many rows by weights stored so ta
 """
 
 SILENT_ENOUGH = 0.7  # from which share on weights are stored by channel
-LARGEST_FIRING_SHARE = 0.33  # of all channels, summed over the rows of a call: beyond it all are multiplied
+LARGEST_FIRING_SHARE = 0.45  # of all channels, summed over the rows of a call: beyond it all are multiplied
 
 
 def form(silent: float) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spikingbrain.errors import OptionError
+from spikingbrain.passes.spike_forms import form
 from spikingbrain.tools import named_models
 from spikingbrain.tools.progress import Progress
 
@@ -90,7 +91,8 @@ class Findings:
         """Returns the table of all inputs: a head, a row for each, and the total."""
         head = ("input", "spikes", "unary", "silent", "≤7", ">16", ">127", "max", "T", "spars.T", "spars.3")
         named = [(_name(p), p) for p in self.parts]
-        return [(*head, "Mops", "µJ"), *[_row(n, p) for n, p in [*named, ("total", self.total)]]]
+        rows = [(*_row(name, part), form(part.share(0, 0))) for name, part in named]
+        return [(*head, "Mops", "µJ", "form"), *rows, (*_row("total", self.total), "")]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -180,6 +182,9 @@ def print_table(found: Findings) -> None:
         ]
         print("  ".join(cells))
     print("\nspikes: per value in bitwise_ternary; unary: in binary and ternary; Mops, µJ: for one token")
+    print(
+        "form: in which a CPU computes layers of such a share of silent channels, once it is told (measure_silence)"
+    )
     print("spikes per value by coding (without a sign: of |s|)")
     for coding in CODINGS:
         print(f"  {coding:16} {whole.spikes_per_value(coding):8.3f}   up to {whole.steps[coding]} steps")
@@ -215,7 +220,7 @@ def to_json(found: Findings) -> dict[str, Any]:
             {"bytes": b.size, "skipped": b.as_is / b.blocks, "skipped_ordered": b.ordered / b.blocks}
             for b in found.blocks
         ],
-        "inputs": [part.to_json() for part in found.parts],
+        "inputs": [{**part.to_json(), "form": form(part.share(0, 0))} for part in found.parts],
     }
 
 

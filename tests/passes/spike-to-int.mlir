@@ -117,3 +117,21 @@ func.func @experts(%x: tensor<?x8xf32>, %e: tensor<?xi64>) -> (tensor<?x40xf32>,
   %z = "spikingbrain.spike_grouped_linear"(%c, %v, %w, %s, %e) {bits = 8 : i64} : (tensor<?x8xf32>, tensor<?xf32>, tensor<3x40x8xi8>, tensor<3x40x2xf32>, tensor<?xi64>) -> tensor<?x40xf32>
   return %y, %z : tensor<?x40xf32>, tensor<?x40xf32>
 }
+
+// Nine tenths of the channels silent: the weight is stored by channel, and the channels that fire are listed, of 8 rows at most.
+// WORDS-LABEL: func.func @events(
+// WORDS:         %[[ROWS:.+]] = tensor.collapse_shape
+// WORDS:         %[[LISTS:.+]] = arith.minsi %{{.+}}, %c8
+// WORDS:         %[[C:[0-9]+]]:8 = "spikingbrain_control.launch"({{.*}}callee = @spike_encode_k64_g1_8_2_{{.*}}_events_m
+// WORDS-DAG:     %[[W:.+]] = "spikingbrain.parameter"() {recipe = ["pack_channels lanes=8 vectors=4 width=2 blocks=1 offset=0"], sources = ["w"]} : () -> tensor<2x64x2x16xi8>
+// WORDS:         "spikingbrain_control.launch"({{.*}}%[[C]]#5, %[[C]]#6, %[[C]]#7, %[[W]]{{.*}}callee = @spike_events_i8_k64_g1_n40_m
+// WORDS:         return
+func.func @events(%x: tensor<1x?x64xf32>) -> tensor<1x?x40xf32> {
+  %counts, %threshold = "spikingbrain.spike_encode"(%x) {k = 3.0 : f64, lower = 1.0e-5 : f64, upper = 1.0e4 : f64}
+      : (tensor<1x?x64xf32>) -> (tensor<1x?x64xf32>, tensor<1x?xf32>)
+  %w = "spikingbrain.parameter"() {sources = ["w"], recipe = []} : () -> tensor<40x64xi8>
+  %s = "spikingbrain.parameter"() {sources = ["s"], recipe = []} : () -> tensor<40x1xf32>
+  %y = "spikingbrain.spike_linear"(%counts, %threshold, %w, %s) {bits = 8 : i64, silent = 0.9 : f64}
+      : (tensor<1x?x64xf32>, tensor<1x?xf32>, tensor<40x64xi8>, tensor<40x1xf32>) -> tensor<1x?x40xf32>
+  return %y : tensor<1x?x40xf32>
+}
