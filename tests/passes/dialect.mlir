@@ -160,6 +160,32 @@ func.func @attention_half_a_cache(%q: !q, %i: tensor<1x3xi64>, %k: !kv, %j: tens
 
 !q = tensor<1x3x4x8xf32>
 !kv = tensor<1x5x2x8xf32>
+!codes = tensor<1x5x2x8xi8>
+func.func @attention_codes_without_scales(%q: !q, %i: tensor<1x3xi64>, %k: !kv, %j: tensor<1x5xi64>, %c: !codes, %s: tensor<1x5x2xf32>) {
+  // expected-error@+1 {{'spikingbrain.attention' codes of 8 bits, and nothing else, need scales}}
+  %o = "spikingbrain.attention"(%q, %i, %k, %k, %j, %c, %c, %j, %s)
+      {scale = 1.0 : f64, window = 0 : i64, sinks = 0 : i64, operandSegmentSizes = array<i32: 1, 1, 1, 1, 1, 1, 1, 1, 1, 0>}
+      : (!q, tensor<1x3xi64>, !kv, !kv, tensor<1x5xi64>, !codes, !codes, tensor<1x5xi64>, tensor<1x5x2xf32>) -> !q
+  return
+}
+
+// -----
+
+!q = tensor<1x3x4x8xf32>
+!kv = tensor<1x5x2x8xf32>
+!codes = tensor<1x5x2x8xi8>
+func.func @attention_scales(%q: !q, %i: tensor<1x3xi64>, %k: !kv, %j: tensor<1x5xi64>, %c: !codes, %s: tensor<1x5xf32>) {
+  // expected-error@+1 {{'spikingbrain.attention' scales must be f32, one for each of [1, 5, 2]}}
+  %o = "spikingbrain.attention"(%q, %i, %k, %k, %j, %c, %k, %j, %s)
+      {scale = 1.0 : f64, window = 0 : i64, sinks = 0 : i64, operandSegmentSizes = array<i32: 1, 1, 1, 1, 1, 1, 1, 1, 1, 0>}
+      : (!q, tensor<1x3xi64>, !kv, !kv, tensor<1x5xi64>, !codes, !kv, tensor<1x5xi64>, tensor<1x5xf32>) -> !q
+  return
+}
+
+// -----
+
+!q = tensor<1x3x4x8xf32>
+!kv = tensor<1x5x2x8xf32>
 func.func @attention_values(%q: !q, %i: tensor<1x3xi64>, %k: !kv, %v: tensor<1x6x2x8xf32>, %j: tensor<1x5xi64>) {
   // expected-error@+1 {{'spikingbrain.attention' keys and values must both be [B, S, Hk, D]}}
   %o = "spikingbrain.attention"(%q, %i, %k, %v, %j)

@@ -35,7 +35,23 @@ func.func @decode(%q: tensor<1x1x4x16xf32>, %i: tensor<1x1xi64>, %k: !cache, %v:
   return %o : tensor<1x1x4x16xf32>
 }
 
-// The kernels take f32 only: half precision goes to linalg on every target.
+// A cache of f16 keys and of values in codes is read as it is, where the target turns f16 to f32; a table of bounds
+// belongs to the new tokens, of which there may be many.
+// CHECK-LABEL: func.func @narrow_cache(
+// CHECK-SAME:      %[[KC:[a-z0-9]+]]: tensor<1x6x2x16xf16>, %[[VC:[a-z0-9]+]]: tensor<1x6x2x16xi8>
+// CHECK:         %[[B:.+]] = "spikingbrain_control.launch"({{.*}}) {callee = @attention_bounds_1xd_{{[0-9]+}}, tied = [-1]}
+// CHECK:         "spikingbrain_control.launch"({{.*}}%[[KC]], %[[VC]], {{.*}}%[[B]], {{.*}}) {callee = @attention_prefill_
+// PORTABLE-LABEL: func.func @narrow_cache(
+// PORTABLE:         arith.sitofp
+func.func @narrow_cache(%q: !q, %i: tensor<1x?xi64>, %k: !new, %kc: tensor<1x6x2x16xf16>, %vc: tensor<1x6x2x16xi8>,
+                        %jc: tensor<1x6xi64>, %scales: tensor<1x6x2xf32>) -> !q {
+  %o = "spikingbrain.attention"(%q, %i, %k, %k, %i, %kc, %vc, %jc, %scales)
+      {scale = 0.25 : f64, window = 8 : i64, sinks = 0 : i64, operandSegmentSizes = array<i32: 1, 1, 1, 1, 1, 1, 1, 1, 0, 1>}
+      : (!q, tensor<1x?xi64>, !new, !new, tensor<1x?xi64>, tensor<1x6x2x16xf16>, tensor<1x6x2x16xi8>, tensor<1x6xi64>, tensor<1x6x2xf32>) -> !q
+  return %o : !q
+}
+
+// The kernels take queries in f32 only, as raise-attention makes them: others go to linalg on every target.
 // CHECK-LABEL: func.func @half(
 // CHECK-NOT:     launch
 // CHECK:         linalg.generic
