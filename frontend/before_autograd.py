@@ -47,7 +47,7 @@ class Found:
         return (
             bool(self.watched)
             or any(r.status != "unrolled" for r in self.recurrences)
-            or any(s.status == "raised" for s in (*self.spikes, *self.experts))
+            or "raised" in [*(s.status for s in self.spikes), *(e.status for e in self.experts)]
         )
 
 

@@ -35,7 +35,7 @@ class RaiseGroupedLinear:
                 continue
             raised = _floats if op.attributes["name"].value == _FLOATS else _spikes
             with ir.InsertionPoint(op), op.location:
-                result = raised(*op.operands, builtin_type(op.results[0].type))
+                result = raised(list(op.operands), builtin_type(op.results[0].type))
                 op.results[0].replace_all_uses_with(from_builtin(result, op.results[0].type))
             op.erase()
 
@@ -53,9 +53,8 @@ def _refusal(op: ir.Operation) -> str:
     return ""
 
 
-def _floats(
-    x: ir.Value, weight: ir.Value, expert: ir.Value, transposed: ir.Value, type_: ir.Type
-) -> ir.Value:
+def _floats(operands: list[ir.Value], type_: ir.Type) -> ir.Value:
+    x, weight, expert, transposed = operands
     weight = _plain(weight)
     if torch_ir.constant(transposed):
         weight = _transposed(weight)
@@ -64,19 +63,11 @@ def _floats(
     return ir.Operation.create("spikingbrain.grouped_linear", [type_], operands, {"columns": columns}).result
 
 
-def _spikes(
-    counts: ir.Value,
-    threshold: ir.Value,
-    weight: ir.Value,
-    scale: ir.Value,
-    expert: ir.Value,
-    bits: ir.Value,
-    type_: ir.Type,
-) -> ir.Value:
+def _spikes(operands: list[ir.Value], type_: ir.Type) -> ir.Value:
+    counts, threshold, weight, scale, expert, bits = operands
     operands = [to_builtin(counts), to_builtin(threshold), _plain(weight), _plain(scale), to_builtin(expert)]
-    return ir.Operation.create(
-        "spikingbrain.spike_grouped_linear", [type_], operands, {"bits": _number(torch_ir.constant(bits))}
-    ).result
+    width = {"bits": _number(torch_ir.constant(bits))}
+    return ir.Operation.create("spikingbrain.spike_grouped_linear", [type_], operands, width).result
 
 
 def _number(value: int | float | None) -> ir.IntegerAttr:

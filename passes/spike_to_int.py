@@ -185,16 +185,16 @@ def _grouped_kernel(
     rows = None if m == ir.ShapedType.get_dynamic_size() else m
     shape = grouped.Shape(cut, columns, Routing(experts, rows))
     stored = zip((weight, scale), grouped.recipes(dot), shape.stored(dot), strict=True)
-    packed = [_with_steps(value, steps, type_) for value, steps, type_ in stored]
-    return grouped.emit_spike_grouped_linear(spikes, *packed, expert, dot, shape, target, routings)
+    codes, scales = (_with_steps(value, steps, type_) for value, steps, type_ in stored)
+    return grouped.emit_spike_grouped_linear(spikes, codes, scales, expert, dot, shape, target, routings)
 
 
 def _encoded(
     encode: ir.Operation, dot: Dot, channels: int, groups: int, events: bool, encoded: _Encoded
 ) -> tuple[Spikes, Encoding]:
     """Returns what an encoder's counts are for a kernel, and their form; projections that want the same share them."""
-    settings = [encode.attributes[name].value for name in ("k", "lower", "upper")]
-    cut = encoding(dot, channels, groups, *settings, events=events)
+    k, lower, upper = (encode.attributes[name].value for name in ("k", "lower", "upper"))
+    cut = encoding(dot, channels, groups, k, lower, upper, events)
     key = (hash(encode), cut)
     if key not in encoded:
         with ir.InsertionPoint(encode), encode.location:

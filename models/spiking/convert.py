@@ -146,9 +146,8 @@ def spike(
         raise SpikingError("static thresholds or a budget in training", why="they serve inference")
     if training and embedding:
         raise SpikingError("an embedding of integers in training", why="its vectors could not be trained")
-    linears: dict[str, _Layer] = {
-        name: m for name, m in model.named_modules() if isinstance(m, (*types, TiedEmbedding))
-    }
+    replaceable: tuple[type[_Layer], ...] = (*types, TiedEmbedding)
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, replaceable)}
     for pattern in (*only, *skip):
         if not fnmatch.filter(linears, pattern):
             names = ", ".join(list(linears)[:8])
@@ -276,7 +275,7 @@ def _error(linear: _Layer, made: nn.Module) -> float:
     channels = made.channel_scale if isinstance(made, SpikeLinear) else None
     rows = max(1, SLAB // max(1, weight.shape[1]))
     squares = torch.zeros(2, dtype=torch.float64)  # a piece at a time, beside a large weight
-    for some, code, scale in zip(*(t.split(rows) for t in (weight, codes, scales)), strict=True):
+    for some, code, scale in zip(*(torch.split(t, rows) for t in (weight, codes, scales)), strict=True):
         told = dequantise_weight(code, scale)
         told = told if channels is None else told * channels
         squares += torch.stack([(told - some.float()).norm() ** 2, some.float().norm() ** 2])

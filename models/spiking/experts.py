@@ -47,7 +47,7 @@ class SpikeExpertLinear(nn.Module):
         weight = experts.weight.detach()
         stack = weight.shape[:2]
         codes, scale = quantise_weight(weight.flatten(0, 1), group_size, bits)
-        return cls(codes.unflatten(0, stack), scale.unflatten(0, stack), k)
+        return cls(torch.unflatten(codes, 0, stack), torch.unflatten(scale, 0, stack), k)
 
     def weight(self) -> Tensor:
         """Returns the float weights [N, O, C] that the layer stands for."""
@@ -78,7 +78,7 @@ def adaptive_spike_experts(
     counts_RC, v_R1 = spike_counts(x_RC, k, lower, upper)
     dtype = exact_dtype(codes_NOC.shape[2], k, codes_NOC.dtype)
     order, lengths = rows_by_expert(expert_R, len(codes_NOC))
-    groups_of_rows = zip(counts_RC[order].split(lengths), v_R1[order].split(lengths), strict=True)
+    groups_of_rows = zip(*(torch.split(t[order], lengths) for t in (counts_RC, v_R1)), strict=True)
     y_RO = [
         spike_linear(counts, v, codes_NOC[e], scale_NOG[e], None, dtype)
         for e, (counts, v) in enumerate(groups_of_rows)

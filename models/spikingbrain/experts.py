@@ -35,7 +35,7 @@ class ExpertLinear(nn.Module):
         if torch.compiler.is_compiling() or x_RK.is_meta or not len(x_RK):
             return torch.bmm(self.weight[expert_R], x_RK.unsqueeze(-1)).squeeze(-1)
         order, counts = rows_by_expert(expert_R, len(self.weight))
-        groups = zip(x_RK[order].split(counts), self.weight.unbind(), strict=True)
+        groups = zip(torch.split(x_RK[order], counts), self.weight.unbind(), strict=True)
         y_RO = torch.cat([F.linear(rows, weight_OK) for rows, weight_OK in groups if len(rows)])
         return y_RO[order.argsort()]
 
