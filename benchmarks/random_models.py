@@ -22,6 +22,7 @@ from spikingbrain.models.spikingbrain import (
 )
 
 GROUP, SPREAD = 128, 0.02  # inputs that share a scale; standard deviation of a weight
+POOL = 1 << 26
 
 CONFIGS: dict[str, SpikingBrainConfig] = {
     "0.55b": replace(
@@ -39,16 +40,23 @@ CONFIGS: dict[str, SpikingBrainConfig] = {
 
 
 def random_model(config: SpikingBrainConfig, bits: int, table_bits: int = 8) -> SpikingBrain:
-    """Returns a model whose linear layers have codes of ``bits`` bits, embedding and head of ``table_bits``."""
-    generator = torch.Generator().manual_seed(0)
+    """Returns a model whose linear layers have codes of ``bits`` bits, embedding and head of ``table_bits``.
+
+    Codes are pieces of one pool of random numbers: all have memory of their own, and billions are made in seconds.
+    """
+    pools = {width: _pool(width) for width in {bits, table_bits}}
+    taken = 0
     with torch.device("meta"):
         model = SpikingBrain(config)
 
     def layer(weight: Tensor, bias: Tensor | None, width: int) -> SpikeLinear:
+        nonlocal taken
         outputs, inputs = weight.shape
         largest = 2 ** (width - 1) - 1
         codes = torch.empty(outputs, inputs, dtype=torch.int8)
-        codes.random_(-largest, largest + 1, generator=generator)
+        for piece in codes.view(-1).split(POOL // 2):
+            piece.copy_(pools[width][taken : taken + len(piece)])
+            taken = (taken + 12_345_677) % (POOL // 2)
         groups = inputs // GROUP if inputs % GROUP == 0 else 1
         scale = torch.full((outputs, groups), SPREAD * 3**0.5 / largest)
         return SpikeLinear(codes, scale, None if bias is None else torch.zeros(outputs))
@@ -65,6 +73,12 @@ def random_model(config: SpikingBrainConfig, bits: int, table_bits: int = 8) -> 
         owner, _, own = name.rpartition(".")
         setattr(model.get_submodule(owner), own, nn.Parameter(torch.ones(parameter.shape)))
     return model.eval()
+
+
+def _pool(bits: int) -> Tensor:
+    largest = 2 ** (bits - 1) - 1
+    generator = torch.Generator().manual_seed(bits)
+    return torch.empty(POOL, dtype=torch.int8).random_(-largest, largest + 1, generator=generator)
 
 
 def export(model: SpikingBrain, path: Path, longest: int = 512, capacity: int | None = None) -> None:

@@ -159,7 +159,20 @@ def _module_of(operation: ir.Operation) -> ir.Operation:
 def _text(parts: Sequence[Part], inputs: Sequence[ir.Value]) -> str:
     """Returns what tells kernels apart that differ only in what they compute."""
     read = [(part.name, [(inputs.index(r.value), str(r.map)) for r in part.reads]) for part in parts]
-    return f"{read} {[str(part.body) for part in parts if part.body is not None]}"
+    return f"{read} {[_body_text(part.body) for part in parts if part.body is not None]}"
+
+
+def _body_text(body: ir.Block) -> str:
+    """Returns what a block computes; printing it would number and verify the whole module, each time."""
+    numbers = {hash(argument): i for i, argument in enumerate(body.arguments)}
+    lines = []
+    for op in (view.operation for view in body.operations):
+        assert not len(op.regions), "bodies are scalar ops"
+        operands = [numbers[hash(value)] for value in op.operands]
+        attributes = [f"{name} = {op.attributes[name]}" for name in op.attributes]
+        lines.append(f"{op.name} {operands} {attributes} {[str(r.type) for r in op.results]}")
+        numbers |= {hash(r): len(numbers) + i for i, r in enumerate(op.results)}
+    return "; ".join(lines)
 
 
 def _kernel_name(problem: Problem, schedule: Any, types: list[ir.Type], in_place: bool, parts: str) -> str:
