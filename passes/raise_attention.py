@@ -139,8 +139,8 @@ def _segments(keys: ir.Value, values: ir.Value, visible: Visibility) -> list[_Se
     if lengths[0] < 0 or len(set(lengths)) != 1:  # equal lengths must be shown, not hoped for
         return one
     return [
-        _Segment(*(_Stored(_unwidened(v)) for v in new[:2]), to_builtin(new[2])),
-        _Segment(*(_stored(v) for v in cache[:2]), to_builtin(cache[2])),
+        _Segment(_Stored(_unwidened(new[0])), _Stored(_unwidened(new[1])), to_builtin(new[2])),
+        _Segment(_stored(cache[0]), _stored(cache[1]), to_builtin(cache[2])),
     ]
 
 
@@ -168,8 +168,10 @@ def _stored(value: ir.Value) -> _Stored:
 def _unwidened(value: ir.Value) -> ir.Value:
     """Returns the halves that ``value`` is made from where they are made f32, else the value."""
     cast = torch_ir.defining(value, "torch.aten.to.dtype")
-    widened = cast and torch_ir.element_type(value) == "f32"
-    return cast.operands[0] if widened and torch_ir.element_type(cast.operands[0]) in _DTYPES else value
+    if cast is None or torch_ir.element_type(value) != "f32":
+        return value
+    source: ir.Value = cast.operands[0]
+    return source if torch_ir.element_type(source) in _DTYPES else value
 
 
 def _converted(value: ir.Value, element: str) -> ir.Value:
