@@ -1,0 +1,40 @@
+"""A workaround for code that IREE 3.13 computes wrongly: a sort writes over what it sorts, although others read that too."""
+
+from __future__ import annotations
+
+from torch_mlir import ir
+from torch_mlir.dialects import arith
+
+from spikingbrain.passes import linalg_build as build
+from spikingbrain.passes import torch_ir
+
+
+def own_sort_operands(module: ir.Module) -> int:
+    """Lets each sort read copies that are nobody else's; returns how many.
+
+    IREE sorts in place. A tensor that is also read elsewhere it should copy first and does not: of ``y = x + 1; y.sort();
+    y * 2`` the last reads sorted numbers, and of two ``topk`` the second begins with the first one's permutation, since
+    both share one ``0, 1, 2, ...`` (``tests/unit/test_sort_operands.py`` fails when this can go). A copy that could be
+    seen through would be removed, so it selects by a truth that IREE does not know.
+    """
+    count = 0
+    for op in torch_ir.operations(module, "tm_tensor.sort"):
+        with ir.InsertionPoint(op), op.location:
+            for i, value in enumerate(list(op.operands)):
+                op.operands[i] = _copy(value)
+                count += 1
+    return count
+
+
+def _copy(value: ir.Value) -> ir.Value:
+    type_ = ir.RankedTensorType(value.type)
+    boolean = ir.IntegerType.get_signless(1)
+    true = arith.constant(boolean, ir.IntegerAttr.get(boolean, 1))
+    unknown = ir.Operation.create("util.optimization_barrier", [boolean], [true]).result
+    is_float = isinstance(type_.element_type, ir.FloatType)
+    attribute = (ir.FloatAttr if is_float else ir.IntegerAttr).get(type_.element_type, 0)
+    zero = arith.constant(type_.element_type, attribute)
+    same = ir.AffineMap.get_identity(type_.rank)
+    empty = build.empty(type_, build.dynamic_sizes(value))
+    loops = ["parallel"] * type_.rank
+    return build.generic([value], empty, [same, same], loops, lambda x, _: arith.select(unknown, x, zero))
