@@ -11,7 +11,6 @@ from torch_mlir.passmanager import PassManager
 
 from spikingbrain.passes import dialect
 
-
 # The bindings import the Python module of an op's dialect, and where there is none they search for it at every op anew.
 for _dialect in ("torch_c", "spikingbrain", "spikingbrain_control"):
     sys.modules.setdefault(f"torch_mlir.dialects.{_dialect}", ModuleType(_dialect))
