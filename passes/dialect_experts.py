@@ -56,8 +56,8 @@ class SpikeGroupedLinear(SpikingBrain.Operation, name="spike_grouped_linear", tr
     ``bits = 4`` and in -128 .. 127 with 8, both in an i8 weight.
 
         %y = "spikingbrain.spike_grouped_linear"(%counts, %threshold, %w, %scale, %expert) {bits = 8 : i64}
-               : (tensor<?x576xf32>, tensor<?xf32>, tensor<16x960x576xi8>, tensor<16x960x9xf32>, tensor<?xi64>)
-               -> tensor<?x960xf32>
+               : (tensor<?x576xf32>, tensor<?xf32>, tensor<16x960x576xi8>, tensor<16x960x9xf32>,
+                  tensor<?xi64>) -> tensor<?x960xf32>
     """
 
     counts: ext.Operand[ir.RankedTensorType]
