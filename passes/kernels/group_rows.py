@@ -210,8 +210,9 @@ class Place:
 def known_expert(expert: ir.Value, experts: int) -> ir.Value:
     """Returns an expert's number as an index: from the end where it is negative, ``experts`` where there is no such one."""
     i64 = expert.type
-    total = arith.constant(i64, experts)
-    from_end = arith.addi(expert, total)
-    expert = arith.select(compare("slt", expert, arith.constant(i64, 0)), from_end, expert)
-    expert = arith.select(compare("ult", expert, total), expert, total)
+    zero, total = arith.constant(i64, 0), arith.constant(i64, experts)
+    expert = arith.select(compare("slt", expert, zero), arith.addi(expert, total), expert)
+    # not one unsigned comparison, which becomes arith.minui: MACA C++ has no form for it
+    exists = arith.andi(compare("sge", expert, zero), compare("slt", expert, total))
+    expert = arith.select(exists, expert, total)
     return arith.index_cast(ir.IndexType.get(), expert)

@@ -16,6 +16,7 @@ pytest.importorskip("iree.compiler")
 import spikingbrain
 from spikingbrain import Entry
 from spikingbrain.frontend.dynamo import report
+from spikingbrain.models.spiking import SpikeExpertLinear
 from spikingbrain.models.spikingbrain.experts import ExpertLinear
 
 EXPERTS, INPUTS, HIDDEN = 5, 20, 36
@@ -155,3 +156,16 @@ def test_the_code_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
     (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
     exec(code, {"__name__": "page"})
     assert capsys.readouterr().out == "['raised']\n"
+
+
+@pytest.mark.parametrize("spiking", [False, True], ids=["floats", "spiking"])
+def test_experts_on_the_emulated_gpu(spiking: bool, tmp_path: Path) -> None:
+    """Without kernels of ours: linear algebra, printed as MACA C++."""
+    torch.manual_seed(0)
+    layer = ExpertLinear(4, 16, 8).requires_grad_(False)
+    model = SpikeExpertLinear.of(layer, group_size=8) if spiking else layer
+    x, expert = torch.randn(5, 16), torch.tensor([0, 1, 3, 1, 0])
+    path = tmp_path / "experts.sbrain"
+    spikingbrain.export(model, {"main": Entry((x, expert))}, path, target="maca-emulator")
+    y = torch.as_tensor(spikingbrain.load(path).main(x.numpy(), expert.numpy()))
+    torch.testing.assert_close(y, model(x, expert), rtol=1e-5, atol=1e-6)
