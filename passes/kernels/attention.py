@@ -53,6 +53,7 @@ class Schedule:
         rows: (token, head) rows per workgroup, a multiple of ``row_vectors * lanes``.
         key_block: keys per step of the online softmax, a multiple of ``key_tile`` and ``lanes``.
         value_rows: rows whose outputs are held in registers.
+        span_rows: rows that multiply the same keys of a block with their values; a multiple of ``value_rows`` and ``lanes``.
         value_vectors: vectors of each of these outputs.
         packed_keys: keys of a tile that are made f32 at a time; 0 where all are f32.
         fused: whether the target multiplies and adds in one instruction.
@@ -66,6 +67,7 @@ class Schedule:
     rows: int
     key_block: int
     value_rows: int
+    span_rows: int
     value_vectors: int
     packed_keys: int
     fused: bool
@@ -183,7 +185,6 @@ def plan(
     many = target.vector_registers >= 32
     head_vectors = head_size // head_lanes
     value_vectors = next(n for n in ((4, 3, 2, 1) if many else (2, 1)) if head_vectors % n == 0)
-    value_rows = min(lanes, 8 if many and value_vectors < 3 else 4)
     key_tile = 8 if many else 4
     packed_keys = key_tile if narrow_keys else 0
     few_rows = time is not None and time * group <= lanes
@@ -191,6 +192,10 @@ def plan(
         if few_rows and row_vectors > 1:
             continue
         step = lanes * row_vectors
+        if many:
+            value_rows = min(lanes, 8 if value_vectors < 3 else 4)
+        else:
+            value_rows = 6 if step % 6 == 0 else 4
         rows = ROW_LIMIT // step * step
         fitting = next(
             (
@@ -209,6 +214,7 @@ def plan(
                 rows=fitting,
                 key_block=key_block,
                 value_rows=value_rows,
+                span_rows=lanes if lanes % value_rows == 0 else step,
                 value_vectors=value_vectors,
                 packed_keys=packed_keys,
                 decode_key_heads=key_heads_per_workgroup(key_heads, group, head_size, lanes, head_lanes),

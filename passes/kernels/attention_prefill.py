@@ -26,6 +26,7 @@ from spikingbrain.passes.kernels.builders import (
     compare,
     f32,
     floor_div,
+    folded,
     get,
     i32,
     i32_type,
@@ -69,7 +70,7 @@ class PrefillKernel(AttentionKernel):
         block, self.key_head, self.batch = self.workgroup
         self.first_row = mul(block, s.rows)
         self.row_count = minimum(sub(mul(size(self.query, 1), p.group), self.first_row), s.rows)
-        float_type, groups = ir.F32Type.get(), s.rows // s.lanes
+        float_type, groups = ir.F32Type.get(), s.rows // s.span_rows
         (
             self.columns,  # queries, transposed and scaled
             self.scores,
@@ -77,7 +78,7 @@ class PrefillKernel(AttentionKernel):
             self.maxima,
             self.sums,
             self.factors,
-            self.spans,  # begin and end of the keys that each vector of rows sees of the block
+            self.spans,  # begin and end of the keys that some rows see of the block
             self.positions,  # of the block's keys
             self.packed,
         ) = scratch(
@@ -160,6 +161,8 @@ class PrefillKernel(AttentionKernel):
         s = self.schedule
 
         def rows(masked: bool) -> None:
+            loop(0, self.row_count, s.span_rows, functools.partial(self._note_span, masked))
+
             def several() -> None:
                 step = s.row_vectors * s.lanes
                 loop(0, self.row_count, step, lambda row: self._score_rows(block, row, s.row_vectors, masked))
@@ -172,23 +175,24 @@ class PrefillKernel(AttentionKernel):
 
         when(block.whole, lambda: rows(False), lambda: rows(True))
 
-    def _note_span(self, row: ir.Value, masked: bool) -> None:
+    def _note_span(self, masked: bool, row: ir.Value) -> None:
+        """Notes which keys of the block some of ``span_rows`` rows see."""
         s = self.schedule
         span = Span(index(0), index(s.key_block))
         if masked:
-            positions = load(self.row_positions, [row], s.lanes)
-            bounds = reduced("minsi", positions), reduced("maxsi", positions)
+            parts = [load(self.row_positions, [add(row, i)], s.lanes) for i in range(0, s.span_rows, s.lanes)]
+            bounds = (
+                reduced("minsi", folded(arith.minsi, parts)),
+                reduced("maxsi", folded(arith.maxsi, parts)),
+            )
             span = self.span(self.positions, s.key_block, *bounds)
         for i, bound in enumerate((span.begin, span.end)):
-            put(arith.index_cast(i32_type(), bound), self.spans, [floor_div(row, s.lanes), i])
+            put(arith.index_cast(i32_type(), bound), self.spans, [floor_div(row, s.span_rows), i])
 
     def _score_rows(self, block: Block, row: ir.Value, vectors: int, masked: bool) -> None:
         """Does so for a few vectors of rows."""
         s, span = self.schedule, block.span
         at = [add(row, v * s.lanes) for v in range(vectors)]
-        for a in at:
-            self._note_span(a, masked)
-
         old = [load(self.maxima, [a], s.lanes) for a in at]
         queries = [load(self.row_positions, [a], s.lanes) for a in at] if masked else []
         tile = functools.partial(self._score_tile, block, at, queries)
@@ -308,18 +312,18 @@ class PrefillKernel(AttentionKernel):
             loop(0, self.problem.head_size, width, head_part)
 
         def group(row: ir.Value) -> None:
-            bounds = [get(self.spans, [floor_div(row, s.lanes), i]) for i in range(2)]
+            bounds = [get(self.spans, [floor_div(row, s.span_rows), i]) for i in range(2)]
             span = Span(*(arith.index_cast(ir.IndexType.get(), bound) for bound in bounds))
 
             def some() -> None:
-                end = minimum(add(row, s.lanes), self.row_count)
+                end = minimum(add(row, s.span_rows), self.row_count)
                 full = add(row, round_down(sub(end, row), s.value_rows))
                 loop(row, full, s.value_rows, functools.partial(row_tile, s.value_rows, span))
                 loop(full, end, 1, functools.partial(row_tile, 1, span))
 
             when(compare("slt", span.begin, span.end), some)
 
-        loop(0, self.row_count, s.lanes, group)
+        loop(0, self.row_count, s.span_rows, group)
 
     def _normalise_rows(self) -> None:
         s = self.schedule
