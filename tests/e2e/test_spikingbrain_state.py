@@ -81,18 +81,15 @@ def assert_close(got: dict[str, Any], expected: dict[str, Any], atol: float = AT
         )
 
 
-WINDOW, FULL = LayerConfig(linear=True, softmax="window"), LayerConfig(linear=True, softmax="full")
-
-
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param([WINDOW], id="window"),
-        pytest.param([WINDOW, FULL], id="window and full", marks=pytest.mark.slow),
+        pytest.param([LayerConfig(linear=True, softmax="window")], id="window"),
+        pytest.param(tiny_76b().layers, id="76b", marks=pytest.mark.slow),
     ],
 )
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    """The 76B's attention, which has seen sinks before the text; with a window alone a state has one size."""
+    """A layer of the 76B, and a small 76B with full attention and experts; both have seen sinks before the text."""
     torch.manual_seed(0)
     model = SpikingBrain(replace(tiny_76b(), layers=tuple(request.param))).eval()
     b, t = Dim("B", min=1, max=8), Dim("T", min=1, max=64)
@@ -187,8 +184,12 @@ class Counting(nn.Module):
 
 def export_counting(path: Path, table: Tensor, batch: bool) -> None:
     b = {0: Dim("B", min=1, max=8)} if batch else {}
-    entry = spikingbrain.Entry((table.clone(), table), dynamic_shapes={"x": b, "table": b})
-    spikingbrain.export(Counting(), {"step": entry}, path, state="table")
+    shapes = {"x": b, "table": b}
+    entries = {
+        "step": spikingbrain.Entry((table.clone(), table), dynamic_shapes=shapes),
+        "later": spikingbrain.Entry((table.clone(), table + 1), dynamic_shapes=shapes),
+    }
+    spikingbrain.export(Counting(), entries, path, state="table")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64])
@@ -256,7 +257,8 @@ def test_batch_entries_do_not_touch_each_other(compiled: Compiled) -> None:
     compiled.run(other, [0, 2], slice(0, 12), *ONES[12:14])
     one_after, other_after = one.snapshot(), other.snapshot()
     for name, value in one_after.items():
-        np.testing.assert_array_equal(value[0], other_after[name][0])
+        # rows that go through one expert are multiplied together: how many there are changes the rounding
+        np.testing.assert_allclose(value[0], other_after[name][0], rtol=0, atol=ATOL)
         assert name == "position" or not np.array_equal(value[1], other_after[name][1])
 
 
