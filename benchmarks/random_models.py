@@ -15,6 +15,7 @@ import spikingbrain
 from spikingbrain.frontend.capture import Entry
 from spikingbrain.models.spiking import SpikeEmbedding, SpikeLinear
 from spikingbrain.models.spikingbrain import (
+    LayerConfig,
     SpikingBrain,
     SpikingBrainConfig,
     spikingbrain_1b,
@@ -35,6 +36,7 @@ CONFIGS: dict[str, SpikingBrainConfig] = {
         window=1024,
     ),
     "1b": spikingbrain_1b(),
+    "1b-full": replace(spikingbrain_1b(), layers=(LayerConfig(softmax="full"),) * 16),
     "7b": spikingbrain_7b(),
 }
 

@@ -12,8 +12,10 @@ from torch import nn
 
 import spikingbrain
 from spikingbrain import Entry
-from spikingbrain.models.spiking import SpikeEmbedding, SpikeLinear, spike
+from spikingbrain.errors import OptionError
+from spikingbrain.models.spiking import SpikeEmbedding, SpikeLinear, SpikingError, spike
 from spikingbrain.models.spikingbrain import LayerConfig, SpikingBrain, tiny_7b
+from spikingbrain.tools.named_models import SpikeOptions
 
 _VOCABULARY = 83  # no whole number of panels
 _ALL = torch.arange(_VOCABULARY)[None]
@@ -60,6 +62,22 @@ def test_a_table_of_codes_is_stored_once_and_read_by_both(
     got_x, got = spikingbrain.load(made).main(_ALL.numpy())
     np.testing.assert_array_equal(got_x, x)  # codes times scales: one rounding
     np.testing.assert_allclose(got, logits, rtol=2e-5, atol=1e-6)
+
+
+def test_the_command_line_names_the_bits_of_head_and_embedding() -> None:
+    options = SpikeOptions.parse("k=2,bits=4,head=8,embedding=true")
+    assert options == SpikeOptions(k=2.0, bits=4, head=8, embedding=True)
+    with pytest.raises(OptionError, match="head=maybe"):
+        SpikeOptions.parse("head=maybe")
+    with pytest.raises(SpikingError, match="3 bits"):
+        spike(_Table(True), head=3)
+
+
+def test_a_tied_embedding_alone_stays_the_head() -> None:
+    torch.manual_seed(0)
+    model = SpikingBrain(replace(tiny_7b(), tied_head=True))
+    report = spike(model, embedding=True)
+    assert list(report.kept) == ["embedding"] and not report.tables
 
 
 def test_a_token_outside_the_table_has_no_numbers(tmp_path: Path) -> None:

@@ -1,0 +1,180 @@
+"""SpikingBrain-1B over long texts: time per token and memory against the tokens before it, and the time to the first token.
+
+    python benchmarks/long_context.py --folder DIR             # keeps the artifacts there, made at the first run
+    python benchmarks/long_context.py --folder DIR --draw FILE # .png or .svg, needs matplotlib
+
+Weights are random integers: speed and memory are those of the real model, the text is not. A position is reached by telling the
+state that so many tokens are behind it; the window's cache is then full, as it would be. The twin has full attention in every
+layer, the same weights otherwise, and is compiled by the same compiler; beyond the contexts that fit this machine its points are
+a line through the measured ones. Time is that of the thread; all candidates take turns in each round, and so does reading memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from time import thread_time
+from typing import Any
+
+import numpy as np
+from random_models import CONFIGS, bytes_per_token, export, random_model
+
+import spikingbrain
+
+POSITIONS = (1_000, 4_000, 16_000, 64_000, 256_000, 1_000_000)
+TWIN = (1_000, 4_000, 8_000, 16_000)  # positions of full attention, each in a cache of its own size
+PROMPTS, BLOCK = (512, 1024, 2048, 4096), 512
+OURS = {"int8": ("1b", 8), "int4": ("1b", 4)}
+READ = np.ones(1 << 26, np.int64)
+
+Times = dict[tuple[str, int], list[float]]
+
+
+def program(folder: Path, name: str, bits: int, capacity: int | None = None) -> spikingbrain.Program:
+    """Returns a model's program, compiled if its file is not there."""
+    path = folder / f"{name}-int{bits}{f'-{capacity}' if capacity else ''}.sbrain"
+    if not path.is_file():
+        print(f"compile {path.name}", flush=True)
+        export(random_model(CONFIGS[name], bits), path, BLOCK, capacity)
+    return spikingbrain.load(path)
+
+
+def at(made: spikingbrain.Program, position: int) -> Any:
+    """Returns a state that has seen ``position`` tokens."""
+    state = made.new_state()
+    content = state.snapshot()
+    content["position"][:] = position
+    state.restore(content)
+    return state
+
+
+def timed(call: Any) -> float:
+    start = thread_time()
+    call()
+    return thread_time() - start
+
+
+def decode_times(candidates: dict[tuple[str, int], tuple[Any, Any]], rounds: int) -> Times:
+    """Returns seconds per token of each candidate, and of reading READ under ("read", 0)."""
+    token = np.array([[17]])
+    times: Times = {key: [] for key in [*candidates, ("read", 0)]}
+    for round_ in range(rounds + 1):
+        for key, (made, state) in candidates.items():
+            seconds = timed(lambda p=made, s=state: p.decode(token, state=s))
+            if round_:
+                times[key].append(seconds)
+        if round_:
+            times["read", 0].append(timed(READ.sum))
+    return times
+
+
+def first_token_times(made: spikingbrain.Program) -> dict[int, float]:
+    """Returns seconds from an empty state to the first logits, the prompt fed block by block."""
+    tokens = np.random.default_rng(0).integers(0, 100_000, (1, max(PROMPTS)))
+    found = {}
+    for length in PROMPTS:
+        state = made.new_state()
+        found[length] = sum(
+            timed(lambda i=i, s=state: made.prefill(tokens[:, i : i + BLOCK], state=s))
+            for i in range(0, length, BLOCK)
+        )
+    return found
+
+
+def draw(file: Path, rows: list[dict[str, Any]], floors: dict[str, float], line: Any, first: Any) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    longest = np.geomspace(POSITIONS[0], POSITIONS[-1], 50)
+    colours = {"int8": "tab:blue", "int4": "tab:green", "twin": "tab:red"}
+    for name, colour in colours.items():
+        mine = [r for r in rows if r["name"] == name]
+        label = "full attention, int4" if name == "twin" else f"SpikingBrain, {name}"
+        x = [r["position"] for r in mine]
+        left.plot(x, [r["ms"] for r in mine], "o", color=colour, label=label)
+        middle.plot(x, [r["gb"] for r in mine], "o", color=colour, label=label)
+        if name != "twin":
+            left.plot(x, [r["ms"] for r in mine], color=colour, alpha=0.5)
+            left.axhline(
+                floors[name], color=colour, ls=":", lw=1, label=f"{name}: bytes read / read bandwidth"
+            )
+            middle.plot(x, [r["gb"] for r in mine], color=colour, alpha=0.5)
+    for axis, fit in ((left, line["ms"]), (middle, line["gb"])):
+        axis.plot(
+            longest, np.polyval(fit, longest), "--", color=colours["twin"], label="line through its points"
+        )
+        axis.set(xscale="log", yscale="log", xlabel="tokens before")
+        axis.legend(fontsize=8)
+    left.set(ylabel="ms per token", title="decode, one thread")
+    middle.set(ylabel="GB of weights and state", title="memory")
+    for name, times in first.items():
+        right.plot(
+            list(times), list(times.values()), "o-", color=colours[name], label=f"SpikingBrain, {name}"
+        )
+    right.set(xlabel="tokens of the prompt", ylabel="seconds", title=f"first token, in blocks of {BLOCK}")
+    right.set_ylim(0)
+    right.legend(fontsize=8)
+    for axis in (left, middle, right):
+        axis.grid(alpha=0.3)
+    figure.suptitle("1.2 billion random weights: speed and memory only")
+    figure.savefig(file, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--draw", type=Path)
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    ours = {name: program(args.folder, *spec) for name, spec in OURS.items()}
+    candidates = {(n, at_): (p, at(p, at_)) for n, p in ours.items() for at_ in POSITIONS}
+    times = decode_times(candidates, args.rounds)
+    candidates.clear()
+    sizes = {name: bytes_per_token(p, CONFIGS["1b"]) for name, p in ours.items()}
+    weights_of_twin = 0
+    for length in TWIN:
+        made = program(args.folder, "1b-full", 4, length + 64)
+        weights_of_twin, state_of_twin = bytes_per_token(made, CONFIGS["1b-full"])
+        found = decode_times({("twin", length): (made, at(made, length))}, args.rounds)
+        times["twin", length] = found["twin", length]
+        times["read", 0] += found["read", 0]
+        sizes[f"twin {length}"] = weights_of_twin, state_of_twin
+    bandwidth = READ.nbytes / float(np.median(times.pop(("read", 0))))
+    print(f"one thread reads {bandwidth / 1e9:.1f} GB/s")
+    rows = []
+    for (name, position), seconds in times.items():
+        weights, state = sizes[f"twin {position}" if name == "twin" else name]
+        ms, floor = float(np.median(seconds)) * 1e3, (weights + state) / bandwidth * 1e3
+        rows.append({"name": name, "position": position, "ms": ms, "gb": (weights + state) / 1e9})
+        print(
+            f"{name:5} {position:9,} tokens before: {ms:7.1f} ms ({1e3 / ms:5.1f} tokens/s), reads {weights / 1e6:.0f} MB"
+            f" of weights and {state / 1e6:.0f} of state: {floor:.1f} ms at that speed, {floor / ms:.0%}"
+        )
+    twin = [r for r in rows if r["name"] == "twin"]
+    x = [r["position"] for r in twin]
+    line = {key: np.polyfit(x, [r[key] for r in twin], 1) for key in ("ms", "gb")}
+    for position in POSITIONS:
+        if position not in x:
+            ms, gb = (float(np.polyval(line[key], position)) for key in ("ms", "gb"))
+            ratio = ms / next(r["ms"] for r in rows if (r["name"], r["position"]) == ("int4", position))
+            print(
+                f"twin  {position:9,} tokens before: {ms:7.1f} ms by the line, {ratio:.1f}x of int4; {gb:.1f} GB"
+            )
+    first = {name: first_token_times(p) for name, p in ours.items()}
+    for name, found in first.items():
+        told = ", ".join(f"{n}: {s:.1f} s" for n, s in found.items())
+        print(f"{name:5} first token after a prompt of {told}")
+    if args.draw:
+        floors = {name: sum(sizes[name]) / bandwidth * 1e3 for name in ours}
+        draw(args.draw, rows, floors, line, first)
+        print(f"drawn: {args.draw}")
+
+
+if __name__ == "__main__":
+    main()
