@@ -204,7 +204,7 @@ def spike_linear(
     groups = scale.shape[1]
     c, w = counts.to(dtype), codes.to(dtype)
     if groups == 1:
-        y = (c @ w.mT).to(counts.dtype) * scale.mT
+        y = (c @ w.mT).to(counts.dtype) * scale[:, 0]
     else:
         grouped = torch.unflatten(c, -1, (groups, -1)), torch.unflatten(w, -1, (groups, -1))
         sums = torch.einsum("...gc,ngc->...ng", *grouped)

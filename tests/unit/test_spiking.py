@@ -137,6 +137,12 @@ def test_a_spiking_linear_adds_integers(group_size: int | None, bits: int) -> No
     assert bool((error <= layer.scale.unsqueeze(-1) * 0.5001).all())
 
 
+@pytest.mark.parametrize("group_size", [None, 8])
+def test_one_token_without_a_batch(group_size: int | None) -> None:
+    layer, x = SpikeLinear.of(nn.Linear(16, 5), group_size=group_size), torch.randn(16)
+    assert torch.equal(layer(x), layer(x[None])[0])
+
+
 def test_sums_are_exact_for_as_many_channels_as_float32_holds() -> None:
     assert spiking.exact_dtype(37_000, 3.0, torch.int8) == torch.float32
     assert spiking.exact_dtype(38_000, 3.0, torch.int8) == torch.float64
