@@ -84,8 +84,9 @@ class Linear(SpikingBrain.Operation, name="linear", traits=[ext.Pure]):
 class Embedding(SpikingBrain.Operation, name="embedding", traits=[ext.Pure]):
     """Rows of a stored table.
 
-    ``y[..., k] = table[ids[...], k]``; a row for an id outside ``0 .. rows - 1`` is NaN, of integer codes 0. The table is ``[rows, K]``, or packed by
-    blocks of rows as ``[ceil(rows / block), K, block]``, the form in which a head tied to it is stored.
+    ``y[..., k] = table[ids[...], k]``; a row for an id outside ``0 .. rows - 1`` is NaN, of integer codes 0. The table is
+    ``[rows, K]``, or packed by blocks of rows as ``[ceil(rows / block), K, block]``, the form in which a head tied to it is
+    stored.
 
         %y = "spikingbrain.embedding"(%ids, %table) {rows = 49152 : i64}
                : (tensor<1x?xi64>, tensor<768x576x64xf32>) -> tensor<1x?x576xf32>
