@@ -12,6 +12,7 @@ Letters in tensor names
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +94,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         table = TiedEmbedding if config.tied_head else nn.Embedding
-        self.embedding = table(config.vocabulary, config.width)
+        self.embedding: Any = table(config.vocabulary, config.width)  # or what `spike` puts there
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.head = None if config.tied_head else nn.Linear(config.width, config.vocabulary, bias=False)
@@ -144,7 +145,7 @@ class Llama(nn.Module):
         if last_only:
             x_BTE = x_BTE[:, -1:]
         x_BTE = self.norm(x_BTE)
-        logits_BTV = self.embedding.logits(x_BTE) if self.head is None else self.head(x_BTE)
+        logits_BTV: Tensor = self.embedding.logits(x_BTE) if self.head is None else self.head(x_BTE)
 
         slot_positions = state.slot_positions.scatter(1, slots_BT, kept_BT)
         return logits_BTV, State(keys, values, slot_positions, state.position + T)

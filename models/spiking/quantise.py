@@ -27,9 +27,14 @@ def quantise_weight(
             f"weights of {bits} bits", why="codes are stored in bytes or halves", hint="8 or 4"
         )
     if scale is None:
-        rounded = [_rounded(rows, weight_scale(rows, group_size, bits)) for rows in _slabs(weight)]
+        rounded = [
+            _rounded(some, weight_scale(some, group_size, bits)) for some in _slabs(weight, _rows(weight))
+        ]
     else:
-        rounded = [_rounded(*both) for both in zip(_slabs(weight), scale.split(_rows(weight)), strict=True)]
+        rounded = [
+            _rounded(*both)
+            for both in zip(_slabs(weight, _rows(weight)), _slabs(scale, _rows(weight)), strict=True)
+        ]
     dtype = torch.int16 if any(codes.dtype == torch.int16 for codes, _ in rounded) else torch.int8
     return torch.cat([codes.to(dtype) for codes, _ in rounded]), torch.cat([scale for _, scale in rounded])
 
@@ -39,8 +44,8 @@ def _rows(weight: Tensor) -> int:
     return max(1, SLAB // max(1, weight.shape[1]))
 
 
-def _slabs(weight: Tensor) -> tuple[Tensor, ...]:
-    return weight.split(_rows(weight))
+def _slabs(matrix: Tensor, rows: int) -> list[Tensor]:
+    return [matrix[first : first + rows] for first in range(0, max(1, len(matrix)), rows)]
 
 
 def _rounded(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ class SpikingBrain(nn.Module):
         super().__init__()
         self.config = config
         table = TiedEmbedding if config.tied_head else nn.Embedding
-        self.embedding = table(config.vocabulary, config.width)
+        self.embedding: Any = table(config.vocabulary, config.width)  # or what `spike` puts there
         self.sinks = nn.Parameter(torch.randn(config.sinks, config.width) * 0.02) if config.sinks else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in config.layers)
         self.norm = nn.RMSNorm(config.width, config.norm_eps)
@@ -117,7 +118,7 @@ class SpikingBrain(nn.Module):
         if last_only:
             x_BTE = x_BTE[:, -1:] if lengths_B is None else _last(x_BTE, lengths_B)
         x_BTE = self.norm(x_BTE)
-        logits_BTC = self.embedding.logits(x_BTE) if self.head is None else self.head(x_BTE)
+        logits_BTC: Tensor = self.embedding.logits(x_BTE) if self.head is None else self.head(x_BTE)
         return logits_BTC, state
 
     def run(self, x_BTE: Tensor, state: State, moment: Moment) -> tuple[Tensor, State]:
