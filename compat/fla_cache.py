@@ -16,7 +16,8 @@ class Cache:
 
     def __init__(self, seen_tokens: int = 0):
         self.states: list[Entry] = []
-        self._seen_tokens = seen_tokens
+        self._before = seen_tokens
+        self._seen: list[int] = []
 
     def __getitem__(self, layer_idx: int) -> Entry:
         return self.states[layer_idx]
@@ -26,7 +27,8 @@ class Cache:
 
     def get_seq_length(self, layer_idx: int | None = 0) -> int:
         """Returns how many tokens were seen by that layer."""
-        return self._seen_tokens if len(self.states) > (layer_idx or 0) else 0
+        layer = layer_idx or 0
+        return self._seen[layer] if layer < len(self._seen) else self._before
 
     def update(
         self,
@@ -45,8 +47,8 @@ class Cache:
         """
         while len(self.states) <= layer_idx:
             self.states.append(dict.fromkeys(_KINDS))
-        if layer_idx == 0:
-            self._seen_tokens += offset or 0
+            self._seen.append(self._before)
+        self._seen[layer_idx] += offset or 0
         entry = self.states[layer_idx]
         for kind, state in zip(_KINDS, (recurrent_state, None, conv_state, ffn_state), strict=True):
             if state is not None:
