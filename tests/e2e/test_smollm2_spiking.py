@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 import spikingbrain
-from spikingbrain.tokens import Tokens
 from spikingbrain.models import spiking
 from spikingbrain.models.llama import Llama
 from spikingbrain.models.spiking import SpikeLinear
+from spikingbrain.tokens import Tokens
 from spikingbrain.tools.clean_wiki import wiki_text
 from spikingbrain.tools.named_models import ModelOptions, SpikeOptions, load
 
