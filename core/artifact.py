@@ -224,7 +224,7 @@ def _write_safetensors(
                 raise ArtifactError(
                     f"stored tensor {stored.key!r} came out as {array.shape}, declared {stored.shape}"
                 )
-            sink.write(array.reshape(-1).view(np.uint8))
+            sink.write(array.reshape(-1).view(np.uint8).data)
         done += size
         if progress:
             progress(done, offset)

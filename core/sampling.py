@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +95,7 @@ class Sampling:
             scores[tokens] -= self.presence_penalty + self.frequency_penalty * counts
 
 
-_RULES = {
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "temperature": (lambda v: 0 <= v < np.inf, "is 0 or more"),
     "top_k": (lambda v: v >= 0 and v == int(v), "is a whole number, 0 or more"),
     "top_p": (lambda v: 0 < v <= 1, "is above 0 and at most 1"),

@@ -47,7 +47,7 @@ class State:
         self._buffers: list[Any] | None = [self._executable.to_device(self._initial(f)) for f in layout]
 
     def _initial(self, field: Mapping[str, Any]) -> Array:
-        shape = [self.sizes.get(d, d) if isinstance(d, str) else d for d in field["shape"]]
+        shape: list[int] = [self.sizes[d] if isinstance(d, str) else d for d in field["shape"]]
         value = np.full(shape, field["fill"], numpy_dtype(field["dtype"]))
         if "block" in field:
             block = self._blocks[field["name"]]

@@ -28,7 +28,7 @@ class Tokens:
             raise CallError(
                 "this artifact holds no tokenizer", hint="export it with tokenizer=..., or pass token ids"
             )
-        self._tokenizer = _read.get(opened)
+        self._tokenizer: Any = _read.get(opened)
         if self._tokenizer is None:
             from tokenizers import Tokenizer
 

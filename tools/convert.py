@@ -13,7 +13,7 @@ from spikingbrain.tools.progress import Progress
 
 if TYPE_CHECKING:
     from spikingbrain.models.llama import Llama
-    from spikingbrain.models.spikingbrain import SpikingBrain
+    from spikingbrain.models.spikingbrain import SpikingBrain, SpikingBrainConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,7 +104,7 @@ def _source(text: str) -> tuple[Llama, dict[str, str]]:
     return model, {"tokenizer.json": tokenizer_json(path), "generation_config.json": json.dumps(last)}
 
 
-def _style(args: argparse.Namespace, source: Llama) -> object:
+def _style(args: argparse.Namespace, source: Llama) -> SpikingBrainConfig:
     from spikingbrain.models.spikingbrain.convert import style_7b, style_76b
 
     if args.to == "7b-style":

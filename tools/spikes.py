@@ -119,6 +119,10 @@ def _run(args: argparse.Namespace) -> int:
     text, calibration = _text(args.text), None
     budget = None if args.steps is None else Budget(args.steps, args.coding, args.remainder)
     loaded = named_models.load(args.model, named_models.ModelOptions(capacity=args.tokens), progress)
+    if loaded.tokenizer is None:
+        raise OptionError(
+            f"{args.model} holds no tokenizer", hint="a checkpoint with tokenizer.json beside it"
+        )
     words = Tokenizer.from_str(loaded.tokenizer)
     tokens = _tokens(words, text, args.tokens)
     model, state = loaded.model, loaded.entries["prefill"].args[1]

@@ -59,7 +59,7 @@ class MixtureOfExperts(nn.Module):
         best, chosen = scores.topk(self.per_token, dim=-1)  # [B, T, experts per token]
         x_ME = x_BTE.unsqueeze(2).expand(-1, -1, self.per_token, -1).flatten(0, 2)
         y_ME = self.experts(x_ME, chosen.flatten())
-        y_BTE = (y_ME.unflatten(0, chosen.shape) * best.to(y_ME.dtype).unsqueeze(-1)).sum(dim=2)
+        y_BTE: Tensor = (y_ME.unflatten(0, chosen.shape) * best.to(y_ME.dtype).unsqueeze(-1)).sum(dim=2)
         for shared in self.shared:
             y_BTE = y_BTE + shared(x_BTE)
         return y_BTE

@@ -98,7 +98,7 @@ def fit_layer(
         x_BTE, wanted_BTE = pairs[step % len(pairs)]
         loss = (called(x_BTE) - wanted_BTE).square().sum() / wanted_BTE.square().sum()
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(alone.parameters(), 1.0)
         optimiser.step()
         schedule.step()
