@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch_mlir import ir
+from torch_mlir.dialects import arith
 from torch_mlir.extras.fx_importer import FxImporter, FxImporterHooks, GraphNodeImporter, InputInfo
 
 from spikingbrain.frontend import reshape
@@ -43,6 +44,9 @@ class NodeImporter(GraphNodeImporter):  # type: ignore[misc]
                     known.append(actual)
                 elif isinstance(size, torch.fx.Node):
                     known.append(to_index(self.resolve_node_value(size)))
+                elif size >= 0:  # a number that torch knows as an expression: chunks of 8 as s // (s // 8)
+                    index = ir.IndexType.get()
+                    known.append(arith.ConstantOp(index, ir.IntegerAttr.get(index, size)).result)
                 else:
                     known.append(None)
             value = reshape.emit(plain, runs, known)

@@ -101,6 +101,8 @@ def emit(value: ir.Value, runs: Sequence[Run], sizes: Sequence[int | ir.Value | 
         of_source = [source_type.shape[d] for d in run.source]
         collapsed_shape.append(dynamic if dynamic in of_source else prod(of_source))
         known = {d: sizes[d] for d in run.result}
+        if sum(size is None for size in known.values()) > 1:
+            raise ValueError("two sizes of one run are unknown")
         for d in run.result:
             size = known[d]
             if size is None:

@@ -117,6 +117,19 @@ def test_time_cut_into_chunks() -> None:
     assert "tensor.expand_shape" in text and "torch.aten.view" not in text
 
 
+def test_time_padded_to_chunks(fresh_dynamo: None) -> None:
+    """torch knows the chunks' length, the number 8, as the expression s // (s // 8)."""
+
+    def chunks(x: Tensor) -> Tensor:
+        padded = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[1] % 8)).exp()
+        return padded.reshape(x.shape[0], -1, 8, x.shape[2]).transpose(2, 3) * 1.5
+
+    compiled = torch.compile(chunks, backend="spikingbrain", dynamic=True, options={"strict": True})
+    for steps in (11, 16, 18):
+        x = torch.randn(2, steps, 4)
+        torch.testing.assert_close(compiled(x), chunks(x))
+
+
 @pytest.fixture
 def symbols() -> dict[str, Any]:
     """Symbolic sizes as an exported graph has them."""
