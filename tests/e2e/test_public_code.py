@@ -180,7 +180,7 @@ def _by_hand(layer: Any, x: Tensor) -> Tensor:
     return y
 
 
-@pytest.mark.parametrize("mode", ["chunk", "fused_recurrent"])
+@pytest.mark.parametrize("mode", [pytest.param("chunk", marks=pytest.mark.slow), "fused_recurrent"])
 def test_a_layer_of_the_library(public: Any, mode: str, fresh_dynamo: None) -> None:
     """Whole, padded, packed and token by token; compiled, with gradients."""
     layer = public("gla_layer").GatedLinearAttention(mode=mode)
