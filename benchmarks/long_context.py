@@ -22,8 +22,11 @@ from random_models import CONFIGS, bytes_per_token, export, random_model
 import spikingbrain
 
 POSITIONS = (1_000, 4_000, 16_000, 64_000, 256_000, 1_000_000)
-TWIN = (1_000, 4_000, 8_000, 16_000)  # positions of full attention, each in a cache of its own size
-PROMPTS, BLOCK = (512, 1024, 2048, 4096), 512
+TWIN, CAPACITY = (
+    (1_000, 4_000, 8_000, 16_000, 32_000),
+    32_768,
+)  # positions of full attention; tokens its cache holds
+PROMPTS, BLOCK = (512, 1024, 2048), 512
 OURS = {"int8": ("1b", 8), "int4": ("1b", 4)}
 READ = np.ones(1 << 26, np.int64)
 
@@ -137,14 +140,13 @@ def main() -> None:
     times = decode_times(candidates, args.rounds)
     candidates.clear()
     sizes = {name: bytes_per_token(p, CONFIGS["1b"]) for name, p in ours.items()}
-    weights_of_twin = 0
-    for length in TWIN:
-        made = program(args.folder, "1b-full", 4, length + 64)
-        weights_of_twin, state_of_twin = bytes_per_token(made, CONFIGS["1b-full"])
-        found = decode_times({("twin", length): (made, at(made, length))}, args.rounds)
-        times["twin", length] = found["twin", length]
+    made = program(args.folder, "1b-full", 4, CAPACITY)
+    weights, cache = bytes_per_token(made, CONFIGS["1b-full"])
+    for position in TWIN:
+        found = decode_times({("twin", position): (made, at(made, position))}, args.rounds)
+        times["twin", position] = found["twin", position]
         times["read", 0] += found["read", 0]
-        sizes[f"twin {length}"] = weights_of_twin, state_of_twin
+        sizes[f"twin {position}"] = weights, cache * position // CAPACITY
     bandwidth = READ.nbytes / float(np.median(times.pop(("read", 0))))
     print(f"one thread reads {bandwidth / 1e9:.1f} GB/s")
     rows = []

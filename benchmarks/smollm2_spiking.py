@@ -99,12 +99,20 @@ def programs(folder: Path) -> dict[str, tuple[spikingbrain.Program, int]]:
     """Returns each form of the model with the bytes of its file."""
     torch.manual_seed(0)
     made = {}
-    for name, bits in (("float32", 0), ("spikes, int8", 8), ("spikes, int4", 4), ("random weights, int8", 8)):
+    for name, bits, head in (
+        ("float32", 0, 0),
+        ("spikes, int8", 8, 0),
+        ("spikes, int8, head too", 8, 8),
+        ("spikes, int4", 4, 0),
+        ("spikes, int4, head int8", 4, 8),
+        ("spikes, int4, head too", 4, 4),
+        ("random weights, int8", 8, 0),
+    ):
         model = smollm2.load()
         if name.startswith("random"):
             model = Llama(model.config)
         if bits:
-            spike(model, bits=bits)
+            spike(model, bits=bits, head=head)
         print(f"compile {name}", flush=True)
         path = folder / f"{len(made)}.sbrain"
         made[name] = export(model.eval(), path), path.stat().st_size
@@ -152,7 +160,7 @@ def main() -> None:
                 over = ratio(found, base)
                 speed = count / np.median(found)
                 print(
-                    f"  {n:22} {speed:8.1f} tokens/s   int8 spikes are {over:5.2f}x   file {size[n] / 1e6:.0f} MB"
+                    f"  {n:24} {speed:8.1f} tokens/s   int8 spikes are {over:5.2f}x   file {size[n] / 1e6:.0f} MB"
                 )
             exact = ratio(base, seconds["random weights, int8"]) - 1
             print(f"  exactness costs {exact:.1%}")
