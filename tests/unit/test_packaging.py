@@ -61,10 +61,9 @@ def test_every_package_folder_is_listed() -> None:
     assert set(FOLDERS.values()) == found
     assert PROJECT["tool"]["setuptools"]["packages"] == list(FOLDERS)
     for package, folder in FOLDERS.items():
-        assert (
-            folder == "core"
-            if package == "spikingbrain"
-            else package == "spikingbrain." + folder.replace("/", ".")
+        path = folder.replace("/", ".")  # core/ is `spikingbrain` itself
+        assert package == (
+            "spikingbrain" + path.removeprefix("core") if path.startswith("core") else f"spikingbrain.{path}"
         )
 
 
