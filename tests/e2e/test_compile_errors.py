@@ -45,7 +45,7 @@ def line_of(function: Callable[..., Any], text: str) -> str:
 
 def test_an_unknown_option_lists_the_known_ones_and_the_nearest() -> None:
     with pytest.raises(
-        OptionError, match=r"unknown option 'thread'(.|\n)*try: 'threads'; known: cache, dump"
+        OptionError, match=r"unknown option 'thread'(.|\n)*try: 'threads'; known: cache, check_finite, dump"
     ):
         spikingbrain.compile(wave, thread=1)
 
