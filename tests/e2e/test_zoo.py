@@ -20,9 +20,12 @@ QUICK = ("llama", "mixtral", "mamba2", "lfm2", "bert", "t5", "vit", "wav2vec2") 
 pytestmark = pytest.mark.skipif(
     BACKEND not in torch._dynamo.list_backends(()), reason=f"no backend {BACKEND}"
 )
-every_model = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in ZOO]
-)
+TRAINED = ("llama", "mixtral", "mamba2", "t5")  # of these, gradients as well
+
+
+def every_model(quick: tuple[str, ...]) -> pytest.MarkDecorator:
+    names = [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in ZOO]
+    return pytest.mark.parametrize("name", names)
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +71,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor | None]:
     return found
 
 
-@every_model
+@every_model(QUICK)
 def test_forward(name: str, record_property: pytest.RecordProperty) -> None:
     model, inputs = ZOO[name].build("tiny"), ZOO[name].inputs("tiny", 0)
     compiled = torch.compile(model, backend=BACKEND)
@@ -80,7 +83,7 @@ def test_forward(name: str, record_property: pytest.RecordProperty) -> None:
             record_property(key, value)
 
 
-@every_model
+@every_model(TRAINED)
 def test_gradients(name: str) -> None:
     model, inputs = ZOO[name].build("tiny"), ZOO[name].inputs("tiny", 0)
     output = model(**inputs)
