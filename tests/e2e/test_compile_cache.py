@@ -151,7 +151,6 @@ def check(
 
 
 @pytest.mark.slow
-@pytest.mark.gate
 def test_graphs_are_kept_with_their_code(compiles: list[str]) -> None:
     x = torch.randn(3, 16)
     assert [check(Mlp(), x), check(Mlp(), x, training=True)] == ["saved", "saved"]

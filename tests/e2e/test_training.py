@@ -68,7 +68,6 @@ def train(model: nn.Module, step: nn.Module) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.gate
 def test_the_loss_curve_is_eagers() -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)

@@ -52,7 +52,6 @@ def test_a_seed_makes_the_same_model_in_every_process() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.gate
 @pytest.mark.parametrize(
     ("backend", "found", "timeout"),
     [("relu_crashes", "1 abort", 60), ("relu_raises", "1 error", 60), ("hangs", "Timeout", 5)],
@@ -83,7 +82,6 @@ def test_a_seeded_bug_is_found_and_minimised(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.gate
 def test_only_what_moves_in_eager_is_unstable() -> None:
     for name, kind in {"rounds_differently": "unstable", "rounds_wrongly": "wrong"}.items():
         status, output = call(

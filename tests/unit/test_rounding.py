@@ -154,7 +154,6 @@ FUNCTIONS = [
 ]
 
 
-@pytest.mark.gate
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize(("function", "x"), FUNCTIONS, ids=[f.__name__ for f, _ in FUNCTIONS])
