@@ -208,7 +208,10 @@ def _in_shards(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[di
         if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > limit:
             yield shard
             shard = {}
-        shard[name] = tensor.detach().contiguous()
+        value = tensor.detach().contiguous()
+        # Converted models hold a tensor twice where both branches begin alike; a file holds each by itself.
+        twice = any(value.data_ptr() == other.data_ptr() for other in shard.values() if other.numel())
+        shard[name] = value.clone() if twice else value
     yield shard
 
 
