@@ -104,7 +104,7 @@ def names(config: SpikingBrainConfig, model: SpikingBrain) -> list[Entry]:
     """Returns what each parameter is called in a checkpoint: by published names where there are any."""
     if is_published(config):
         return list(entries(config))
-    return [Entry(name, name) for name, _ in model.named_parameters()]
+    return [Entry(name, name) for name, _ in model.named_parameters(remove_duplicate=False)]
 
 
 def save(
@@ -118,7 +118,7 @@ def save(
 
     Raises WeightsError if the folder is not empty.
     """
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     tensors = ((e.stored, parameters[e.parameter]) for e in names(model.config, model))
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
     save_checkpoint(folder, tensors, {**write_config(model.config), "torch_dtype": dtype}, companions, files)

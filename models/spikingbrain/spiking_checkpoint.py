@@ -79,6 +79,13 @@ def save_spiking(
 
     Raises WeightsError if a linear layer of a block does not spike, or the folder is not empty.
     """
+    for name, module in (("embedding", model.embedding), ("head", model.head)):
+        if module is not None and not isinstance(getattr(module, "weight", None), nn.Parameter):
+            raise WeightsError(
+                f"the {name} is made of integers",
+                why="in a W8ASpike checkpoint it is kept in floats",
+                hint="models.spiking.spike(model) without head and embedding",
+            )
     config = {
         **write_config(model.config),
         "torch_dtype": str(model.embedding.weight.dtype).removeprefix("torch."),

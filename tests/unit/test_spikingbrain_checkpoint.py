@@ -230,3 +230,25 @@ def test_a_model_that_was_made_to_spike_is_saved(tmp_path: Path) -> None:
         model.state_dict().items(), load_spiking(tmp_path / "spiking").state_dict().values(), strict=True
     ):
         assert torch.equal(a, b), name
+
+
+def test_embedding_and_head_of_integers_are_refused(tmp_path: Path) -> None:
+    model = SpikingBrain(tiny_7b()).eval()
+    spike(model, group_size=16, head=True, embedding=True)
+    with pytest.raises(WeightsError, match="is made of integers"):
+        save_spiking(model, tmp_path / "integers")
+    assert not (tmp_path / "integers").exists()
+
+
+def test_tensors_held_twice_are_written_twice(tmp_path: Path) -> None:
+    model = SpikingBrain(replace(tiny_76b(), separate_projections=True)).eval()
+    attention = model.blocks[0].attention
+    attention.linear_projections.load_state_dict(
+        attention.projections.state_dict(keep_vars=True), assign=True
+    )
+    save(model, tmp_path / "twice")
+    stored = load_file(tmp_path / "twice" / "model.safetensors")
+    assert len(stored) == sum(1 for _ in model.named_parameters(remove_duplicate=False))
+    assert torch.equal(
+        stored["blocks.0.attention.linear_projections.key.weight"], attention.projections.key.weight
+    )
