@@ -40,6 +40,7 @@ COMPILER = tuple(  # packages whose sources shape code
         ".passes",
         ".passes.kernels",
         ".passes.recurrence",
+        ".passes.wave_kernels",
         ".frontend",
         ".frontend.dynamo",
         ".frontend.ops",
