@@ -31,6 +31,7 @@ def _target(name: str) -> Target:
         cpu="xcore1000",
         wave_width=64,
         shared_bytes=64 << 10,
+        wave_kernels=True,
         l2_bytes=8 << 20,
     )
 
@@ -98,9 +99,9 @@ def _need_compiler_packages() -> None:
 
 def _bufferize(module: str, context: StageContext) -> str:
     _need_compiler_packages()
-    from spikingbrain.backend_maca import kernels
+    from spikingbrain.backend_maca.bufferize import bufferize
 
-    return kernels.bufferize(module)
+    return bufferize(module)
 
 
 def _build_kernels(module: str, context: StageContext) -> str:
@@ -114,11 +115,12 @@ def _print(module: str, context: StageContext) -> dict[str, bytes]:
     _need_compiler_packages()
     from torch_mlir import ir
 
-    from spikingbrain.backend_maca import kernels, plan, printer
+    from spikingbrain.backend_maca import mlir as modules
+    from spikingbrain.backend_maca import plan, printer
     from spikingbrain.passes import dialect
 
     with dialect.load() as mlir, ir.Location.unknown():
-        parsed = kernels.parse(module, mlir)
+        parsed = modules.parse(module, mlir)
         source, printed = printer.print_kernels(parsed)
         launches = plan.build_plan(parsed, printed, context.target.name)
     context.report["kernels"] = len(launches["kernels"])

@@ -138,7 +138,7 @@ class _Entry:
         self.buffers.append({**record, "dtype": DTYPES[kind], "shape": shape})
 
     def _refuse(self, op: Any, why: str) -> NoReturn:
-        from spikingbrain.backend_maca.kernels import source_of
+        from spikingbrain.backend_maca.mlir import source_of
 
         location = getattr(op, "location", self.function.location)
         raise UnsupportedOp(

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch_mlir import ir
 
-from spikingbrain.backend_maca.kernels import WAVE, nested, source_of
+from spikingbrain.backend_maca.generic import WAVE
+from spikingbrain.backend_maca.mlir import nested, source_of
 from spikingbrain.backend_maca.subset import (
     BIT_OPS,
     COMPARE_FLOATS,

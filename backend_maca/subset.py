@@ -10,7 +10,8 @@ from typing import NoReturn
 
 from torch_mlir import ir
 
-from spikingbrain.backend_maca.kernels import WAVE, nested, place_of
+from spikingbrain.backend_maca.generic import WAVE
+from spikingbrain.backend_maca.mlir import nested, place_of
 from spikingbrain.errors import UnsupportedOp
 
 MAX_THREADS = 1024

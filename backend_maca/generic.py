@@ -1,0 +1,140 @@
+"""A ``linalg.generic`` on buffers: its loops, what it loads and stores, and its body for one element."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import inf
+
+from torch_mlir import ir
+from torch_mlir.dialects import affine, arith, cf, memref
+
+from spikingbrain.backend_maca.index import size
+from spikingbrain.backend_maca.mlir import nested, source_of
+from spikingbrain.errors import UnsupportedOp
+
+WAVE = 64
+BLOCK = 256  # four waves; 1024 is the machine's limit, smaller blocks leave it room to overlap them
+WAVE_FORM_FROM = 2 * WAVE  # a shorter reduced axis of known length stays in one thread
+
+# What a wave can combine with one 4-byte shuffle, with the value that changes nothing.
+COMBINERS: dict[str, float] = {
+    "arith.addf": 0.0,
+    "arith.addi": 0,
+    "arith.maximumf": -inf,
+    "arith.maxnumf": -inf,
+    "arith.minimumf": inf,
+    "arith.minnumf": inf,
+}
+SHUFFLED_TYPES = ("f32", "i32")
+
+
+class Generic:
+    """A ``linalg.generic`` on buffers, read once."""
+
+    def __init__(self, op: ir.Operation):
+        self.op = op
+        self.maps = [ir.AffineMapAttr(a).value for a in op.attributes["indexing_maps"]]
+        self.parallel = ["parallel" in str(a) for a in op.attributes["iterator_types"]]
+        self.inputs_count = op.attributes["operandSegmentSizes"][0]
+        self.operands = list(op.operands)
+        self.body = op.regions[0].blocks[0]
+        self.outputs = self.operands[self.inputs_count :]
+        *_, self.terminator = (v.operation for v in self.body.operations)
+        if not all(isinstance(v.type, ir.MemRefType) for v in self.outputs):
+            raise UnsupportedOp("a linalg op without buffers", where=source_of(op.location))
+        self.places = self._find_places()
+
+    def _find_places(self) -> list[list[tuple[ir.Value, int]]]:
+        """Returns for every loop the (buffer, axis) pairs whose size is its length."""
+        places: list[list[tuple[ir.Value, int]]] = [[] for _ in self.parallel]
+        for value, affine_map in zip(self.operands, self.maps, strict=True):
+            for axis, expression in enumerate(affine_map.results):
+                if isinstance(expression, ir.AffineDimExpr):
+                    places[expression.position].append((value, axis))
+        if not all(places):
+            raise UnsupportedOp("a loop whose length no operand tells", where=source_of(self.op.location))
+        return places
+
+    def sizes(self, *, parallel: bool) -> list[ir.Value]:
+        """Returns the lengths of the parallel, or of the reduced, loops."""
+        return [
+            size(*p[0]) for p, wanted in zip(self.places, self.parallel, strict=True) if wanted is parallel
+        ]
+
+    def check_sizes(self) -> None:
+        """Emits a check for every loop that operands could disagree about; known sizes fold away."""
+        label = self.op.location.name_str if isinstance(self.op.location, ir.NameLoc) else self.op.name
+        for (first, axis), *rest in self.places:
+            for other, other_axis in rest:
+                same = arith.cmpi(arith.CmpIPredicate.eq, size(first, axis), size(other, other_axis))
+                cf.assert_(same, f"sizes of the operands of {label} differ, at {source_of(self.op.location)}")
+
+    def coordinates(self, parallel: list[ir.Value], reduced: list[ir.Value]) -> list[ir.Value]:
+        """Returns the values of all loops in the op's order."""
+        left, right = iter(parallel), iter(reduced)
+        return [next(left) if p else next(right) for p in self.parallel]
+
+    def _at(self, number: int, loops: list[ir.Value]) -> list[ir.Value]:
+        whole = self.maps[number]
+        single = [ir.AffineMap.get(whole.n_dims, 0, [e]) for e in whole.results]
+        return [affine.apply(m, loops) for m in single]
+
+    def load(self, number: int, loops: list[ir.Value]) -> ir.Value:
+        """Loads the element of an operand at these loop values; a scalar operand is its own element."""
+        value = self.operands[number]
+        return memref.load(value, self._at(number, loops)) if isinstance(value.type, ir.MemRefType) else value
+
+    def store(self, values: Sequence[ir.Value], loops: list[ir.Value]) -> None:
+        """Stores one element of every output."""
+        for number, value in enumerate(values, self.inputs_count):
+            memref.store(value, self.operands[number], self._at(number, loops))
+
+    def initial(self, loops: list[ir.Value]) -> list[ir.Value]:
+        """Loads what the outputs hold; outputs that the body does not read are not loaded."""
+        used = [bool(list(a.uses)) for a in list(self.body.arguments)[self.inputs_count :]]
+        return [self.load(n, loops) if u else None for n, u in enumerate(used, self.inputs_count)]
+
+    def compute(self, loops: list[ir.Value], outputs: Sequence[ir.Value]) -> list[ir.Value]:
+        """Copies the body here for these loop values and values of the outputs; returns what it yields."""
+        arguments = list(self.body.arguments)
+        known = dict(zip(arguments[self.inputs_count :], outputs, strict=True))
+        for number, argument in enumerate(arguments[: self.inputs_count]):
+            if list(argument.uses):
+                known[argument] = self.load(number, loops)
+        for view in self.body.operations:
+            op = view.operation
+            if op.name == "linalg.yield":
+                return [known.get(v, v) for v in op.operands]
+            if op.name == "linalg.index":
+                known[op.results[0]] = loops[op.attributes["dim"].value]
+                continue
+            copy = op.clone().operation
+            _rename(copy, known)
+            known.update(zip(op.results, copy.results, strict=True))
+        raise AssertionError("a linalg body ends in linalg.yield")
+
+    def wave_combiner(self) -> ir.Operation | None:
+        """Returns the op that reduces, when a wave can share the work of it."""
+        reduced = [p for p, is_parallel in zip(self.places, self.parallel, strict=True) if not is_parallel]
+        if len(reduced) != 1 or len(self.outputs) != 1:
+            return None
+        length = ir.MemRefType(reduced[0][0][0].type).shape[reduced[0][0][1]]
+        last = self.terminator.operands[0].owner
+        accumulator = list(self.body.arguments)[-1]
+        if (
+            isinstance(last, ir.Block)
+            or last.name not in COMBINERS
+            or list(last.operands).count(accumulator) != 1
+        ):
+            return None
+        short = length != ir.ShapedType.get_dynamic_size() and length < WAVE_FORM_FROM
+        shuffles = str(accumulator.type) in SHUFFLED_TYPES and len(list(accumulator.uses)) == 1
+        return None if short or not shuffles else last.operation
+
+
+def _rename(root: ir.Operation, known: dict[ir.Value, ir.Value]) -> None:
+    """Replaces the operands of an op and of everything nested in it."""
+    for op in [root, *nested(root)]:
+        for i, value in enumerate(op.operands):
+            if value in known:
+                op.operands[i] = known[value]
