@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch_mlir import ir
 
+from spikingbrain.backend_maca.launches import LAUNCH, open_launches
 from spikingbrain.backend_maca.mlir import functions, nested, parse, run_passes, source_of
 from spikingbrain.errors import UnsupportedOp
 from spikingbrain.passes import dialect, parameters
@@ -24,8 +25,8 @@ def bufferize(text: str) -> str:
     """
     with dialect.load() as context:
         module = parse(text, context)
-        for op in nested(module.operation):
-            if op.name.startswith("spikingbrain") and op.name != "spikingbrain.parameter":
+        for op in [op for function in functions(module) for op in nested(function)]:
+            if op.name.startswith("spikingbrain") and op.name not in ("spikingbrain.parameter", LAUNCH):
                 raise UnsupportedOp(
                     f"'{op.name}' has no kernel for MetaX GPUs",
                     where=source_of(op.location),
@@ -42,7 +43,10 @@ def bufferize(text: str) -> str:
         for function in functions(module):
             _take_arguments(function)
             _copy_reshaped_slices(function)
-        run_passes(module, ("func.func(linalg-generalize-named-ops)", *BUFFERIZE))
+        run_passes(module, ("func.func(linalg-generalize-named-ops)",))
+        # only now: a pattern rewriter would fold what this writes before bufferization has seen it
+        open_launches(module)
+        run_passes(module, BUFFERIZE)
         return str(module.operation.get_asm(enable_debug_info=True))
 
 

@@ -13,6 +13,7 @@ from torch_mlir.dialects import arith, memref
 from spikingbrain.backend_maca.forms import for_each, launch, thread_form, wave_form
 from spikingbrain.backend_maca.generic import BLOCK, WAVE, Generic
 from spikingbrain.backend_maca.index import product, size
+from spikingbrain.backend_maca.launches import outline_launches
 from spikingbrain.backend_maca.mlir import functions, nested, parse, run_passes
 from spikingbrain.passes import dialect
 
@@ -46,7 +47,7 @@ def build_kernels(text: str) -> str:
                     _build_generic(op, names)
         run_passes(module, FOLD_VIEWS)
         _resolve_metadata(module)
-        launches.outline_launches(module)
+        outline_launches(module)
         run_passes(module, OUTLINE)
         return str(module.operation.get_asm(enable_debug_info=True))
 

@@ -10,6 +10,7 @@ from torch_mlir import ir
 from torch_mlir.passmanager import PassManager
 
 from spikingbrain.errors import PassFailed, SourceLine, UnsupportedOp
+from spikingbrain.passes.wave_kernels.builders import THREADS
 
 
 def source_of(location: ir.Location) -> SourceLine | str:
@@ -79,6 +80,6 @@ def run_passes(module: ir.Module, passes: Sequence[str]) -> None:
 
 
 def functions(module: ir.Module) -> list[ir.Operation]:
-    """Returns the functions that have a body: the entry points."""
+    """Returns the entry points: functions with a body that are no hand-scheduled kernels."""
     found = [view.operation for view in module.body.operations if view.operation.name == "func.func"]
-    return [f for f in found if len(f.regions[0].blocks)]
+    return [f for f in found if len(f.regions[0].blocks) and THREADS not in f.attributes]

@@ -165,7 +165,7 @@ class _Entry:
         elif name == "memref.alloc":
             sizes = iter([self._known_size(op, v) for v in op.operands])
             self._add_buffer(op.results[0], {"role": "temporary"}, lambda _: next(sizes))
-        elif name in ("memref.expand_shape", "memref.collapse_shape", "memref.cast"):
+        elif name in ("memref.expand_shape", "memref.collapse_shape", "memref.cast", "memref.subview"):
             self._add_view(op)
         elif name == "gpu.launch_func":
             self._add_launch(op)
@@ -198,7 +198,20 @@ class _Entry:
         elif op.name == "memref.collapse_shape":
             groups = [[shape[axis.value] for axis in group] for group in op.attributes["reassociation"]]
             shape = [reduce(lambda a, b: ["mul", a, b], group) for group in groups]
+        elif op.name == "memref.subview":
+            shape = self._prefix(op)
         self.memrefs[op.results[0]] = (buffer, shape)
+
+    def _prefix(self, op: ir.Operation) -> list[Size]:
+        """Returns the shape of a view that begins where its buffer does and has no gaps."""
+        kind = op.results[0].type
+        strides, offset = kind.get_strides_and_offset()
+        gapless = [int(np.prod(kind.shape[axis + 1 :])) for axis in range(kind.rank)]
+        if offset or list(strides) != gapless:
+            self._refuse(op, "a kernel takes whole buffers")
+        _, offsets_count, sizes_count, _ = op.attributes["operandSegmentSizes"]
+        given = iter(list(op.operands)[1 + offsets_count :][:sizes_count])
+        return [size if size >= 0 else self._known_size(op, next(given)) for size in kind.shape]
 
     def _add_launch(self, op: ir.Operation) -> None:
         launch = op.opview

@@ -24,7 +24,10 @@ class Target:
         vector_registers: how many of them.
         wave_width: lanes that run in lockstep on a GPU; 1 on a CPU.
         shared_bytes: memory shared by a thread block, on a GPU.
+        wave_kernels: whether the target takes hand-scheduled kernels in the ``gpu`` dialect
+            (``passes/wave_kernels``).
         l2_bytes: cache next to one core, for blocking decisions.
+        host_memory: whether a GPU's kernels work on the memory of the process, as an emulator's do.
     """
 
     name: str
@@ -37,7 +40,9 @@ class Target:
     vector_registers: int = 0
     wave_width: int = 1
     shared_bytes: int = 0
+    wave_kernels: bool = False
     l2_bytes: int = 1 << 20
+    host_memory: bool = False
 
     @property
     def vector_lanes_f32(self) -> int:
