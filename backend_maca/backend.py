@@ -33,6 +33,7 @@ def _target(name: str) -> Target:
         shared_bytes=64 << 10,
         wave_kernels=True,
         l2_bytes=8 << 20,
+        host_memory=name == "maca-emulator",
     )
 
 
@@ -44,7 +45,7 @@ class MacaBackend:
 
     def targets(self) -> list[TargetStatus]:
         """Returns the device target, which compiles to source only, and the emulator."""
-        from spikingbrain.backend_maca.runtime import compiler
+        from spikingbrain.backend_maca.emulate import compiler
 
         found = shutil.which(compiler()) is not None
         device = "source only: nothing here launches on a device; target 'maca-emulator' runs the same source"

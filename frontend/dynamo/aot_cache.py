@@ -96,5 +96,5 @@ def enabled(module: fx.GraphModule, options: CompileOptions) -> Iterator[None]:
 def _key(options: CompileOptions) -> str:
     """Returns what decides about generated code besides the graph. It becomes part of the pickled graph module."""
     backend, status = resolve_target(options.target)
-    parts = code_parts(backend, status.target, backend.options(threads=options.thread_count))
+    parts = code_parts(backend, status.target, backend.options(**options.of_backend))
     return hashlib.sha256(json.dumps([asdict(options), options.thread_count, parts]).encode()).hexdigest()

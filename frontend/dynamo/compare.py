@@ -310,7 +310,7 @@ def _trial(planned: Planned, nodes: Sequence[fx.Node], options: CompileOptions) 
         expected,
         [_laid_out(t, o) for t, o in zip(exact, orders, strict=True)] if exact else None,
         options.target,
-        {"threads": options.thread_count},
+        options.of_backend,
     )
 
 

@@ -115,7 +115,7 @@ def _load(
     options: CompileOptions,
     graph_name: str,
 ) -> dict[str, Compiled]:
-    backend_options = {"threads": options.thread_count}
+    backend_options = options.of_backend
     dump = Path(options.dump) / graph_name if options.dump else None
     code: Code = compile_code(module, options.target, backend_options, dump=dump, use_cache=options.cache)
     unit = CodeUnit(options.target, backend_options, code.members)

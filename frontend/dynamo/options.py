@@ -44,6 +44,13 @@ class CompileOptions:
     def thread_count(self) -> int:
         return self.threads or torch.get_num_threads()
 
+    @property
+    def of_backend(self) -> dict[str, Any]:
+        """Returns the options of the target's backend; one without threads takes none."""
+        backend, _ = resolve_target(self.target)
+        known = {f.name for f in dataclasses.fields(backend.options)}
+        return {"threads": self.thread_count} if "threads" in known else {}
+
 
 _RANGES = {"level": (0, 2), "threads": (0, 1024)}
 
@@ -74,7 +81,7 @@ def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> Compile
     _, status = resolve_target(parsed.target)
     if not (status.compiles and status.runs):
         raise TargetError(f"cannot run target {parsed.target!r} here", why=status.note)
-    if status.target.kind != "cpu":
+    if status.target.kind != "cpu" and not status.target.host_memory:
         raise TargetError(
             f"torch.compile cannot run regions on target {parsed.target!r}",
             why="the tensors of this torch are in the CPU's memory",
