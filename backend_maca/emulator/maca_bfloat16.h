@@ -1,8 +1,4 @@
 #pragma once
-#ifdef __CUDACC__
-#include <cuda_bf16.h>
-typedef __nv_bfloat16 maca_bfloat16;
-#else
 #include <stdint.h>
 #include <string.h>
 
@@ -24,4 +20,3 @@ static inline maca_bfloat16 __float2bfloat16(float f) {
   if (f != f) return {0x7fff};
   return {(uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
-#endif

@@ -1,7 +1,4 @@
 #pragma once
-#ifdef __CUDACC__
-#include <cuda_fp16.h>
-#else
 #include <stdint.h>
 #include <string.h>
 
@@ -35,4 +32,3 @@ static inline half __float2half(float f) {
   const uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1);
   return {(uint16_t)(sign | (rounded - 0x38000000) >> 13)};
 }
-#endif

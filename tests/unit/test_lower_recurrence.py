@@ -14,7 +14,7 @@ import pytest
 from torch_mlir import ir
 
 from spikingbrain.backend import StageContext
-from spikingbrain.backend_maca import runtime
+from spikingbrain.backend_maca import emulate
 from spikingbrain.backend_maca.backend import MacaBackend
 from spikingbrain.errors import OptionError
 from spikingbrain.passes import dialect, pipeline
@@ -216,7 +216,7 @@ def test_loops_of_many_chunks(tmp_path: Path) -> None:
     run(cases, 2, tmp_path, (1, 16, 17, 300))
 
 
-needs_cxx = pytest.mark.skipif(shutil.which(runtime.compiler()) is None, reason="no C++ compiler")
+needs_cxx = pytest.mark.skipif(shutil.which(emulate.compiler()) is None, reason="no C++ compiler")
 
 
 @needs_cxx

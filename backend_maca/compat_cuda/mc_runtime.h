@@ -1,0 +1,152 @@
+// Stands in for the header of the MACA SDK where nvcc compiles. A wave of 64 lanes is a pair of warps that meet at a
+// named barrier and exchange values through shared memory; there are 15 such barriers, so blocks hold at most 15 waves.
+// Compile with -fmad=false.
+#pragma once
+#include <cuda_runtime.h>
+#include <stdint.h>
+#include <string.h>
+
+namespace sb {
+
+constexpr int kMaxWaves = 15;
+
+// A vector of clang's, without its operators: generated code uses elements only.
+template <class T, int N>
+struct alignas(sizeof(T) * N) Vector {
+  T element[N];
+  __host__ __device__ T& operator[](int i) { return element[i]; }
+  __host__ __device__ const T& operator[](int i) const { return element[i]; }
+};
+typedef Vector<int, 4> I32x4;
+typedef Vector<float, 4> F32x4;
+typedef Vector<double, 4> F64x4;
+
+__device__ __forceinline__ int thread_in_block() {
+  return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
+}
+__device__ __forceinline__ int lane() { return thread_in_block() & 63; }
+
+__device__ __forceinline__ void wave_barrier() {
+  asm volatile("bar.sync %0, 64;" ::"r"((thread_in_block() >> 6) + 1) : "memory");
+}
+
+// Eight bytes for each lane of the wave.
+__device__ __forceinline__ unsigned long long* scratch() {
+  __shared__ unsigned long long slots[kMaxWaves][64];
+  return slots[thread_in_block() >> 6];
+}
+
+template <class T>
+__device__ __forceinline__ unsigned long long to_bits(T value) {
+  static_assert(sizeof(T) <= 8, "a lane exchanges at most 8 bytes");
+  unsigned long long bits = 0;
+  memcpy(&bits, &value, sizeof(T));
+  return bits;
+}
+
+template <class T>
+__device__ __forceinline__ T shuffle_xor(unsigned long long, T value, int distance, int = 64) {
+  static_assert(sizeof(T) == 4, "a lane shuffles 4 bytes");
+  if (distance < 32) return __shfl_xor_sync(0xffffffffu, value, distance);
+  unsigned long long* slots = scratch();
+  slots[lane()] = to_bits(value);
+  wave_barrier();
+  const unsigned bits = (unsigned)slots[lane() ^ distance];
+  wave_barrier();
+  T other;
+  memcpy(&other, &bits, 4);
+  return other;
+}
+
+__device__ __forceinline__ unsigned long long ballot(unsigned long long, int predicate) {
+  unsigned long long* slots = scratch();
+  const unsigned half = __ballot_sync(0xffffffffu, predicate);
+  if ((lane() & 31) == 0) slots[lane() >> 5] = half;
+  wave_barrier();
+  const unsigned long long votes = slots[0] | slots[1] << 32;
+  wave_barrier();
+  return votes;
+}
+
+struct ByI8 {
+  static constexpr int held = 4, bytes = 4;
+  static __device__ int element(unsigned long long bits, int k) { return (int8_t)(bits >> (8 * k)); }
+};
+struct ByF16 {
+  static constexpr int held = 4, bytes = 8;
+  static __device__ float element(unsigned long long bits, int k) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"((unsigned short)(bits >> (16 * k))));
+    return value;
+  }
+};
+struct ByBF16 {
+  static constexpr int held = 4, bytes = 8;
+  static __device__ float element(unsigned long long bits, int k) {
+    return __uint_as_float((unsigned)(bits >> (16 * k)) << 16);
+  }
+};
+struct ByTF32 {
+  static constexpr int held = 2, bytes = 8;
+  static __device__ float element(unsigned long long bits, int k) {
+    return __uint_as_float((unsigned)(bits >> (32 * k)) & 0xffffe000u);
+  }
+};
+struct ByF32 {
+  static constexpr int held = 1, bytes = 4;
+  static __device__ float element(unsigned long long bits, int) { return __uint_as_float((unsigned)bits); }
+};
+struct ByF64 {
+  static constexpr int held = 1, bytes = 8;
+  static __device__ double element(unsigned long long bits, int) { return __longlong_as_double(bits); }
+};
+
+// D = X Y^T + C; see the emulator for who holds what.
+template <class By, class V, class C>
+__device__ __forceinline__ C multiply(V x, V y, C c) {
+  static_assert(sizeof(V) == By::bytes, "a lane's part of X and Y has another size");
+  unsigned long long* slots = scratch();
+  unsigned long long columns[4];
+  slots[lane()] = to_bits(y);
+  wave_barrier();
+  for (int quarter = 0; quarter < 4; ++quarter) columns[quarter] = slots[16 * quarter + lane() % 16];
+  wave_barrier();
+  slots[lane()] = to_bits(x);
+  wave_barrier();
+  for (int quarter = 0; quarter < 4; ++quarter)
+    for (int v = 0; v < 4; ++v) {
+      const unsigned long long row = slots[16 * quarter + 4 * (lane() / 16) + v];
+      for (int k = 0; k < By::held; ++k) c[v] += By::element(row, k) * By::element(columns[quarter], k);
+    }
+  wave_barrier();
+  return c;
+}
+
+__device__ __forceinline__ I32x4 mma_i8(int x, int y, I32x4 c) { return multiply<ByI8>(x, y, c); }
+template <class V>
+__device__ __forceinline__ F32x4 mma_f16(V x, V y, F32x4 c) {
+  return multiply<ByF16>(x, y, c);
+}
+template <class V>
+__device__ __forceinline__ F32x4 mma_bf16(V x, V y, F32x4 c) {
+  return multiply<ByBF16>(x, y, c);
+}
+__device__ __forceinline__ F32x4 mma_tf32(Vector<float, 2> x, Vector<float, 2> y, F32x4 c) {
+  return multiply<ByTF32>(x, y, c);
+}
+__device__ __forceinline__ F32x4 mma_f32(float x, float y, F32x4 c) { return multiply<ByF32>(x, y, c); }
+__device__ __forceinline__ F64x4 mma_f64(double x, double y, F64x4 c) { return multiply<ByF64>(x, y, c); }
+
+}  // namespace sb
+
+#define __NATIVE_VECTOR__(count, type) sb::Vector<type, count>
+#define __shfl_xor_sync sb::shuffle_xor
+#define __ballot_sync sb::ballot
+#define __syncwarp(mask) sb::wave_barrier()
+#define __lane_id sb::lane
+#define __builtin_mxc_mma_16x16x16i8 sb::mma_i8
+#define __builtin_mxc_mma_16x16x16f16 sb::mma_f16
+#define __builtin_mxc_mma_16x16x16bf16 sb::mma_bf16
+#define __builtin_mxc_mma_16x16x8tf32 sb::mma_tf32
+#define __builtin_mxc_mma_16x16x4f32 sb::mma_f32
+#define __builtin_mxc_mma_16x16x4f64 sb::mma_f64

@@ -1,0 +1,528 @@
+// Runs MACA kernels on a CPU, one block at a time, and reports every rule of the machine that a kernel breaks.
+//
+// Threads run as fibers. One runs until it has to wait for others, so a missing barrier shows up as a wrong result in
+// at least one of the thread orders (forward, reverse, shuffled). A thread that never waits needs no fiber of its own:
+// the next one starts on the same stack. What is checked:
+//   - a thread that has left the kernel never counts as arrived: barriers reached by only some threads are faults;
+//   - threads that meet must meet at the same line, and lanes must name the whole wave in their mask;
+//   - every load and store, by calls that the compiler inserts (those of -fsanitize=thread): it must lie inside an
+//     argument's buffer or in shared memory; a value that another thread wrote may be read only behind a barrier of
+//     the block, and one element is written by only one thread until then;
+//   - shared memory reads as not-a-number until the block has written it;
+//   - indices into arrays of known size, alignment of vectors, division by zero (by calls of -fsanitize=undefined).
+// A fault ends the launch with a message; the process goes on.
+#include "sb_machine.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if !defined(__x86_64__) || defined(SB_UCONTEXT)
+#include <ucontext.h>
+#endif
+
+namespace {
+
+constexpr unsigned kWave = 64, kMaxThreads = 1024, kMaxBuffers = 64, kBarriers = (1 << 22) - 1;
+constexpr unsigned long long kFullWave = ~0ULL;
+constexpr size_t kStack = 64 << 10, kSharedBytes = 64 << 10;
+const unsigned char kPoison[] = {0xCD, 0xFF};  // f32, f16 and bf16 of these bytes are not-a-number, integers are odd
+
+// Switching between stacks: a few instructions on x86-64, ucontext elsewhere.
+
+#if defined(__x86_64__) && !defined(SB_UCONTEXT)
+struct Context {
+  void* stack_pointer;
+};
+extern "C" void sb_switch(Context* from, Context* to);
+__asm__(
+    ".text\n.weak sb_switch\n.hidden sb_switch\nsb_switch:\n"
+    " push %rbp\n push %rbx\n push %r12\n push %r13\n push %r14\n push %r15\n mov %rsp, (%rdi)\n"
+    " mov (%rsi), %rsp\n pop %r15\n pop %r14\n pop %r13\n pop %r12\n pop %rbx\n pop %rbp\n ret\n");
+void prepare(Context& context, char* stack, size_t bytes, void (*start)()) {
+  void** top = reinterpret_cast<void**>(stack + bytes);
+  *--top = nullptr;  // keeps the stack aligned as after a call
+  *--top = reinterpret_cast<void*>(start);
+  for (int saved = 0; saved < 6; ++saved) *--top = nullptr;
+  context.stack_pointer = top;
+}
+void change(Context& from, Context& to) { sb_switch(&from, &to); }
+#else
+typedef ucontext_t Context;
+void prepare(Context& context, char* stack, size_t bytes, void (*start)()) {
+  getcontext(&context);
+  context.uc_stack.ss_sp = stack;
+  context.uc_stack.ss_size = bytes;
+  context.uc_link = nullptr;
+  makecontext(&context, start, 0);
+}
+void change(Context& from, Context& to) { swapcontext(&from, &to); }
+#endif
+
+// A place where a fixed group of threads meets.
+struct Meeting {
+  unsigned size, arrived, round;
+  int line;
+};
+
+// What a lane shows the others. Rounds alternate between two slots: nobody is two meetings ahead.
+struct Slot {
+  alignas(16) unsigned char x[16], y[16];
+};
+struct Wave {
+  Meeting meeting;
+  Slot slots[2][kWave];
+};
+
+struct Fiber {
+  Context context;
+  bool ready;
+};
+struct Thread {
+  uint3 index;
+  unsigned number;
+  Fiber* fiber;
+  const Meeting* waits_for;
+  unsigned waits_round;
+  const char* waits_at;
+  bool done;
+};
+
+// Who wrote a byte last: the block's number among all ever run, how many barriers the block had passed, the thread.
+struct Writer {
+  uint64_t block : 32, barriers : 22, thread : 10;
+};
+struct Buffer {
+  const char* start;
+  uint64_t bytes;
+  Writer* writers;
+  uint64_t writers_bytes;
+};
+
+struct Machine {
+  uint3 grid, block, block_index;
+  unsigned count;  // threads of the block
+  Thread threads[kMaxThreads];
+  Wave waves[kMaxThreads / kWave];
+  Fiber fibers[kMaxThreads];
+  Fiber* idle[kMaxThreads];
+  unsigned idle_count;
+  char* stacks;
+  Meeting meeting;
+  Thread* running;
+  unsigned order[kMaxThreads], next;
+  Context scheduler;
+  bool progress;
+  sb_body body;
+  const void* kernel;
+  void** arguments;
+  Buffer buffers[kMaxBuffers];
+  unsigned buffer_count;
+  uint32_t block_number, first_block;  // among all blocks that this machine has run
+  Buffer shared, dynamic;
+  char* dynamic_memory;
+  char fault[400];
+};
+Machine m;
+
+void leave() {
+  Fiber* fiber = m.running->fiber;
+  change(fiber->context, m.scheduler);
+}
+
+// Ends the launch with a message; the scheduler sees it and resumes nobody.
+__attribute__((format(printf, 1, 2))) void fail(const char* format, ...) {
+  va_list values;
+  va_start(values, format);
+  const int length = vsnprintf(m.fault, 300, format, values);
+  va_end(values);
+  const uint3 b = m.block_index;
+  const unsigned at = length < 299 ? length : 299;
+  snprintf(m.fault + at, sizeof m.fault - at, " (block %u,%u,%u thread %u)", b.x, b.y, b.z, m.running->number);
+  if (m.running->fiber) leave();
+}
+
+void meet(Meeting& meeting, const char* what, int line) {
+  Thread& self = *m.running;
+  if (meeting.arrived && meeting.line != line) fail("%s in line %d meets one in line %d", what, line, meeting.line);
+  meeting.line = line;
+  self.waits_at = what;
+  self.waits_for = &meeting;
+  self.waits_round = meeting.round;
+  if (++meeting.arrived == meeting.size) {
+    meeting.arrived = 0;
+    ++meeting.round;
+    m.progress = true;
+  } else {
+    leave();
+  }
+}
+
+Wave& wave() { return m.waves[m.running->number / kWave]; }
+
+// Shows the others of the wave what this lane holds; returns what all of them hold.
+const Slot* exchange(const char* what, int line, const void* x, const void* y, size_t bytes) {
+  Wave& own = wave();
+  if (own.meeting.size != kWave) fail("%s in line %d in a wave of fewer than 64 threads", what, line);
+  Slot* slots = own.slots[own.meeting.round & 1];
+  Slot& slot = slots[m.running->number % kWave];
+  memcpy(slot.x, x, bytes);
+  if (y) memcpy(slot.y, y, bytes);
+  meet(own.meeting, what, line);
+  return slots;
+}
+
+void need_full(unsigned long long mask, const char* what, int line) {
+  if (mask != kFullWave) fail("%s in line %d without the full 64-bit mask", what, line);
+}
+
+// A fiber runs one thread after the other, until one has to wait.
+void work() {
+  Fiber* self = m.running->fiber;
+  for (;;) {
+    while (m.next < m.count) {
+      m.running = &m.threads[m.order[m.next++]];
+      m.running->fiber = self;
+      m.body(m.kernel, m.arguments);
+      m.running->done = m.progress = true;
+    }
+    m.idle[m.idle_count++] = self;
+    change(self->context, m.scheduler);
+    self = m.running->fiber;
+  }
+}
+
+void start_fiber() {
+  Fiber* fiber = m.idle[--m.idle_count];
+  m.running = &m.threads[m.order[m.next]];
+  m.running->fiber = fiber;
+  if (!fiber->ready) {
+    const size_t number = fiber - m.fibers, colour = number % 31 * 192;  // stacks share few cache sets
+    prepare(fiber->context, m.stacks + number * kStack, kStack - colour, work);
+    fiber->ready = true;
+  }
+  change(m.scheduler, fiber->context);
+}
+
+void reset_fibers() {
+  m.idle_count = 0;
+  for (unsigned i = kMaxThreads; i > 0; --i) {
+    m.fibers[i - 1].ready = false;
+    m.idle[m.idle_count++] = &m.fibers[i - 1];
+  }
+}
+
+// Tells which meeting is incomplete; one of a wave explains one of the block, so it comes first.
+void report_stuck() {
+  Thread* stuck = nullptr;
+  for (unsigned i = 0; i < m.count; ++i) {
+    Thread& t = m.threads[i];
+    if (!t.done && (!stuck || (stuck->waits_for == &m.meeting && t.waits_for != &m.meeting))) stuck = &t;
+  }
+  const Meeting& meeting = *stuck->waits_for;
+  const unsigned first = &meeting == &m.meeting ? 0 : stuck->number / kWave * kWave;
+  unsigned gone = 0;
+  for (unsigned i = first; i < first + meeting.size; ++i) gone += m.threads[i].done;
+  m.running = stuck;
+  stuck->fiber = nullptr;
+  fail("%s in line %d is reached by only %u of %u threads, %u have left the kernel", stuck->waits_at, meeting.line,
+       meeting.arrived, meeting.size, gone);
+}
+
+enum Order { kForward, kReverse, kShuffled };  // as ORDERS in runtime.py
+
+// The order in which threads get their turn, and blocks theirs.
+void turns(unsigned* numbers, unsigned count, int order, unsigned seed) {
+  for (unsigned i = 0; i < count; ++i) numbers[i] = order == kReverse ? count - 1 - i : i;
+  if (order != kShuffled) return;
+  uint32_t random = seed * 2654435769u | 1;
+  for (unsigned i = count; i > 1; --i) {
+    random ^= random << 13, random ^= random >> 17, random ^= random << 5;
+    const unsigned other = random % i, kept = numbers[i - 1];
+    numbers[i - 1] = numbers[other], numbers[other] = kept;
+  }
+}
+
+void run_block(int order, unsigned seed) {
+  ++m.block_number;
+  m.meeting = {m.count, 0, 0, 0};
+  for (unsigned w = 0; w * kWave < m.count; ++w) {
+    const unsigned left = m.count - w * kWave;
+    m.waves[w].meeting = {left < kWave ? left : kWave, 0, 0, 0};
+  }
+  for (unsigned i = 0; i < m.count; ++i) {
+    m.threads[i].fiber = nullptr;
+    m.threads[i].done = false;
+  }
+  if (order == kShuffled) turns(m.order, m.count, order, seed);
+  for (m.next = 0; m.next < m.count && !m.fault[0];) start_fiber();
+  for (bool live = true; live && !m.fault[0];) {
+    live = m.progress = false;
+    for (unsigned i = 0; i < m.count; ++i) {
+      Thread& t = m.threads[m.order[i]];
+      if (t.done) continue;
+      live = true;
+      if (t.waits_for->round == t.waits_round) continue;
+      m.progress = true;
+      m.running = &t;
+      change(m.scheduler, t.fiber->context);
+      if (m.fault[0]) return;
+    }
+    if (live && !m.progress) report_stuck();
+  }
+}
+
+// The checks of loads and stores.
+
+bool holds(const Buffer& buffer, const char* at, size_t size) {
+  return at >= buffer.start && at + size <= buffer.start + buffer.bytes;
+}
+
+const char* source_line(const void* caller) {  // filled in by runtime.py, which knows the debug information
+  static char text[40];
+  snprintf(text, sizeof text, "{pc %p}", caller);
+  return text;
+}
+
+void outside(const char* at, size_t size, bool write, const void* caller) {
+  unsigned nearest = 0;
+  int64_t distance = INT64_MAX;
+  for (unsigned i = 0; i < m.buffer_count; ++i) {
+    const int64_t before = m.buffers[i].start - at, behind = at - m.buffers[i].start - int64_t(m.buffers[i].bytes);
+    const int64_t apart = before > behind ? before : behind;
+    if (apart < distance) nearest = i, distance = apart;
+  }
+  const Buffer& b = m.buffers[nearest];
+  fail("%s %s %zu bytes outside all buffers; the nearest is pointer argument %u: its byte %lld of %llu",
+       source_line(caller), write ? "writes" : "reads", size, nearest, (long long)(at - b.start),
+       (unsigned long long)b.bytes);
+}
+
+// Whether another thread of this launch may have written a byte at the same time. (In shared memory, a block sees no
+// other's.)
+bool races(const Writer& writer, bool shared) {
+  if (writer.block != m.block_number) return !shared && writer.block >= m.first_block;
+  return writer.thread != m.running->number && writer.barriers == (m.meeting.round & kBarriers);
+}
+
+void report_race(const Writer& w, bool shared, bool write, const void* caller) {
+  const char* owner = w.block == m.block_number ? "the block" : "another block";
+  fail("%s %s %s memory that thread %u of %s has written, without a barrier between them", source_line(caller),
+       write ? "writes" : "reads", shared ? "shared" : "global", unsigned(w.thread), owner);
+}
+
+void note_write(Buffer& buffer, bool shared, const char* at, size_t size, const void* caller) {
+  if (buffer.writers_bytes < buffer.bytes) {
+    free(buffer.writers);
+    buffer.writers = static_cast<Writer*>(calloc(buffer.bytes, sizeof(Writer)));
+    buffer.writers_bytes = buffer.bytes;
+  }
+  const Writer self = {m.block_number, m.meeting.round & kBarriers, m.running->number};
+  Writer* writers = buffer.writers + (at - buffer.start);
+  for (size_t i = 0; i < size; ++i) {
+    if (races(writers[i], shared)) report_race(writers[i], shared, true, caller);
+    writers[i] = self;
+  }
+}
+
+void note_read(Buffer& buffer, bool shared, char* at, size_t size, const void* caller) {
+  const bool none_written = buffer.writers_bytes < buffer.bytes;
+  const size_t start = at - buffer.start;
+  for (size_t i = start; i < start + size && (shared || !none_written); ++i) {
+    if (shared && (none_written || buffer.writers[i].block != m.block_number))
+      at[i - start] = kPoison[i & 1];
+    else if (races(buffer.writers[i], shared))
+      report_race(buffer.writers[i], shared, false, caller);
+  }
+}
+
+void access(char* at, size_t size, bool write, const void* caller) {
+  if (size_t(at - m.stacks) < kMaxThreads * kStack) return;
+  Buffer* found = holds(m.shared, at, size) ? &m.shared : holds(m.dynamic, at, size) ? &m.dynamic : nullptr;
+  const bool shared = found;
+  if (!shared && !m.buffer_count) return;
+  for (unsigned i = 0; !found && i < m.buffer_count; ++i)
+    if (holds(m.buffers[i], at, size)) found = &m.buffers[i];
+  if (!found) return outside(at, size, write, caller);
+  return write ? note_write(*found, shared, at, size, caller) : note_read(*found, shared, at, size, caller);
+}
+
+float from_half(uint16_t bits) {
+  const float sign = bits & 0x8000 ? -1.0f : 1.0f;
+  const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+  if (exponent == 31) return mantissa ? __builtin_nanf("") : sign * __builtin_inff();
+  return sign * __builtin_ldexpf(exponent ? 1024 + mantissa : mantissa, (exponent ? exponent : 1) - 25);
+}
+
+float from_bits(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+// Element ``k`` of what a lane holds of X or Y.
+template <class T>
+T element(sb_mma_kind kind, const unsigned char* held, int k) {
+  uint16_t half;
+  uint32_t word;
+  double wide;
+  switch (kind) {
+    case SB_MMA_I8: return T(int8_t(held[k]));
+    case SB_MMA_F16: return memcpy(&half, held + 2 * k, 2), T(from_half(half));
+    case SB_MMA_BF16: return memcpy(&half, held + 2 * k, 2), T(from_bits(uint32_t(half) << 16));
+    case SB_MMA_TF32: return memcpy(&word, held + 4 * k, 4), T(from_bits(word & 0xffffe000));  // 10 bits are kept
+    case SB_MMA_F32: return memcpy(&word, held, 4), T(from_bits(word));
+    case SB_MMA_F64: return memcpy(&wide, held, 8), T(wide);
+  }
+  return T();
+}
+
+// A lane's four values of D are rows 4 * (lane / 16) + v of column lane % 16; X and Y have rows lane % 16, and columns
+// in order of lane / 16. Sums run in order of k: the order in the hardware is not documented.
+template <class T>
+void multiply(sb_mma_kind kind, const Slot* slots, int held, void* c) {
+  T sums[4];
+  memcpy(sums, c, sizeof sums);
+  const int lane = m.running->number % kWave, column = lane % 16, first = 4 * (lane / 16);
+  for (int quarter = 0; quarter < 4; ++quarter)
+    for (int k = 0; k < held; ++k) {
+      const T y = element<T>(kind, slots[16 * quarter + column].y, k);
+      for (int v = 0; v < 4; ++v) sums[v] += element<T>(kind, slots[16 * quarter + first + v].x, k) * y;
+    }
+  memcpy(c, sums, sizeof sums);
+}
+
+}  // namespace
+
+extern "C" {
+
+uint3 sb_thread_index() { return m.running->index; }
+uint3 sb_block_index() { return m.block_index; }
+uint3 sb_block_size() { return m.block; }
+uint3 sb_grid_size() { return m.grid; }
+unsigned sb_lane() { return m.running->number % kWave; }
+void* sb_dynamic_shared() { return m.dynamic_memory; }
+
+void sb_barrier(int line) { meet(m.meeting, "__syncthreads", line); }
+
+void sb_wave_barrier(unsigned long long mask, int line) {
+  need_full(mask, "__syncwarp", line);
+  exchange("__syncwarp", line, "", nullptr, 0);
+}
+
+uint32_t sb_shuffle_xor(unsigned long long mask, uint32_t value, int distance, int width, int line) {
+  const char* what = "__shfl_xor_sync";
+  need_full(mask, what, line);
+  const Slot* slots = exchange(what, line, &value, nullptr, 4);
+  const unsigned lane = sb_lane(), other = (lane ^ distance) % kWave;
+  memcpy(&value, slots[other / width == lane / width ? other : lane].x, 4);
+  return value;
+}
+
+unsigned long long sb_ballot(unsigned long long mask, int predicate, int line) {
+  need_full(mask, "__ballot_sync", line);
+  const unsigned char vote = predicate != 0;
+  const Slot* slots = exchange("__ballot_sync", line, &vote, nullptr, 1);
+  unsigned long long votes = 0;
+  for (unsigned lane = 0; lane < kWave; ++lane) votes |= (unsigned long long)slots[lane].x[0] << lane;
+  return votes;
+}
+
+void sb_mma(sb_mma_kind kind, const void* x, const void* y, size_t bytes, void* c, int line) {
+  const Slot* slots = exchange("__builtin_mxc_mma", line, x, y, bytes);
+  switch (kind) {
+    case SB_MMA_I8: return multiply<int>(kind, slots, 4, c);
+    case SB_MMA_F16:
+    case SB_MMA_BF16: return multiply<float>(kind, slots, 4, c);
+    case SB_MMA_TF32: return multiply<float>(kind, slots, 2, c);
+    case SB_MMA_F32: return multiply<float>(kind, slots, 1, c);
+    case SB_MMA_F64: return multiply<double>(kind, slots, 1, c);
+  }
+}
+
+void sb_fail(const char* message, int line) { fail("%s, in line %d", message, line); }
+
+// Names the memory that the pointer arguments of the next launches may touch; with none, only shared memory is checked.
+void sb_buffers(const sb_buffer* buffers, unsigned count) {
+  m.buffer_count = count < kMaxBuffers ? count : kMaxBuffers;
+  for (unsigned i = 0; i < m.buffer_count; ++i) {
+    m.buffers[i].start = buffers[i].start;
+    m.buffers[i].bytes = buffers[i].bytes;
+  }
+}
+
+const char* sb_run(sb_body body, const void* kernel, const unsigned* grid, const unsigned* block, unsigned shared,
+                   void** arguments, int order, char* shared_start, char* shared_end) {
+  m.grid = {grid[0], grid[1], grid[2]};
+  m.block = {block[0], block[1], block[2]};
+  m.body = body;
+  m.kernel = kernel;
+  m.arguments = arguments;
+  m.fault[0] = 0;
+  m.count = block[0] * block[1] * block[2];
+  const unsigned blocks = grid[0] * grid[1] * grid[2];
+  if (!m.count || m.count > kMaxThreads) return "a block has 1 to 1024 threads";
+  if (shared > kSharedBytes) return "more than 64 KiB of shared memory";
+  if (!m.stacks) {
+    m.stacks = static_cast<char*>(malloc(kMaxThreads * kStack));
+    m.dynamic_memory = static_cast<char*>(aligned_alloc(kSharedBytes, kSharedBytes));
+    reset_fibers();
+  }
+  m.shared.start = shared_start;
+  m.shared.bytes = shared_end - shared_start;
+  m.dynamic.start = m.dynamic_memory;
+  m.dynamic.bytes = shared;
+  m.first_block = m.block_number + 1;
+  for (unsigned i = 0; i < m.count; ++i) {
+    m.threads[i].index = {i % m.block.x, i / m.block.x % m.block.y, i / (m.block.x * m.block.y)};
+    m.threads[i].number = i;
+  }
+  turns(m.order, m.count, order, 1);
+  unsigned* turn = static_cast<unsigned*>(malloc(blocks * sizeof(unsigned)));
+  turns(turn, blocks, order, 1);
+  for (unsigned k = 0; k < blocks && !m.fault[0]; ++k) {
+    const unsigned i = turn[k];
+    m.block_index = {i % m.grid.x, i / m.grid.x % m.grid.y, i / (m.grid.x * m.grid.y)};
+    run_block(order, i + 1);
+  }
+  free(turn);
+  if (!m.fault[0]) return nullptr;
+  reset_fibers();
+  return m.fault;
+}
+
+// What the compiler calls before loads and stores, and where it knows an error.
+
+#define SB_ACCESS(kind, bytes, write) \
+  void __tsan_##kind##bytes(void* at) { access(static_cast<char*>(at), bytes, write, __builtin_return_address(0)); }
+#define SB_ACCESSES(bytes)                \
+  SB_ACCESS(read, bytes, false)           \
+  SB_ACCESS(write, bytes, true)           \
+  SB_ACCESS(unaligned_read, bytes, false) \
+  SB_ACCESS(unaligned_write, bytes, true)
+SB_ACCESSES(1)
+SB_ACCESSES(2)
+SB_ACCESSES(4)
+SB_ACCESSES(8)
+SB_ACCESSES(16)
+void __tsan_read_range(void* at, size_t size) { access(static_cast<char*>(at), size, false, __builtin_return_address(0)); }
+void __tsan_write_range(void* at, size_t size) { access(static_cast<char*>(at), size, true, __builtin_return_address(0)); }
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+
+struct sb_place {  // the start of all records of -fsanitize=undefined
+  const char* file;
+  uint32_t line, column;
+};
+void __ubsan_handle_out_of_bounds_abort(sb_place* place, uintptr_t index) {
+  fail("line %u reads or writes element %lld outside an array", place->line, (long long)index);
+}
+void __ubsan_handle_divrem_overflow_abort(sb_place* place, uintptr_t, uintptr_t) {
+  fail("line %u divides by zero", place->line);
+}
+void __ubsan_handle_type_mismatch_v1_abort(sb_place* place, uintptr_t at) {
+  fail("line %u reads or writes a vector that is not aligned, at ...%03llx", place->line, (unsigned long long)(at & 0xfff));
+}
+}
