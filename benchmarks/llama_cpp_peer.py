@@ -16,6 +16,11 @@ import numpy as np
 from spikingbrain.models.spikingbrain import SpikingBrainConfig
 
 KINDS = {"Q8_0": gguf.GGMLQuantizationType.Q8_0, "Q4_0": gguf.GGMLQuantizationType.Q4_0}
+CACHE_BYTES = {
+    "f16": 2,
+    "f16-flash": 2,
+    "q8_0-flash": 34 / 32,
+}  # of one number in the cache, and the form of attention
 
 
 class LlamaCpp:

@@ -1,6 +1,6 @@
 """Runs llama.cpp for a benchmark: one thread, told what to time by lines of JSON. `llama_cpp_peer.py` starts it.
 
-    PYTHON llama_cpp_server.py '{"name": "model.gguf", ...}' CAPACITY [f16|q8_0]
+    PYTHON llama_cpp_server.py '{"name": "model.gguf", ...}' CAPACITY [f16|f16-flash|q8_0-flash]
 
 A line ``[name, "prefill", tokens]`` times those tokens from an empty cache; ``[name, "decode", depth, times]`` times single
 tokens behind ``depth`` cached ones. A deep cache is not computed: it gets the rows of a short one again and again, in
@@ -13,6 +13,9 @@ import ctypes
 import json
 import struct
 import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from time import thread_time
 from typing import Any
 
@@ -21,6 +24,7 @@ import numpy as np
 
 BATCH, SEED_CELLS = 512, 64
 CACHES = {"f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0}
+FLASH = {True: llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED, False: llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED}
 
 
 class Model:
@@ -31,8 +35,9 @@ class Model:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = capacity, BATCH, BATCH
         params.n_threads = params.n_threads_batch = 1
-        params.type_k = params.type_v = CACHES[cache]
-        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        kind, _, flash = cache.partition("-")
+        params.type_k = params.type_v = CACHES[kind]
+        params.flash_attn_type = FLASH[bool(flash)]
         self.context = llama_cpp.llama_init_from_model(self.model, params)
         self.memory = llama_cpp.llama_get_memory(self.context)
         self.depth = 0
@@ -60,20 +65,24 @@ class Model:
                 self.eval([17] * depth)
             return
         self.eval(list(range(1, SEED_CELLS + 1)))
-        size = llama_cpp.llama_state_seq_get_size(self.context, 0)
-        held = (ctypes.c_uint8 * size)()
-        llama_cpp.llama_state_seq_get_data(self.context, held, size, 0)
-        deep = np.frombuffer(_repeat(bytes(held), depth), np.uint8)
-        self.clear()
-        pointer = deep.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        if not llama_cpp.llama_state_seq_set_data(self.context, pointer, len(deep), 0):
-            raise SystemExit("llama.cpp does not take the cache")
+        with tempfile.TemporaryDirectory() as folder:
+            seed, deep = Path(folder) / "seed", Path(folder) / "deep"
+            llama_cpp.llama_state_seq_save_file(self.context, str(seed).encode(), 0, None, 0)
+            with deep.open("wb") as file:
+                for piece in _repeat(seed.read_bytes(), depth):
+                    file.write(piece)
+            self.clear()
+            tokens, count = (llama_cpp.llama_token * 1)(), ctypes.c_size_t()
+            if not llama_cpp.llama_state_seq_load_file(
+                self.context, str(deep).encode(), 0, tokens, 1, ctypes.byref(count)
+            ):
+                raise SystemExit("llama.cpp does not take the cache")
         self.depth = depth
 
 
-def _repeat(state: bytes, depth: int) -> bytearray:
-    """Returns a saved state of SEED_CELLS tokens with its rows repeated to ``depth`` tokens."""
-    place, made = 0, bytearray()
+def _repeat(state: bytes, depth: int) -> Iterator[bytes]:
+    """Yields a saved state of SEED_CELLS tokens with its rows repeated to ``depth`` tokens."""
+    place = 0
 
     def take(layout: str) -> tuple[Any, ...]:
         nonlocal place
@@ -81,25 +90,35 @@ def _repeat(state: bytes, depth: int) -> bytearray:
         place += struct.calcsize(layout)
         return values
 
-    *head, streams, cells = take("<4I")
+    def repeated(cell: int) -> Iterator[bytes]:
+        """Takes the cells of one row, ``cell`` bytes each."""
+        nonlocal place
+        cells = state[place : place + cell * SEED_CELLS]
+        place += len(cells)
+        for at in range(0, depth, SEED_CELLS):
+            yield cells[: cell * (depth - at)]
+
+    *head, streams, cells = take("<5I")  # three words of a file without tokens
     if (streams, cells) != (1, SEED_CELLS):
         raise SystemExit(f"a saved state of another format: {streams} streams, {cells} cells")
     place += cells * 12
-    made += struct.pack("<4I", *head, 1, depth)
+    yield struct.pack("<5I", *head, 1, depth)
     cell = [np.arange(depth), np.ones(depth), np.zeros(depth)]  # position, number of sequences, the sequence
-    made += np.stack(cell, 1).astype("<i4").tobytes()
+    yield np.stack(cell, 1).astype("<i4").tobytes()
     transposed, layers = take("<II")
-    if transposed:
-        raise SystemExit("a saved state of another format: values are transposed")
-    made += struct.pack("<II", transposed, layers)
-    for _ in range(2 * layers):  # keys of all layers, then values
-        kind, row = take("<iQ")
-        rows = state[place : place + row * cells]
-        place += row * cells
-        made += struct.pack("<iQ", kind, row) + (rows * (depth // cells + 1))[: row * depth]
+    yield struct.pack("<II", transposed, layers)
+    for number in range(2 * layers):  # keys of all layers, then values
+        if number >= layers and transposed:
+            kind, size, rows = take("<iII")
+            yield struct.pack("<iII", kind, size, rows)
+            for _ in range(rows):
+                yield from repeated(size)
+        else:
+            kind, size = take("<iQ")
+            yield struct.pack("<iQ", kind, size)
+            yield from repeated(size)
     if place != len(state):
         raise SystemExit(f"a saved state of another format: {len(state) - place} bytes are left")
-    return made
 
 
 def main() -> None:

@@ -2,11 +2,13 @@
 
     python benchmarks/long_context.py --folder DIR             # keeps the artifacts there, made at the first run
     python benchmarks/long_context.py --folder DIR --draw FILE # .png or .svg, needs matplotlib
+    python benchmarks/long_context.py --folder DIR --llama PYTHON   # and llama.cpp, see llama_cpp_peer.py
 
 Weights are random integers: speed and memory are those of the real model, the text is not. A position is reached by telling the
 state that so many tokens are behind it; the window's cache is then full, as it would be. The twin has full attention in every
 layer, the same weights otherwise, and is compiled by the same compiler; beyond the contexts that fit this machine its points are
-a line through the measured ones. Time is that of the thread; all candidates take turns in each round, and so does reading memory.
+a line through the measured ones. llama.cpp runs a Llama of the same sizes in Q4_0; the default cache is what was fastest. Time
+is that of the thread; all candidates take turns in each round, and so does reading memory.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from time import thread_time
 from typing import Any
 
 import numpy as np
+from llama_cpp_peer import CACHE_BYTES, LlamaCpp, write_llama
 from random_models import CONFIGS, bytes_per_token, export, random_model
 
 import spikingbrain
@@ -28,6 +31,7 @@ TWIN, CAPACITY = (
 )  # positions of full attention; tokens its cache holds
 PROMPTS, BLOCK = (512, 1024, 2048), 512
 OURS = {"int8": ("1b", 8), "int4": ("1b", 4)}
+LLAMA = (1_000, 4_000, 16_000, 64_000, 128_000, 256_000)
 READ = np.ones(1 << 26, np.int64)
 
 Times = dict[tuple[str, int], list[float]]
@@ -84,6 +88,30 @@ def first_token_times(made: spikingbrain.Program) -> dict[int, float]:
     return found
 
 
+def llama_cpp_rows(python: str, folder: Path, cache: str, rounds: int, int4: Any) -> list[dict[str, Any]]:
+    """Returns points of llama.cpp, each measured in turns with a token of ours."""
+    file = folder / "1b-Q4_0.gguf"
+    if not file.is_file():
+        write_llama(file, CONFIGS["1b"], "Q4_0")
+    peer, rows = LlamaCpp(python, {"Q4_0": file}, max(LLAMA) + 1024, cache), []
+    for position in LLAMA:
+        state, theirs, ours = at(int4, position), [], []
+        for _ in range(rounds + 1):
+            theirs += peer.decode("Q4_0", position)
+            ours.append(timed(lambda s=state: int4.decode(np.array([[17]]), state=s)))
+        ms, mine = (float(np.median(times[1:])) * 1e3 for times in (theirs, ours))
+        per_token = CACHE_BYTES[cache] * 2 * CONFIGS["1b"].key_heads * CONFIGS["1b"].head_size * 16
+        held = file.stat().st_size + per_token * position
+        rows.append({"name": "llama.cpp", "position": position, "ms": ms, "gb": held / 1e9})
+        print(
+            f"llama.cpp Q4_0, {cache} cache {position:9,} tokens before: {ms:7.1f} ms, int4 beside it {mine:.1f} ms:"
+            f" {ms / mine:.2f}x; {held / 1e9:.2f} GB",
+            flush=True,
+        )
+    peer.close()
+    return rows
+
+
 def draw(file: Path, rows: list[dict[str, Any]], floors: dict[str, float], line: Any, first: Any) -> None:
     import matplotlib
 
@@ -92,18 +120,22 @@ def draw(file: Path, rows: list[dict[str, Any]], floors: dict[str, float], line:
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
     longest = np.geomspace(POSITIONS[0], POSITIONS[-1], 50)
-    colours = {"int8": "tab:blue", "int4": "tab:green", "twin": "tab:red"}
+    colours = {"int8": "tab:blue", "int4": "tab:green", "twin": "tab:red", "llama.cpp": "tab:gray"}
+    labels = {"twin": "full attention, int4", "llama.cpp": "llama.cpp, Llama in Q4_0"}
     for name, colour in colours.items():
         mine = [r for r in rows if r["name"] == name]
-        label = "full attention, int4" if name == "twin" else f"SpikingBrain, {name}"
+        if not mine:
+            continue
+        label = labels.get(name, f"SpikingBrain, {name}")
         x = [r["position"] for r in mine]
         left.plot(x, [r["ms"] for r in mine], "o", color=colour, label=label)
         middle.plot(x, [r["gb"] for r in mine], "o", color=colour, label=label)
         if name != "twin":
             left.plot(x, [r["ms"] for r in mine], color=colour, alpha=0.5)
-            left.axhline(
-                floors[name], color=colour, ls=":", lw=1, label=f"{name}: bytes read / read bandwidth"
-            )
+            if name in floors:
+                left.axhline(
+                    floors[name], color=colour, ls=":", lw=1, label=f"{name}: bytes read / read bandwidth"
+                )
             middle.plot(x, [r["gb"] for r in mine], color=colour, alpha=0.5)
     for axis, fit in ((left, line["ms"]), (middle, line["gb"])):
         axis.plot(
@@ -133,6 +165,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--draw", type=Path)
+    parser.add_argument("--llama", metavar="PYTHON")
+    parser.add_argument("--cache", choices=list(CACHE_BYTES), default="f16", help="of llama.cpp")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     ours = {name: program(args.folder, *spec) for name, spec in OURS.items()}
@@ -168,6 +202,8 @@ def main() -> None:
             print(
                 f"twin  {position:9,} tokens before: {ms:7.1f} ms by the line, {ratio:.1f}x of int4; {gb:.1f} GB"
             )
+    if args.llama:
+        rows += llama_cpp_rows(args.llama, args.folder, args.cache, args.rounds, ours["int4"])
     first = {name: first_token_times(p) for name, p in ours.items()}
     for name, found in first.items():
         told = ", ".join(f"{n}: {s:.1f} s" for n, s in found.items())
