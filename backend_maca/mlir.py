@@ -37,6 +37,13 @@ def source_of(location: ir.Location) -> SourceLine | str:
     return f"line {lines[0].line} of the module" if lines else "an unknown place"
 
 
+def sources_of(location: ir.Location) -> list[SourceLine | str]:
+    """Returns the lines behind a location that stands for several places."""
+    inner = location.child_loc if isinstance(location, ir.NameLoc) else location
+    parts = list(inner.locations) if isinstance(inner, ir.FusedLoc) else [location]
+    return list(dict.fromkeys(map(source_of, parts)))
+
+
 def place_of(op: ir.Operation) -> SourceLine | str:
     """Returns the user's line of an op, or of the closest op around it that has one."""
     where = source_of(op.location)
@@ -56,6 +63,41 @@ def nested(root: ir.Operation) -> list[ir.Operation]:
 
     root.walk(visit, ir.WalkOrder.PRE_ORDER)
     return found[1:]
+
+
+def constant(value: ir.Value) -> int | float | None:
+    """Returns the number that a value surely is, or None."""
+    op = value.owner
+    if isinstance(op, ir.Block) or op.name != "arith.constant":
+        return None
+    number: int | float = op.attributes["value"].value
+    return number
+
+
+def is_natural(index: ir.Value) -> bool:
+    """Tells whether an index is surely not negative, so that signed and unsigned arithmetic agree on it."""
+    number = constant(index)
+    if number is not None:
+        return number >= 0
+    if isinstance(index.owner, ir.Block):
+        loop = index.owner.owner.operation
+        return loop.name == "scf.for" and index == index.owner.arguments[0] and is_natural(loop.operands[0])
+    op = index.owner
+    if op.name in ("gpu.thread_id", "gpu.block_id", "gpu.grid_dim", "memref.dim", "arith.index_castui"):
+        return True
+    if op.name == "arith.select":
+        return is_natural(op.operands[1]) and is_natural(op.operands[2])
+    keeps = [
+        *("arith.addi", "arith.muli", "arith.minsi", "arith.divsi", "arith.remsi"),
+        "arith.divui",
+        "arith.remui",
+    ]
+    return op.name in keeps and all(map(is_natural, op.operands))
+
+
+def is_shared(buffer: ir.Value) -> bool:
+    """Tells whether a buffer is memory that the threads of a block share."""
+    return "workgroup" in str(buffer.type.memory_space)
 
 
 def parse(text: str, context: ir.Context) -> ir.Module:

@@ -88,7 +88,10 @@ def build_plan(module: ir.Module, kernels: Mapping[str, Kernel], target: str) ->
     """Returns the plan of a module whose functions only compute sizes and launch ``kernels``."""
     functions = [v.operation for v in module.body.operations if v.operation.name == "func.func"]
     entries = {f.attributes["sym_name"].value: _Entry(f, kernels).plan() for f in functions}
-    used = {k.name: {"threads": k.threads, "shared_bytes": k.shared_bytes} for k in kernels.values()}
+    used = {
+        k.name: {"threads": k.threads, "shared_bytes": k.shared_bytes, "dynamic_bytes": k.dynamic_bytes}
+        for k in kernels.values()
+    }
     return {"format": FORMAT, "target": target, "kernels": used, "entries": entries}
 
 

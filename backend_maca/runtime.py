@@ -94,8 +94,9 @@ class Program:
             buffers[a["buffer"]] if "buffer" in a else ctypes.c_int64(evaluate(a["value"], shapes))
             for a in launch["arguments"]
         ]
-        # static shared memory is part of the kernel, so no dynamic bytes are asked for
-        self.kernels.launch(launch["kernel"], grid, (kernel["threads"], 1, 1), 0, arguments)
+        self.kernels.launch(
+            launch["kernel"], grid, (kernel["threads"], 1, 1), kernel["dynamic_bytes"], arguments
+        )
 
     def _fixed_buffers(self, entry: Mapping[str, Any]) -> dict[int, Array]:
         """Returns the buffers that no call changes: weights, as they are mapped, and constants."""

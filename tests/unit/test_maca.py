@@ -349,7 +349,7 @@ def block_sum(barrier: str = "gpu.barrier", inside: str = "") -> str:
 
 
 def test_a_collective_under_a_thread_condition_is_refused() -> None:
-    with pytest.raises(UnsupportedOp, match="part of a wave could miss it"):
+    with pytest.raises(UnsupportedOp, match="part of a block could miss it"):
         block_sum(inside="gpu.barrier")
 
 

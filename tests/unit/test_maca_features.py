@@ -1,0 +1,489 @@
+"""What a kernel in the ``gpu`` dialect may hold: each feature against numpy on the emulator, each limit by its message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch_mlir")
+
+from test_maca import Array, compile_text, needs_cxx, random, run
+
+from spikingbrain.errors import UnsupportedOp
+
+
+def scheduled(
+    body: str, inputs: str, result: str, grid: tuple[int, int, int] = (1, 1, 1), threads: int = 64
+) -> str:
+    """Returns a module that launches one kernel; ``%in0``, ``%in1``, ... and ``%out`` are its memrefs."""
+    kinds = [kind.strip() for kind in inputs.split(";")]
+    memrefs = ", ".join(f"%in{i}: memref<{kind}>" for i, kind in enumerate(kinds))
+    tensors = ", ".join(f"%in{i}: tensor<{kind}>" for i, kind in enumerate(kinds))
+    types = ", ".join(f"tensor<{kind}>" for kind in kinds)
+    names = ", ".join(f"%in{i}" for i in range(len(kinds)))
+    declared = {name: text for name, text in BUILTINS.items() if name in body}
+    return (
+        "".join(declared.values())
+        + f"""
+    func.func private @feature(%bx: index, %by: index, %bz: index, {memrefs}, %out: memref<{result}>)
+        attributes {{spikingbrain.threads = {threads} : i64}} {{
+      %c0 = arith.constant 0 : index
+      %c1 = arith.constant 1 : index
+      %c2 = arith.constant 2 : index
+      %c4 = arith.constant 4 : index
+      %c8 = arith.constant 8 : index
+      %c16 = arith.constant 16 : index
+      %c64 = arith.constant 64 : index
+      %t = gpu.thread_id x
+      {body}
+      return
+    }}
+    func.func public @main({tensors}) -> tensor<{result}> {{
+      %x = arith.constant {grid[0]} : index
+      %y = arith.constant {grid[1]} : index
+      %z = arith.constant {grid[2]} : index
+      %0 = "spikingbrain_control.launch"(%x, %y, %z, {names}) {{callee = @feature, tied = [-1]}}
+        : (index, index, index, {types}) -> tensor<{result}> loc("model.py":7:3)
+      return %0 : tensor<{result}>
+    }}
+    """
+    )
+
+
+BUILTINS = {
+    f"@__builtin_mxc_mma_{shape}": f"func.func private @__builtin_mxc_mma_{shape}({x}, {x}, {sums}) -> {sums}\n"
+    for shape, x, sums in [
+        ("16x16x16i8", "i32", "vector<4xi32>"),
+        ("16x16x16f16", "vector<4xf16>", "vector<4xf32>"),
+        ("16x16x16bf16", "vector<4xbf16>", "vector<4xf32>"),
+        ("16x16x4f32", "f32", "vector<4xf32>"),
+    ]
+}
+SHARED = "#gpu.address_space<workgroup>"
+
+REVERSED_BLOCK = f"""
+      %s = memref.alloca() : memref<64xf32, {SHARED}>
+      %base = arith.muli %bx, %c64 : index
+      %i = arith.addi %base, %t : index
+      %v = memref.load %in0[%i] : memref<192xf32>
+      memref.store %v, %s[%t] : memref<64xf32, {SHARED}>
+      gpu.barrier
+      %c63 = arith.constant 63 : index
+      %mirror = arith.subi %c63, %t : index
+      %r = memref.load %s[%mirror] : memref<64xf32, {SHARED}>
+      memref.store %r, %out[%i] : memref<192xf32>
+"""
+
+
+@needs_cxx
+def test_shared_memory_and_barriers() -> None:
+    x = random(192)
+    got = run(scheduled(REVERSED_BLOCK, "192xf32", "192xf32", (3, 1, 1)), x)
+    np.testing.assert_array_equal(got, x.reshape(3, 64)[:, ::-1].reshape(-1))
+
+
+@needs_cxx
+def test_shared_memory_beyond_the_static_limit_is_asked_for_at_the_launch() -> None:
+    """36 KiB are static; the second array is dynamic."""
+    text = (
+        REVERSED_BLOCK.replace("memref<64xf32, #", "memref<9216xf32, #")
+        + f"""
+      %d = memref.alloca() : memref<64xf32, {SHARED}>
+      memref.store %r, %d[%t] : memref<64xf32, {SHARED}>
+      gpu.barrier
+      %back = memref.load %d[%mirror] : memref<64xf32, {SHARED}>
+      memref.store %back, %out[%i] : memref<192xf32>
+    """
+    )
+    text, x = scheduled(text, "192xf32", "192xf32", (3, 1, 1)), random(192)
+    np.testing.assert_array_equal(run(text, x), x)
+    assert "SB_DYNAMIC_SHARED(uint8_t, dynamic);" in compile_text(text)["kernels.maca"].decode()
+    with pytest.raises(UnsupportedOp, match="66560 bytes asked for, 65536 there"):
+        compile_text(text.replace("memref<64xf32, #", "memref<7424xf32, #"))
+
+
+@needs_cxx
+def test_arrays_of_a_thread_and_unrolled_loops() -> None:
+    """Each thread sums eight numbers in an array of its own, from the last to the first."""
+    body = """
+      %own = memref.alloca() : memref<2x4xf32>
+      scf.for %a = %c0 to %c2 step %c1 {
+        scf.for %b = %c0 to %c4 step %c1 {
+          %row = arith.muli %a, %c4 : index
+          %k = arith.addi %row, %b : index
+          %v = memref.load %in0[%t, %k] : memref<64x8xf32>
+          memref.store %v, %own[%a, %b] : memref<2x4xf32>
+        }
+      }
+      %zero = arith.constant 0.0 : f32
+      %c7 = arith.constant 7 : index
+      %sum = scf.for %k = %c0 to %c8 step %c1 iter_args(%s = %zero) -> (f32) {
+        %last = arith.subi %c7, %k : index
+        %a = arith.divui %last, %c4 : index
+        %b = arith.remui %last, %c4 : index
+        %v = memref.load %own[%a, %b] : memref<2x4xf32>
+        %n = arith.addf %s, %v : f32
+        scf.yield %n : f32
+      }
+      memref.store %sum, %out[%t] : memref<64xf32>
+    """
+    x = random(64, 8)
+    text = scheduled(body, "64x8xf32", "64xf32")
+    want = np.zeros(64, np.float32)
+    for k in reversed(range(8)):
+        want += x[:, k]
+    np.testing.assert_array_equal(run(text, x), want)
+    assert compile_text(text)["kernels.maca"].decode().count("#pragma unroll") == 3
+
+
+COPY_VECTORS = """
+      %at = arith.muli %t, %c4 : index
+      %v = vector.load %in0[%bx, %at] : memref<INxf32>, vector<4xf32>
+      %a, %b, %c, %d = vector.to_elements %v : vector<4xf32>
+      %r = vector.from_elements %d, %c, %b, %a : vector<4xf32>
+      vector.store %r, %out[%bx, %at] : memref<INxf32>, vector<4xf32>
+"""
+
+
+@needs_cxx
+@pytest.mark.parametrize(
+    ("columns", "helpers"), [(256, ["sb_load", "sb_store"]), (257, ["sb_gather", "sb_scatter"])]
+)
+def test_vectors_are_loaded_whole_where_they_are_aligned(columns: int, helpers: list[str]) -> None:
+    kind = f"3x{columns}"
+    text = scheduled(COPY_VECTORS.replace("IN", kind), f"{kind}xf32", f"{kind}xf32", (3, 1, 1))
+    x = random(3, columns)
+    got = run(text, x)[:, :256]
+    np.testing.assert_array_equal(got, x[:, :256].reshape(3, 64, 4)[:, :, ::-1].reshape(3, 256))
+    source = compile_text(text)["kernels.maca"].decode()
+    assert all(
+        f"  {helper}<" in source or f" {helper}<" in source or f"  {helper}(" in source for helper in helpers
+    )
+
+
+def packed(kind: str, lanes: int) -> str:
+    """A kernel that reverses vectors of a narrow type and sets their second element to the last one."""
+    vector, memory = f"vector<{lanes}x{kind}>", f"memref<64x{lanes}x{kind}>"
+    names = [f"%e{i}" for i in range(lanes)]
+    takes = "\n".join(f"{n} = vector.extract %v[{i}] : {kind} from {vector}" for i, n in enumerate(names))
+    return f"""
+      %v = vector.load %in0[%t, %c0] : {memory}, {vector}
+      {takes}
+      %r = vector.from_elements {", ".join(reversed(names))} : {vector}
+      vector.store %r, %out[%t, %c0] : {memory}, {vector}
+      %w = vector.load %out[%t, %c0] : {memory}, {vector}
+      %s = vector.insert {names[-1]}, %w[1] : {kind} into {vector}
+      vector.store %s, %out[%t, %c0] : {memory}, {vector}
+    """
+
+
+@needs_cxx
+@pytest.mark.parametrize(
+    ("kind", "dtype", "lanes"),
+    [
+        *(("i8", "int8", 4), ("i8", "int8", 16), ("i16", "int16", 4), ("f16", "float16", 8)),
+        *(("bf16", "uint16", 8), ("bf16", "uint16", 2), ("i32", "int32", 1), ("i64", "int64", 2)),
+        ("f64", "float64", 2),
+    ],
+)
+def test_narrow_elements_are_packed_in_words(kind: str, dtype: str, lanes: int) -> None:
+    raw = np.random.default_rng(1).integers(0, 256, (64, lanes * np.dtype(dtype).itemsize), np.uint8)
+    x = raw.view(dtype)
+    want = x[:, ::-1].copy()
+    if lanes > 1:
+        want[:, 1] = x[:, -1]
+    body = packed(kind, lanes) if lanes > 1 else packed(kind, lanes).split("%w =")[0]
+    got = run(scheduled(body, f"64x{lanes}x{kind}", f"64x{lanes}x{kind}"), x)
+    np.testing.assert_array_equal(got.view(np.uint8), want.view(np.uint8))
+
+
+@needs_cxx
+def test_vectors_change_their_type_but_not_their_bits() -> None:
+    body = """
+      %v = vector.load %in0[%t, %c0] : memref<64x16xi8>, vector<16xi8>
+      %w = vector.bitcast %v : vector<16xi8> to vector<4xi32>
+      %one = arith.constant dense<[1, 2, 3, -4]> : vector<4xi32>
+      %flag = arith.cmpi ult, %t, %c8 : index
+      %s = arith.select %flag, %one, %w : vector<4xi32>
+      vector.store %s, %out[%t, %c0] : memref<64x4xi32>, vector<4xi32>
+    """
+    x = np.random.default_rng(1).integers(-128, 128, (64, 16)).astype(np.int8)
+    want = x.view(np.int32).copy()
+    want[:8] = [1, 2, 3, -4]
+    np.testing.assert_array_equal(run(scheduled(body, "64x16xi8", "64x4xi32"), x), want)
+
+
+@needs_cxx
+def test_while_loops_stop_where_each_thread_wants() -> None:
+    """Counts the steps of the Collatz sequence down to 1."""
+    body = """
+      %start = memref.load %in0[%t] : memref<64xi32>
+      %zero = arith.constant 0 : i32
+      %one = arith.constant 1 : i32
+      %three = arith.constant 3 : i32
+      %steps, %end = scf.while (%n = %start, %s = %zero) : (i32, i32) -> (i32, i32) {
+        %more = arith.cmpi ugt, %n, %one : i32
+        scf.condition(%more) %s, %n : i32, i32
+      } do {
+      ^bb0(%s: i32, %n: i32):
+        %bit = arith.andi %n, %one : i32
+        %odd = arith.cmpi eq, %bit, %one : i32
+        %half = arith.shrui %n, %one : i32
+        %triple = arith.muli %n, %three : i32
+        %next = arith.addi %triple, %one : i32
+        %m = arith.select %odd, %next, %half : i32
+        %r = arith.addi %s, %one : i32
+        scf.yield %m, %r : i32, i32
+      }
+      %sum = arith.addi %steps, %end : i32
+      memref.store %sum, %out[%t] : memref<64xi32>
+    """
+
+    def steps(n: int) -> int:
+        return 0 if n <= 1 else 1 + steps(3 * n + 1 if n % 2 else n // 2)
+
+    x = np.arange(64, dtype=np.int32)
+    want = [steps(int(n)) + min(int(n), 1) for n in x]
+    np.testing.assert_array_equal(run(scheduled(body, "64xi32", "64xi32"), x), want)
+
+
+@needs_cxx
+def test_votes_bits_and_casts() -> None:
+    """The float's bits, plus the number of lanes of the wave whose float is negative."""
+    body = """
+      %v = memref.load %in0[%t] : memref<128xf32>
+      %zero = arith.constant 0.0 : f32
+      %negative = arith.cmpf olt, %v, %zero : f32
+      %votes = gpu.ballot %negative : i64
+      %count = math.ctpop %votes : i64
+      %narrow = arith.trunci %count : i64 to i32
+      %bits = arith.bitcast %v : f32 to i32
+      %other = math.ctpop %bits : i32
+      %limit = arith.constant 12 : i32
+      %few = arith.minui %other, %limit : i32
+      %a = arith.addi %narrow, %bits : i32
+      %r = arith.addi %a, %few : i32
+      memref.store %r, %out[%t] : memref<128xi32>
+    """
+    x = random(128)
+    bits = x.view(np.int32)
+    ones = np.array([bin(int(b)).count("1") for b in x.view(np.uint32)])
+    want = bits + (x < 0).reshape(2, 64).sum(1).repeat(64) + np.minimum(ones, 12)
+    got = run(scheduled(body, "128xf32", "128xi32", threads=128), x)
+    np.testing.assert_array_equal(got, want.astype(np.int32))
+
+
+@needs_cxx
+def test_blocks_have_three_axes() -> None:
+    body = """
+      %width = gpu.grid_dim x
+      %height = gpu.grid_dim y
+      %a = arith.muli %bz, %height : index
+      %b = arith.addi %a, %by : index
+      %c = arith.muli %b, %width : index
+      %block = arith.addi %c, %bx : index
+      %v = memref.load %in0[%t] : memref<64xi32>
+      %n = arith.index_castui %block : index to i32
+      %r = arith.addi %v, %n : i32
+      memref.store %r, %out[%bz, %by, %bx, %t] : memref<2x3x4x64xi32>
+    """
+    x = np.arange(64, dtype=np.int32)
+    got = run(scheduled(body, "64xi32", "2x3x4x64xi32", (4, 3, 2)), x)
+    np.testing.assert_array_equal(got, np.arange(24).reshape(2, 3, 4, 1) + x)
+
+
+def tile(load: str, builtin: str, operand: str, element: str, k: int) -> str:
+    """A kernel for one 16 x 16 tile, y = x1 x2^T + x3, as the builtins lay it over the lanes."""
+    sums = f"vector<4x{element}>"
+    return f"""
+      %lane = arith.remui %t, %c16 : index
+      %group = arith.divui %t, %c16 : index
+      %part = arith.constant {k // 4} : index
+      %first = arith.muli %group, %part : index
+      {load}
+      %row = arith.muli %group, %c4 : index
+      %init = arith.constant dense<0> : vector<4xi32>
+      %z = vector.bitcast %init : vector<4xi32> to {sums}
+      %sum = scf.for %i = %c0 to %c2 step %c1 iter_args(%s = %z) -> ({sums}) {{
+        %d = func.call @{builtin}(%x, %y, %s) : ({operand}, {operand}, {sums}) -> {sums}
+        scf.yield %d : {sums}
+      }}
+      %e0, %e1, %e2, %e3 = vector.to_elements %sum : {sums}
+      %c3 = arith.constant 3 : index
+      %r1 = arith.addi %row, %c1 : index
+      %r2 = arith.addi %row, %c2 : index
+      %r3 = arith.addi %row, %c3 : index
+      memref.store %e0, %out[%row, %lane] : memref<16x16x{element}>
+      memref.store %e1, %out[%r1, %lane] : memref<16x16x{element}>
+      memref.store %e2, %out[%r2, %lane] : memref<16x16x{element}>
+      memref.store %e3, %out[%r3, %lane] : memref<16x16x{element}>
+    """
+
+
+def operands(kind: str, k: int, cast: str = "") -> str:
+    loads = ""
+    for name, source in (("x", "%in0"), ("y", "%in1")):
+        lanes = k // 4
+        if lanes == 1:
+            loads += f"%{name} = memref.load {source}[%lane, %first] : memref<16x{k}x{kind}>\n"
+        elif cast:
+            loads += f"""
+            %{name}v = vector.load {source}[%lane, %first] : memref<16x{k}x{kind}>, vector<{lanes}x{kind}>
+            %{name}w = vector.bitcast %{name}v : vector<{lanes}x{kind}> to vector<1xi32>
+            %{name} = vector.extract %{name}w[0] : i32 from vector<1xi32>
+            """
+        else:
+            loads += f"%{name} = vector.load {source}[%lane, %first] : memref<16x{k}x{kind}>, vector<{lanes}x{kind}>\n"
+    return loads
+
+
+@needs_cxx
+@pytest.mark.parametrize("kind", ["i8", "f16", "bf16", "f32"])
+def test_matrix_builtins(kind: str) -> None:
+    """Twice the product of tiles whose entries are small integers, so that every type is exact."""
+    k = 4 if kind == "f32" else 16
+    operand = {"i8": "i32", "f32": "f32"}.get(kind, f"vector<4x{kind}>")
+    element = "i32" if kind == "i8" else "f32"
+    body = tile(
+        operands(kind, k, "i32" if kind == "i8" else ""),
+        f"__builtin_mxc_mma_16x16x{k}{kind}",
+        operand,
+        element,
+        k,
+    )
+    generator = np.random.default_rng(3)
+    x, y = (generator.integers(-9, 10, (16, k)) for _ in range(2))
+
+    def stored(a: Array) -> Array:
+        if kind == "bf16":
+            return (a.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+        return a.astype({"i8": np.int8, "f16": np.float16, "f32": np.float32}[kind])
+
+    text = scheduled(body, f"16x{k}x{kind}; 16x{k}x{kind}", f"16x16x{element}")
+    np.testing.assert_array_equal(run(text, stored(x), stored(y)), 2 * x @ y.T)
+
+
+def test_golden_source_of_a_scheduled_kernel(golden: Callable[[str, str], None]) -> None:
+    body = tile(operands("bf16", 16), "__builtin_mxc_mma_16x16x16bf16", "vector<4xbf16>", "f32", 16)
+    text = scheduled(body, "16x16xbf16; 16x16xbf16", "16x16xf32")
+    golden("maca/scheduled.maca", compile_text(text)["kernels.maca"].decode())
+
+
+ARRAY = "%own = memref.alloca() : memref<8xf32>\n%zero = arith.constant 0.0 : f32\n"
+REFUSED = {
+    "vectors have no arithmetic; take their elements": """
+      %v = vector.load %in0[%c0] : memref<192xf32>, vector<4xf32>
+      %w = arith.addf %v, %v : vector<4xf32>
+      vector.store %w, %out[%c0] : memref<192xf32>, vector<4xf32>""",
+    "vector<8xf32> has 32 bytes; vectors have 4, 8 or 16": """
+      %v = vector.load %in0[%c0] : memref<192xf32>, vector<8xf32>
+      vector.store %v, %out[%c0] : memref<192xf32>, vector<8xf32>""",
+    "vector<2x2xf32> has not one axis": """
+      %v = arith.constant dense<1.0> : vector<2x2xf32>
+      %i = scf.for %k = %c0 to %bx step %c1 iter_args(%s = %v) -> (vector<2x2xf32>) {
+        %f = memref.load %in0[%k] : memref<192xf32>
+        %w = vector.insert %f, %s[0, 0] : f32 into vector<2x2xf32>
+        scf.yield %w : vector<2x2xf32>
+      }
+      %e = vector.extract %i[0, 0] : f32 from vector<2x2xf32>
+      memref.store %e, %out[%c0] : memref<192xf32>""",
+    "the element of a vector is known at compile time": """
+      %v = vector.load %in0[%c0] : memref<192xf32>, vector<4xf32>
+      %e = vector.extract %v[%bx] : f32 from vector<4xf32>
+      memref.store %e, %out[%c0] : memref<192xf32>""",
+    "it indexes an array of one thread by a value that unrolling loops does not make known": ARRAY
+    + """
+      memref.store %zero, %own[%t] : memref<8xf32>
+      %e = memref.load %own[%c0] : memref<8xf32>
+      memref.store %e, %out[%c0] : memref<192xf32>""",
+    "1028 bytes are more than the 1024 that an array of one thread may have": ARRAY.replace("8x", "257x")
+    + """
+      memref.store %zero, %own[%c0] : memref<257xf32>
+      %e = memref.load %own[%c1] : memref<257xf32>
+      memref.store %e, %out[%c0] : memref<192xf32>""",
+    "part of a block could miss it: it stands under a condition that depends on the thread": """
+      %wave = arith.divui %t, %c64 : index
+      %first = arith.cmpi eq, %wave, %c0 : index
+      scf.if %first {
+        gpu.barrier
+      }""",
+    "part of a wave could miss it: it stands under a condition that depends on the thread": """
+      %first = arith.cmpi eq, %t, %c0 : index
+      scf.if %first {
+        %votes = gpu.ballot %first : i64
+        %f = arith.sitofp %votes : i64 to f32
+        memref.store %f, %out[%c0] : memref<192xf32>
+      }""",
+    "a vote of 64 lanes is an i64, not i32": """
+      %first = arith.cmpi eq, %t, %c0 : index
+      %votes = gpu.ballot %first : i32
+      %f = arith.sitofp %votes : i32 to f32
+      memref.store %f, %out[%c0] : memref<192xf32>""",
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_what_has_no_form_is_refused(why: str) -> None:
+    with pytest.raises(UnsupportedOp) as refused:
+        compile_text(scheduled(REFUSED[why], "192xf32", "192xf32", threads=128), target="maca")
+    assert why in str(refused.value)
+
+
+UNIFORM = {
+    "the number of the wave": """
+      %wave = arith.divui %t, %c64 : index
+      %first = arith.cmpi eq, %wave, %c0 : index
+      scf.if %first {
+        COLLECT
+      }""",
+    "a bound that the kernel only reads": """
+      %n = memref.load %in0[%bx] : memref<192xf32>
+      %i = arith.fptosi %n : f32 to i32
+      %end = arith.index_cast %i : i32 to index
+      scf.for %k = %c0 to %end step %c1 {
+        gpu.barrier
+        COLLECT
+      }""",
+    "a carried value that starts and goes on the same": """
+      %last = scf.while (%k = %c16) : (index) -> index {
+        %more = arith.cmpi ugt, %k, %c1 : index
+        scf.condition(%more) %k : index
+      } do {
+      ^bb0(%k: index):
+        gpu.barrier
+        COLLECT
+        %half = arith.divui %k, %c2 : index
+        scf.yield %half : index
+      }""",
+    "shared memory that rests between barriers": f"""
+      %s = memref.alloca() : memref<1xi32, {SHARED}>
+      %two = arith.constant 2 : i32
+      %zero = arith.constant 0 : i32
+      %first = arith.cmpi eq, %t, %c0 : index
+      scf.if %first {{
+        memref.store %two, %s[%c0] : memref<1xi32, {SHARED}>
+      }}
+      gpu.barrier
+      %n = memref.load %s[%c0] : memref<1xi32, {SHARED}>
+      %some = arith.cmpi ne, %n, %zero : i32
+      scf.if %some {{
+        gpu.barrier
+        COLLECT
+      }}""",
+}
+COLLECT = """
+        %flag = arith.cmpi slt, %t, %c8 : index
+        %votes = gpu.ballot %flag : i64
+        %f = arith.sitofp %votes : i64 to f32
+        memref.store %f, %out[%t] : memref<192xf32>
+"""
+
+
+@needs_cxx
+@pytest.mark.parametrize("name", UNIFORM)
+def test_collectives_stand_where_threads_surely_come_together(name: str) -> None:
+    body = UNIFORM[name].replace("COLLECT", COLLECT)
+    got = run(scheduled(body, "192xf32", "192xf32", threads=128), np.full(192, 2, np.float32))
+    np.testing.assert_array_equal(got[:64], np.full(64, 255, np.float32))
