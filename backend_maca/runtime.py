@@ -16,6 +16,7 @@ from spikingbrain.backend_maca.emulate import Kernels, build, poison
 from spikingbrain.backend_maca.plan import FORMAT, evaluate
 from spikingbrain.errors import CallError, CorruptArtifact, NewerFormat
 
+ALIGNMENT = 16  # bytes: where kernels may assume that buffers begin
 HOST = "host memory"  # the one device there is
 
 Array = np.ndarray[Any, Any]
@@ -119,7 +120,7 @@ def _storage(dtype: str) -> np.dtype[Any]:
 
 
 def _checked(array: Array, record: Mapping[str, Any], shapes: Mapping[int, Any], what: str) -> Array:
-    """Returns the array when it has the declared type and shape, contiguous; raises CallError otherwise."""
+    """Returns the array, contiguous and aligned, when it has the declared type and shape; raises CallError otherwise."""
     if not isinstance(array, np.ndarray):
         raise CallError(f"{what} is a {type(array).__name__}", hint="pass a numpy array")
     wanted = [size if isinstance(size, int) else "?" for size in record["shape"]]
@@ -128,7 +129,8 @@ def _checked(array: Array, record: Mapping[str, Any], shapes: Mapping[int, Any],
         raise CallError(f"{what} has shape {list(array.shape)}, declared {wanted}")
     if str(array.dtype) != record["dtype"] and array.dtype != _storage(record["dtype"]):
         raise CallError(f"{what} is {array.dtype}, declared {record['dtype']}")
-    return np.asarray(array, order="C")  # ascontiguousarray would give a scalar an axis
+    array = np.asarray(array, order="C")  # ascontiguousarray would give a scalar an axis
+    return array if array.ctypes.data % ALIGNMENT == 0 else array.copy()
 
 
 def _unwritten(record: Mapping[str, Any], shape: Sequence[int]) -> Array:

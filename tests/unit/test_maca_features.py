@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("torch_mlir")
 
-from test_maca import Array, compile_text, needs_cxx, random, run
+from test_maca import Array, compile_text, load, needs_cxx, random, run
 
 from spikingbrain.errors import UnsupportedOp
 
@@ -161,6 +161,16 @@ def test_vectors_are_loaded_whole_where_they_are_aligned(columns: int, helpers: 
     assert all(
         f"  {helper}<" in source or f" {helper}<" in source or f"  {helper}(" in source for helper in helpers
     )
+
+
+@needs_cxx
+def test_arguments_that_are_not_aligned_are_copied() -> None:
+    x = random(3 * 256 + 1)[1:].reshape(3, 256)
+    text = scheduled(COPY_VECTORS.replace("IN", "3x256"), "3x256xf32", "3x256xf32", (3, 1, 1))
+    program = load(compile_text(text))
+    (got,) = program.call("main", [x])
+    assert x.ctypes.data % 16
+    np.testing.assert_array_equal(got, x.reshape(3, 64, 4)[:, :, ::-1].reshape(3, 256))
 
 
 def packed(kind: str, lanes: int) -> str:
