@@ -30,6 +30,7 @@ COMMON_FLAGS = (
     "-O2",
     "-fPIC",
     "-fvisibility=hidden",  # each library has a machine of its own
+    "-fno-exceptions",
     "-ffp-contract=off",
     "-fwrapv",
     "-fno-strict-aliasing",
@@ -38,6 +39,7 @@ COMMON_FLAGS = (
 KERNEL_FLAGS = (
     "-g1",  # lines, for messages
     "-fsanitize=thread",
+    "--param=tsan-instrument-func-entry-exit=0",
     "-fsanitize=bounds,alignment,integer-divide-by-zero",
     "-fno-sanitize-recover=all",
 )

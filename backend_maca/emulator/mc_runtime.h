@@ -35,7 +35,10 @@ typedef Vector<double, 4> F64x4;
 template <sb_mma_kind kind, size_t bytes, class X, class C>
 __forceinline__ C mma(X x, X y, C c, int line) {
   static_assert(sizeof(X) == bytes, "a lane's part of X and Y has another size");
-  sb_mma(kind, &x, &y, bytes, &c, line);
+  uint64_t rows = 0, columns = 0;
+  __builtin_memcpy(&rows, &x, bytes);
+  __builtin_memcpy(&columns, &y, bytes);
+  sb_mma(kind, rows, columns, &c, line);
   return c;
 }
 
@@ -60,20 +63,24 @@ __forceinline__ F64x4 mma_f64(double x, double y, F64x4 c, int line = __builtin_
   return mma<SB_MMA_F64, 8>(x, y, c, line);
 }
 
+#define SB_UNCHECKED __attribute__((no_sanitize("thread"), no_sanitize("undefined")))
+
 template <class... A, size_t... I>
-__attribute__((no_sanitize("thread"), no_sanitize("undefined"))) void call(void (*kernel)(A...), void** arguments,
-                                                                            std::index_sequence<I...>) {
+SB_UNCHECKED void call(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
   kernel(*static_cast<A*>(arguments[I])...);
+}
+
+template <class... A>
+SB_UNCHECKED void body(const void* kernel, void** arguments) {
+  void (*typed)(A...) = reinterpret_cast<void (*)(A...)>(const_cast<void*>(kernel));
+  call(typed, arguments, std::make_index_sequence<sizeof...(A)>{});
 }
 
 template <class... A>
 const char* launch(void (*kernel)(A...), const unsigned* grid, const unsigned* block, unsigned shared, void** arguments,
                    int order) {
-  const sb_body body = [](const void* typed, void** values) __attribute__((no_sanitize("thread"))) {
-    call(reinterpret_cast<void (*)(A...)>(const_cast<void*>(typed)), values, std::make_index_sequence<sizeof...(A)>{});
-  };
-  return sb_run(body, reinterpret_cast<const void*>(kernel), grid, block, shared, arguments, order, __start_sb_shared,
-                __stop_sb_shared);
+  return sb_run(body<A...>, reinterpret_cast<const void*>(kernel), grid, block, shared, arguments, order,
+                __start_sb_shared, __stop_sb_shared);
 }
 
 }  // namespace sb
@@ -98,6 +105,7 @@ __forceinline__ void __syncwarp(unsigned long long mask, int line = __builtin_LI
 __forceinline__ unsigned long long __ballot_sync(unsigned long long mask, int predicate, int line = __builtin_LINE()) {
   return sb_ballot(mask, predicate, line);
 }
+__forceinline__ int __popc(unsigned bits) { return __builtin_popcount(bits); }
 __forceinline__ int __popcll(unsigned long long bits) { return __builtin_popcountll(bits); }
 
 template <class T>

@@ -68,7 +68,7 @@ struct Meeting {
 
 // What a lane shows the others. Rounds alternate between two slots: nobody is two meetings ahead.
 struct Slot {
-  alignas(16) unsigned char x[16], y[16];
+  uint64_t x, y;
 };
 struct Wave {
   Meeting meeting;
@@ -98,6 +98,7 @@ struct Buffer {
   uint64_t bytes;
   Writer* writers;
   uint64_t writers_bytes;
+  uint32_t last_written;  // in which block
 };
 
 struct Machine {
@@ -120,7 +121,7 @@ struct Machine {
   Buffer buffers[kMaxBuffers];
   unsigned buffer_count;
   uint32_t block_number, first_block;  // among all blocks that this machine has run
-  Buffer shared, dynamic;
+  Buffer shared, dynamic, *recent;
   char* dynamic_memory;
   char fault[400];
 };
@@ -162,13 +163,11 @@ void meet(Meeting& meeting, const char* what, int line) {
 Wave& wave() { return m.waves[m.running->number / kWave]; }
 
 // Shows the others of the wave what this lane holds; returns what all of them hold.
-const Slot* exchange(const char* what, int line, const void* x, const void* y, size_t bytes) {
+const Slot* exchange(const char* what, int line, uint64_t x, uint64_t y = 0) {
   Wave& own = wave();
   if (own.meeting.size != kWave) fail("%s in line %d in a wave of fewer than 64 threads", what, line);
   Slot* slots = own.slots[own.meeting.round & 1];
-  Slot& slot = slots[m.running->number % kWave];
-  memcpy(slot.x, x, bytes);
-  if (y) memcpy(slot.y, y, bytes);
+  slots[m.running->number % kWave] = {x, y};
   meet(own.meeting, what, line);
   return slots;
 }
@@ -318,6 +317,7 @@ void note_write(Buffer& buffer, bool shared, const char* at, size_t size, const 
     buffer.writers = static_cast<Writer*>(calloc(buffer.bytes, sizeof(Writer)));
     buffer.writers_bytes = buffer.bytes;
   }
+  buffer.last_written = m.block_number;
   const Writer self = {m.block_number, m.meeting.round & kBarriers, m.running->number};
   Writer* writers = buffer.writers + (at - buffer.start);
   for (size_t i = 0; i < size; ++i) {
@@ -327,9 +327,10 @@ void note_write(Buffer& buffer, bool shared, const char* at, size_t size, const 
 }
 
 void note_read(Buffer& buffer, bool shared, char* at, size_t size, const void* caller) {
-  const bool none_written = buffer.writers_bytes < buffer.bytes;
+  const bool none_written = buffer.last_written < m.first_block;
+  if (none_written && !shared) return;
   const size_t start = at - buffer.start;
-  for (size_t i = start; i < start + size && (shared || !none_written); ++i) {
+  for (size_t i = start; i < start + size; ++i) {
     if (shared && (none_written || buffer.writers[i].block != m.block_number))
       at[i - start] = kPoison[i & 1];
     else if (races(buffer.writers[i], shared))
@@ -337,15 +338,22 @@ void note_read(Buffer& buffer, bool shared, char* at, size_t size, const void* c
   }
 }
 
-void access(char* at, size_t size, bool write, const void* caller) {
-  if (size_t(at - m.stacks) < kMaxThreads * kStack) return;
-  Buffer* found = holds(m.shared, at, size) ? &m.shared : holds(m.dynamic, at, size) ? &m.dynamic : nullptr;
-  const bool shared = found;
-  if (!shared && !m.buffer_count) return;
-  for (unsigned i = 0; !found && i < m.buffer_count; ++i)
-    if (holds(m.buffers[i], at, size)) found = &m.buffers[i];
-  if (!found) return outside(at, size, write, caller);
-  return write ? note_write(*found, shared, at, size, caller) : note_read(*found, shared, at, size, caller);
+Buffer* find(const char* at, size_t size) {
+  if (holds(*m.recent, at, size)) return m.recent;
+  if (holds(m.shared, at, size)) return m.recent = &m.shared;
+  if (holds(m.dynamic, at, size)) return m.recent = &m.dynamic;
+  for (unsigned i = 0; i < m.buffer_count; ++i)
+    if (holds(m.buffers[i], at, size)) return m.recent = &m.buffers[i];
+  return nullptr;
+}
+
+inline void access(char* at, size_t size, bool write, const void* caller) {
+  Buffer* found = find(at, size);
+  if (found) {
+    const bool shared = found == &m.shared || found == &m.dynamic;
+    return write ? note_write(*found, shared, at, size, caller) : note_read(*found, shared, at, size, caller);
+  }
+  if (m.buffer_count && size_t(at - m.stacks) >= kMaxThreads * kStack) outside(at, size, write, caller);
 }
 
 float from_half(uint16_t bits) {
@@ -363,19 +371,18 @@ float from_bits(uint32_t bits) {
 
 // Element ``k`` of what a lane holds of X or Y.
 template <class T>
-T element(sb_mma_kind kind, const unsigned char* held, int k) {
-  uint16_t half;
-  uint32_t word;
-  double wide;
+T element(sb_mma_kind kind, uint64_t held, int k) {
   switch (kind) {
-    case SB_MMA_I8: return T(int8_t(held[k]));
-    case SB_MMA_F16: return memcpy(&half, held + 2 * k, 2), T(from_half(half));
-    case SB_MMA_BF16: return memcpy(&half, held + 2 * k, 2), T(from_bits(uint32_t(half) << 16));
-    case SB_MMA_TF32: return memcpy(&word, held + 4 * k, 4), T(from_bits(word & 0xffffe000));  // 10 bits are kept
-    case SB_MMA_F32: return memcpy(&word, held, 4), T(from_bits(word));
-    case SB_MMA_F64: return memcpy(&wide, held, 8), T(wide);
+    case SB_MMA_I8: return T(int8_t(held >> 8 * k));
+    case SB_MMA_F16: return T(from_half(uint16_t(held >> 16 * k)));
+    case SB_MMA_BF16: return T(from_bits(uint32_t(held >> 16 * k) << 16));
+    case SB_MMA_TF32: return T(from_bits(uint32_t(held >> 32 * k) & 0xffffe000));  // 10 bits are kept
+    case SB_MMA_F32: return T(from_bits(uint32_t(held)));
+    case SB_MMA_F64: break;
   }
-  return T();
+  double wide;
+  memcpy(&wide, &held, 8);
+  return T(wide);
 }
 
 // A lane's four values of D are rows 4 * (lane / 16) + v of column lane % 16; X and Y have rows lane % 16, and columns
@@ -408,29 +415,27 @@ void sb_barrier(int line) { meet(m.meeting, "__syncthreads", line); }
 
 void sb_wave_barrier(unsigned long long mask, int line) {
   need_full(mask, "__syncwarp", line);
-  exchange("__syncwarp", line, "", nullptr, 0);
+  exchange("__syncwarp", line, 0);
 }
 
 uint32_t sb_shuffle_xor(unsigned long long mask, uint32_t value, int distance, int width, int line) {
   const char* what = "__shfl_xor_sync";
   need_full(mask, what, line);
-  const Slot* slots = exchange(what, line, &value, nullptr, 4);
+  const Slot* slots = exchange(what, line, value);
   const unsigned lane = sb_lane(), other = (lane ^ distance) % kWave;
-  memcpy(&value, slots[other / width == lane / width ? other : lane].x, 4);
-  return value;
+  return slots[other / width == lane / width ? other : lane].x;
 }
 
 unsigned long long sb_ballot(unsigned long long mask, int predicate, int line) {
   need_full(mask, "__ballot_sync", line);
-  const unsigned char vote = predicate != 0;
-  const Slot* slots = exchange("__ballot_sync", line, &vote, nullptr, 1);
+  const Slot* slots = exchange("__ballot_sync", line, predicate != 0);
   unsigned long long votes = 0;
-  for (unsigned lane = 0; lane < kWave; ++lane) votes |= (unsigned long long)slots[lane].x[0] << lane;
+  for (unsigned lane = 0; lane < kWave; ++lane) votes |= (unsigned long long)slots[lane].x << lane;
   return votes;
 }
 
-void sb_mma(sb_mma_kind kind, const void* x, const void* y, size_t bytes, void* c, int line) {
-  const Slot* slots = exchange("__builtin_mxc_mma", line, x, y, bytes);
+void sb_mma(sb_mma_kind kind, uint64_t x, uint64_t y, void* c, int line) {
+  const Slot* slots = exchange("__builtin_mxc_mma", line, x, y);
   switch (kind) {
     case SB_MMA_I8: return multiply<int>(kind, slots, 4, c);
     case SB_MMA_F16:
@@ -449,6 +454,7 @@ void sb_buffers(const sb_buffer* buffers, unsigned count) {
   for (unsigned i = 0; i < m.buffer_count; ++i) {
     m.buffers[i].start = buffers[i].start;
     m.buffers[i].bytes = buffers[i].bytes;
+    m.buffers[i].last_written = 0;
   }
 }
 
@@ -473,6 +479,7 @@ const char* sb_run(sb_body body, const void* kernel, const unsigned* grid, const
   m.shared.bytes = shared_end - shared_start;
   m.dynamic.start = m.dynamic_memory;
   m.dynamic.bytes = shared;
+  m.recent = &m.shared;
   m.first_block = m.block_number + 1;
   for (unsigned i = 0; i < m.count; ++i) {
     m.threads[i].index = {i % m.block.x, i / m.block.x % m.block.y, i / (m.block.x * m.block.y)};

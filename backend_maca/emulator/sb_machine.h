@@ -29,8 +29,8 @@ void sb_barrier(int line);
 void sb_wave_barrier(unsigned long long mask, int line);
 uint32_t sb_shuffle_xor(unsigned long long mask, uint32_t value, int distance, int width, int line);
 unsigned long long sb_ballot(unsigned long long mask, int predicate, int line);
-// D = X Y^T + C on 16x16 tiles; a lane holds ``bytes`` of X and of Y, and four values of C.
-void sb_mma(sb_mma_kind kind, const void* x, const void* y, size_t bytes, void* c, int line);
+// D = X Y^T + C on 16x16 tiles; a lane holds up to 8 bytes of X and of Y, and four values of C.
+void sb_mma(sb_mma_kind kind, uint64_t x, uint64_t y, void* c, int line);
 void sb_fail(const char* message, int line);
 
 typedef void (*sb_body)(const void* kernel, void** arguments);

@@ -5,13 +5,16 @@ Each test of the second part breaks one rule in a kernel that is right.
 
 from __future__ import annotations
 
+import ctypes
+import re
 import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from spikingbrain.backend_maca.emulate import ORDERS, Kernels, build, compiler
+from spikingbrain.backend_maca.emulate import ORDERS, KernelFault, Kernels, build, compiler, poison
 
 pytestmark = pytest.mark.skipif(shutil.which(compiler()) is None, reason="no C++ compiler")
 Array = np.ndarray[Any, Any]
@@ -87,3 +90,150 @@ def test_swapped_operands_of_a_matrix_instruction_show() -> None:
     np.testing.assert_array_equal(d, x.astype(np.int32) @ y.T.astype(np.int32))
     np.testing.assert_array_equal(swapped, d.T)
     assert (swapped != d).any()
+
+
+# Sums of blocks of 128: a butterfly in each wave, then shared memory.
+TOTAL = """
+#include <mc_runtime.h>
+extern "C" __global__ void __launch_bounds__(128) total(const float* __restrict__ x, float* __restrict__ y) {
+  __shared__ float waves[2];
+  const int thread = threadIdx.x;
+  float sum = x[blockIdx.x * 128 + thread];
+  // EARLY
+  for (int d = 32; d > 0; d >>= 1) sum = sum + __shfl_xor_sync(0xffffffffffffffffULL, sum, d, 64);
+  if (thread % 64 == 0) waves[thread / 64] = sum;
+  // LATE
+  __syncthreads();
+  if (thread == 0) y[blockIdx.x] = waves[0] + waves[1];
+}
+"""
+
+
+def launch(library: Path, kernel: str, order: str) -> Array:
+    """Returns by how much the sums of three blocks are wrong."""
+    x, y = np.arange(3 * 128, dtype=np.float32), np.zeros(3, np.float32)
+    Kernels(library, order).launch(kernel, (3, 1, 1), (128, 1, 1), 0, [x, y])
+    return y - x.reshape(3, 128).sum(1)
+
+
+@pytest.mark.parametrize("flags", [(), ("-DSB_UCONTEXT",)])
+def test_the_right_kernel_passes_in_every_order(flags: tuple[str, ...]) -> None:
+    for order in ORDERS:
+        assert not launch(build(TOTAL, ["total"], flags), "total", order).any()
+
+
+# What is broken: text and replacement, the message. The numbers of lines are those of TOTAL, after the replacement.
+FAULTS = {
+    "early return before a shuffle": (
+        "// EARLY", "if (thread >= 100) return;",
+        "__shfl_xor_sync in line 8 is reached by only 36 of 64 threads, 28 have left the kernel",
+    ),
+    "a barrier that exiting threads skip": (
+        "// LATE", "if (thread >= 64) return;",
+        "__syncthreads in line 11 is reached by only 64 of 128 threads, 64 have left the kernel",
+    ),
+    "two barriers in two branches": (
+        "__syncthreads();", "if (thread < 64) {\n __syncthreads();\n } else {\n __syncthreads();\n }",
+        "__syncthreads in line 14 meets one in line 12",
+    ),
+    "a ballot that half a wave takes part in": (
+        "// EARLY", "if (thread % 64 < 32) sum += __ballot_sync(0xffffffffffffffffULL, 0);",
+        "__shfl_xor_sync in line 8 meets one in line 7",
+    ),
+    "a matrix instruction under a condition": (
+        "// LATE", "__NATIVE_VECTOR__(4, int) c = {};\nif (thread < 32) c = __builtin_mxc_mma_16x16x16i8(1, 1, c);",
+        "__builtin_mxc_mma in line 11 is reached by only 32 of 64 threads",
+    ),
+    "a mask of 32 lanes": (
+        "0xffffffffffffffffULL", "0xffffffff", "__shfl_xor_sync in line 8 without the full 64-bit mask",
+    ),
+    "no barrier, in reverse order": (
+        "__syncthreads();", "", "line 12 reads shared memory that thread 64 of the block has written, without a barrier",
+    ),
+    "lanes counted to 32": (
+        "thread % 64 == 0", "thread % 32 == 0",
+        "line 9 writes shared memory that thread (0|32|64|96) of the block has written, without a barrier",
+    ),
+    "two threads write an element": (
+        "thread == 0", "thread < 2", "line 12 writes global memory that thread [01] of the block has written",
+    ),
+    "two blocks write an element": (
+        "y[blockIdx.x]", "y[blockIdx.x / 2]", "line 12 writes global memory that thread 0 of another block has written",
+    ),
+    "a read past the end": (
+        "// EARLY", "sum += x[blockIdx.x * 128 + thread + 256];",
+        "line 7 reads 4 bytes outside all buffers; the nearest is pointer argument 0: its byte 1[0-9]* of 1536",
+    ),
+    "a read before the start": (
+        "// EARLY", "sum += x[thread - 128 * int(blockIdx.x)];", "line 7 reads 4 bytes outside all buffers",
+    ),
+    "a write past the end": (
+        "y[blockIdx.x]", "y[blockIdx.x + 1]", "line 12 writes 4 bytes outside all buffers",
+    ),
+    "shared memory past its end": (
+        "waves[thread / 64]", "waves[thread / 64 + 1]", "line 9 reads or writes element 2 outside an array",
+    ),
+    "a vector that is not aligned": (
+        "// EARLY", "if (thread == 3) sum += (*reinterpret_cast<const __NATIVE_VECTOR__(4, float)*>(x + 3))[0];",
+        "line 7 reads or writes a vector that is not aligned",
+    ),
+    "a division by zero": (
+        "// EARLY", "sum += thread / int(blockIdx.x);", "line 7 divides by zero",
+    ),
+}  # fmt: skip
+
+
+# What no rule forbids and gives wrong numbers: text and replacement.
+WRONG = {
+    "no barrier, in forward order": ("__syncthreads();", ""),
+    "a butterfly over 32 lanes": ("int d = 32", "int d = 16"),
+    "shared memory that nobody has written": ("if (thread % 64 == 0)", "if (thread == 0)"),
+}
+
+
+@pytest.fixture(scope="module")
+def broken() -> Path:
+    """All broken kernels, in one library: total_0 and so on."""
+    changes = [(old, new) for old, new, *_ in [*FAULTS.values(), *WRONG.values()]]
+    variants = [
+        TOTAL.replace(old, new).replace(" total(", f" total_{i}(") for i, (old, new) in enumerate(changes)
+    ]
+    assert len(set(variants)) == len(changes)
+    source = "".join(f"#line 1\n{text}" for text in [*variants, TOTAL.replace(" total(", " right(")])
+    return build(source, ["right", *(f"total_{i}" for i in range(len(changes)))])
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_broken_rule_is_reported(name: str, broken: Path) -> None:
+    messages = []
+    for order in ORDERS:
+        try:
+            launch(broken, f"total_{list(FAULTS).index(name)}", order)
+        except KernelFault as fault:
+            messages.append(str(fault))
+    assert not launch(broken, "right", "forward").any()  # the machine goes on
+    assert any(re.search(FAULTS[name][2], text) for text in messages), messages
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_habit_of_other_machines_shows(name: str, broken: Path) -> None:
+    wrong = launch(broken, f"total_{len(FAULTS) + list(WRONG).index(name)}", "forward")
+    assert wrong.all()  # not-a-number is not zero
+
+
+def test_unwritten_memory_is_not_a_number() -> None:
+    for kind in (np.float32, np.float16):
+        memory = np.ones(7, kind)
+        poison(memory)
+        assert np.isnan(memory).all()
+    memory = np.ones(3, np.int8)
+    poison(memory)
+    assert list(memory) == [-51, -1, -51]
+
+
+def test_a_pointer_of_unknown_extent_turns_the_checks_of_bounds_off(broken: Path) -> None:
+    x, y = np.arange(3 * 128, dtype=np.float32), np.zeros(4, np.float32)
+    arguments = [ctypes.c_void_p(a.ctypes.data) for a in (x, y)]
+    past_the_end = f"total_{list(FAULTS).index('a write past the end')}"
+    Kernels(broken).launch(past_the_end, (3, 1, 1), (128, 1, 1), 0, arguments)
+    np.testing.assert_array_equal(y[1:], x.reshape(3, 128).sum(1))
