@@ -15,6 +15,7 @@ import numpy as np
 
 from spikingbrain.models.spikingbrain import SpikingBrainConfig
 
+SPREAD = 0.02  # standard deviation of a weight
 KINDS = {"Q8_0": gguf.GGMLQuantizationType.Q8_0, "Q4_0": gguf.GGMLQuantizationType.Q4_0}
 CACHE_BYTES = {
     "f16": 2,
@@ -73,47 +74,100 @@ class LlamaCpp:
         )
 
 
-def write_llama(file: Path, config: SpikingBrainConfig, kind: str, spread: float = 0.02) -> None:
+def write_llama(file: Path, config: SpikingBrainConfig, kind: str) -> None:
     """Writes a Llama of the sizes of ``config``: full attention in all layers, random weights, table and head in Q8_0."""
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_block_count(len(config.layers))
-    writer.add_context_length(1 << 20)
-    writer.add_embedding_length(config.width)
-    writer.add_feed_forward_length(config.feed_forward)
-    writer.add_head_count(config.heads)
-    writer.add_head_count_kv(config.key_heads)
-    writer.add_key_length(config.head_size)
-    writer.add_value_length(config.head_size)
-    writer.add_rope_dimension_count(config.head_size)
-    writer.add_rope_freq_base(500_000.0)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(config.vocabulary)
-    writer.add_tokenizer_model("none")
-    generator = np.random.default_rng(0)
-
-    def linear(name: str, inputs: int, outputs: int, kind: str = kind) -> None:
-        weight = generator.standard_normal((outputs, inputs), np.float32) * spread
-        writer.add_tensor(name, gguf.quants.quantize(weight, KINDS[kind]), raw_dtype=KINDS[kind])
-
-    def norm(name: str) -> None:
-        writer.add_tensor(name, np.ones(config.width, np.float32))
-
+    made = _Random(file, "llama", config, kind)
+    made.writer.add_head_count(config.heads)
+    made.writer.add_key_length(config.head_size)
+    made.writer.add_value_length(config.head_size)
+    made.writer.add_rope_dimension_count(config.head_size)
+    made.writer.add_rope_freq_base(500_000.0)
     query, key = config.heads * config.head_size, config.key_heads * config.head_size
-    linear("token_embd.weight", config.width, config.vocabulary, "Q8_0")
-    if not config.tied_head:
-        linear("output.weight", config.width, config.vocabulary, "Q8_0")
-    norm("output_norm.weight")
+    made.table(config.tied_head)
     for i in range(len(config.layers)):
-        norm(f"blk.{i}.attn_norm.weight")
-        norm(f"blk.{i}.ffn_norm.weight")
-        linear(f"blk.{i}.attn_q.weight", config.width, query)
-        linear(f"blk.{i}.attn_k.weight", config.width, key)
-        linear(f"blk.{i}.attn_v.weight", config.width, key)
-        linear(f"blk.{i}.attn_output.weight", query, config.width)
-        linear(f"blk.{i}.ffn_gate.weight", config.width, config.feed_forward)
-        linear(f"blk.{i}.ffn_up.weight", config.width, config.feed_forward)
-        linear(f"blk.{i}.ffn_down.weight", config.feed_forward, config.width)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+        made.linear(f"blk.{i}.attn_q.weight", config.width, query)
+        made.linear(f"blk.{i}.attn_k.weight", config.width, key)
+        made.linear(f"blk.{i}.attn_v.weight", config.width, key)
+        made.linear(f"blk.{i}.attn_output.weight", query, config.width)
+        made.feed_forward(i)
+    made.close()
+
+
+def write_qrwkv(
+    file: Path, config: SpikingBrainConfig, kind: str, rank: int = 32, decay_rank: int = 64
+) -> None:
+    """Writes a QRWKV (gated linear attention in all layers) of the sizes of ``config``, random weights, table and head in Q8_0.
+
+    It has a gate of the output and low-rank mixes of neighbouring tokens besides, so somewhat more weights.
+    """
+    made, width = _Random(file, "rwkv6qwen2", config, kind), config.width
+    made.writer.add_head_count(0)
+    made.writer.add_wkv_head_size(config.head_size)
+    made.writer.add_time_mix_extra_dim(rank)
+    made.writer.add_time_decay_extra_dim(decay_rank)
+    made.writer.add_rescale_every_n_layers(0)
+    made.writer.add_token_shift_count(1)
+    key = config.key_heads * config.head_size
+    made.table(tied=False)
+    for i in range(len(config.layers)):
+        mix = f"blk.{i}.time_mix_"
+        made.linear(f"{mix}receptance.weight", width, width)
+        made.linear(f"{mix}key.weight", width, key)
+        made.linear(f"{mix}value.weight", width, key)
+        made.linear(f"{mix}gate.weight", width, width)
+        made.linear(f"{mix}output.weight", width, width)
+        made.small(f"{mix}w1.weight", 5 * rank, width)
+        made.small(f"{mix}w2.weight", 5, width, rank)
+        made.small(f"{mix}lerp_x.weight", 1, 1, width)
+        made.small(f"{mix}lerp_fused.weight", 5, 1, 1, width)
+        made.small(f"{mix}decay.weight", width)
+        made.small(f"{mix}decay_w1.weight", decay_rank, width)
+        made.small(f"{mix}decay_w2.weight", width, decay_rank)
+        made.feed_forward(i)
+    made.close()
+
+
+class _Random:
+    """A file of random weights, with what all architectures have."""
+
+    def __init__(self, file: Path, architecture: str, config: SpikingBrainConfig, kind: str):
+        self.config, self.kind, self.generator = config, kind, np.random.default_rng(0)
+        self.writer = writer = gguf.GGUFWriter(file, architecture)
+        writer.add_block_count(len(config.layers))
+        writer.add_context_length(1 << 20)
+        writer.add_embedding_length(config.width)
+        writer.add_feed_forward_length(config.feed_forward)
+        writer.add_head_count_kv(config.key_heads)
+        writer.add_layer_norm_rms_eps(1e-5)
+        writer.add_vocab_size(config.vocabulary)
+        writer.add_tokenizer_model("none")
+
+    def linear(self, name: str, inputs: int, outputs: int, kind: str = "") -> None:
+        made = KINDS[kind or self.kind]
+        weight = self.generator.standard_normal((outputs, inputs), np.float32) * SPREAD
+        self.writer.add_tensor(name, gguf.quants.quantize(weight, made), raw_dtype=made)
+
+    def small(self, name: str, *shape: int) -> None:
+        self.writer.add_tensor(name, self.generator.standard_normal(shape, np.float32) * SPREAD)
+
+    def norm(self, name: str) -> None:
+        self.writer.add_tensor(name, np.ones(self.config.width, np.float32))
+
+    def table(self, tied: bool) -> None:
+        self.linear("token_embd.weight", self.config.width, self.config.vocabulary, "Q8_0")
+        if not tied:
+            self.linear("output.weight", self.config.width, self.config.vocabulary, "Q8_0")
+        self.norm("output_norm.weight")
+
+    def feed_forward(self, layer: int) -> None:
+        self.norm(f"blk.{layer}.attn_norm.weight")
+        self.norm(f"blk.{layer}.ffn_norm.weight")
+        self.linear(f"blk.{layer}.ffn_gate.weight", self.config.width, self.config.feed_forward)
+        self.linear(f"blk.{layer}.ffn_up.weight", self.config.width, self.config.feed_forward)
+        self.linear(f"blk.{layer}.ffn_down.weight", self.config.feed_forward, self.config.width)
+
+    def close(self) -> None:
+        self.writer.write_header_to_file()
+        self.writer.write_kv_data_to_file()
+        self.writer.write_tensors_to_file()
+        self.writer.close()

@@ -90,7 +90,7 @@ def first_token_times(made: spikingbrain.Program) -> dict[int, float]:
 
 def llama_cpp_rows(python: str, folder: Path, cache: str, rounds: int, int4: Any) -> list[dict[str, Any]]:
     """Returns points of llama.cpp, each measured in turns with a token of ours."""
-    file = folder / "1b-Q4_0.gguf"
+    file = folder / "1b-Llama-Q4_0.gguf"
     if not file.is_file():
         write_llama(file, CONFIGS["1b"], "Q4_0")
     peer, rows = LlamaCpp(python, {"Q4_0": file}, max(LLAMA) + 1024, cache), []

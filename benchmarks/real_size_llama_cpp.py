@@ -1,10 +1,11 @@
-"""SpikingBrain models of real size beside llama.cpp on a Llama of the same sizes: decode and prefill, one thread, taking turns.
+"""SpikingBrain models of real size beside llama.cpp on models of the same sizes: decode and prefill, one thread, taking turns.
 
     python benchmarks/real_size_llama_cpp.py 0.55b 1b --llama PYTHON --folder DIR   # keeps the models it makes
 
-Weights are random: they prove speed, not text. Both sides hold as many weights in as many bits: int8 with a scale for 128
-inputs beside Q8_0 (a scale for 32), int4 beside Q4_0; table and head in 8 bits. Ours counts spikes exactly, outliers
-included. Time is that of the thread; each round also reads memory.
+llama.cpp runs a Llama, which has full attention, and a QRWKV, whose attention is linear and gated like ours (it has some more
+weights: a gate of the output and mixes of neighbouring tokens). Weights are random: they prove speed, not text. Both sides hold
+theirs in as many bits: int8 with a scale for 128 inputs beside Q8_0 (a scale for 32), int4 beside Q4_0; table and head in 8 bits.
+Ours counts spikes exactly, outliers included. Time is that of the thread; each round also reads memory.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from time import thread_time
 from typing import Any
 
 import numpy as np
-from llama_cpp_peer import LlamaCpp, write_llama
+from llama_cpp_peer import LlamaCpp, write_llama, write_qrwkv
 from random_models import CONFIGS, bytes_per_token, export, random_model
 
 import spikingbrain
 
-PAIRS = {"Q8_0": 8, "Q4_0": 4}
+PAIRS = {"Llama Q8_0": 8, "Llama Q4_0": 4, "QRWKV Q4_0": 4}
+WRITERS = {"Llama": write_llama, "QRWKV": write_qrwkv}
 PROMPT, DEPTH, TIMES = 512, 64, 4
 
 
@@ -34,12 +36,13 @@ def ours(folder: Path, size: str, bits: int) -> spikingbrain.Program:
 
 
 def theirs(folder: Path, size: str, kind: str) -> Path:
-    """Returns the file of a Llama for llama.cpp, written if it is not there."""
-    path = folder / f"{size}-{kind}.gguf"
+    """Returns the file of a model for llama.cpp, written if it is not there."""
+    architecture, bits = kind.split()
+    path = folder / f"{size}-{architecture}-{bits}.gguf"
     if not path.is_file():
         print(f"write {path.name}", flush=True)
         partial = path.with_suffix(".partial")
-        write_llama(partial, CONFIGS[size], kind)
+        WRITERS[architecture](partial, CONFIGS[size], bits)
         partial.rename(path)
     return path
 
