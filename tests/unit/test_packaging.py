@@ -117,7 +117,7 @@ def test_pinned_versions_are_installed() -> None:
         try:
             installed = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            assert name == "triton"  # only useful with a GPU, and in no other extra
+            assert name == "triton"  # for Linux on x86-64
             continue
         assert installed.split("+")[0] == version.strip(), name
 

@@ -1,0 +1,50 @@
+"""Triton kernels against plain references, by Triton's interpreter: forward and backward, odd sizes, extremes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+# Errors relative to the largest value: of float32 sums, and of operands rounded to 8 or 11 bits.
+BOUNDS = {"bfloat16": 1e-2, "attention in bfloat16": 1e-2, "float16": 2e-3}
+CASES = """
+no decay/no decay, exclusive, one step/no steps/gates of heads, extreme/gates of heads, exclusive
+gates of keys, extreme/gates of keys, exclusive/bfloat16/float16
+causal/window and sinks, later queries/many sinks/one query/no queries/attention in bfloat16
+bytes/bytes, weights turned/counts outside int8/groups/clamped thresholds/clamped thresholds: large/no rows
+"""
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, dict[str, float]]:
+    script = Path(__file__).with_name("triton_interpreted.py")
+    done = subprocess.run(
+        [sys.executable, script],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    made: dict[str, dict[str, float]] = json.loads(done.stdout)
+    return made
+
+
+@pytest.mark.parametrize("case", [c for line in CASES.strip().splitlines() for c in line.split("/")])
+def test_kernel(case: str, found: dict[str, dict[str, float]]) -> None:
+    errors = found[case]
+    empty = case.startswith("no ") and case.split()[1] in ("queries", "rows")
+    assert errors or empty
+    wrong = {
+        name: e
+        for name, e in errors.items()
+        if e > (0 if name in ("different", "NaN") else BOUNDS.get(case, 2e-6))
+    }
+    assert not wrong, errors

@@ -1,0 +1,143 @@
+"""Runs the Triton kernels by Triton's interpreter and prints, as JSON, how far they are from plain references.
+
+A process of its own: Triton reads TRITON_INTERPRET when kernels are declared. `test_triton_kernels.py` judges the numbers.
+"""
+
+import json
+
+import torch
+from torch import Tensor
+
+from spikingbrain.backend_maca.triton import attention, recurrence, spikes
+from spikingbrain.models import spiking
+from spikingbrain.models.reference.recurrences import linear_recurrence as by_steps
+
+recurrence.LARGEST = dict.fromkeys(recurrence.LARGEST, 32)  # so that few steps fill blocks
+found: dict[str, dict[str, float]] = {}
+
+
+def record(case: str, names: str, given: list[Tensor | None], wanted: list[Tensor | None]) -> None:
+    """Records the largest error of each, relative to the largest value."""
+    found[case] = {}
+    for name, x, y in zip(names.split(), given, wanted, strict=True):
+        if y is None or not y.numel():
+            continue
+        assert x is not None and x.shape == y.shape
+        found[case][name] = float((x.detach().double() - y).abs().max() / y.abs().max().clamp(min=1e-30))
+        if not torch.isfinite(x).all():
+            found[case][name] = float("inf")
+
+
+def extreme(gate: Tensor) -> Tensor:
+    """Returns gates that forget all, nearly all, or nearly nothing."""
+    return torch.where(
+        gate > 0.6,
+        -torch.inf,
+        torch.where(gate < -0.6, -1e4, torch.where(gate > 0.3, -3.0, gate.abs() * -1e-3)),
+    )
+
+
+def recur(
+    case, steps, axis, exclusive, heads=2, states=1, keys=20, values=24, dtype=torch.float32, gates=None
+):
+    batch = 1 if axis == "key" else 2  # the interpreter is slow
+    size = {"none": None, "head": (batch, steps, states), "key": (batch, steps, states, keys)}[axis]
+    decay = None if size is None else torch.randn(size)
+    if decay is not None:
+        decay = (torch.nn.functional.logsigmoid if gates is None else gates)(decay).to(dtype)
+    q, k, v = (
+        torch.randn(batch, steps, n, d).to(dtype)
+        for n, d in ((heads, keys), (states, keys), (states, values))
+    )
+    state = torch.randn(batch, states, keys, values)
+    exact = [None if x is None else x.double().requires_grad_() for x in (q, k, v, decay, state)]
+    o_, last_ = by_steps(
+        *exact[:3], exact[3], state=exact[4], decay_axis=axis, log_decay=True, exclusive=exclusive
+    )
+    do, dlast = torch.randn(o_.shape).to(dtype), torch.randn(last_.shape)
+    both = [(x, g.double()) for x, g in ((o_, do), (last_, dlast)) if x.requires_grad]
+    torch.autograd.backward(*zip(*both, strict=True))
+    o, last = recurrence.forward(q, k, v, decay, state, axis, exclusive)
+    gradients = recurrence.backward(do, dlast, q, k, v, decay, state, axis, exclusive)
+    of = [None if x is None else x.grad for x in exact]
+    record(case, "o last dq dk dv ddecay dstate", [o, last, *gradients], [o_.detach(), last_.detach(), *of])
+
+
+def softmax(q, k, v, window, sinks):
+    steps, count = q.shape[1], k.shape[1]
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
+    position, key = torch.arange(steps)[:, None] + count - steps, torch.arange(count)
+    sees = (key <= position) & ((key > position - window) | (key < sinks) if window else True)
+    scores = torch.einsum("bthd,bnhd->bhtn", q, k) * q.shape[-1] ** -0.5
+    return torch.einsum("bhtn,bnhe->bthe", scores.masked_fill(~sees, -torch.inf).softmax(-1), v)
+
+
+def attend(case, steps, keys, window, sinks, heads=2, sources=1, dtype=torch.float32, scale=1.0):
+    shapes = ((steps, heads, 20), (keys, sources, 20), (keys, sources, 12))
+    given = [(torch.randn(2, *shape) * scale).to(dtype).requires_grad_() for shape in shapes]
+    exact = [x.detach().double().requires_grad_() for x in given]
+    o, o_ = attention.window_attention(*given, window, sinks), softmax(*exact, window, sinks)
+    do = torch.randn(o.shape).to(dtype)
+    o.backward(do)
+    o_.backward(do.double())
+    record(case, "o dq dk dv", [o, *(x.grad for x in given)], [o_.detach(), *(x.grad for x in exact)])
+
+
+def spike(case, counts, outputs, groups=1, bias=True, turned=False):
+    rows, channels = counts.shape
+    codes = torch.randint(-128, 128, (outputs, channels), dtype=torch.int8)
+    codes = codes.T.contiguous().T if turned else codes
+    scale, threshold = torch.rand(outputs, groups) + 0.1, torch.rand(rows) + 0.1
+    b = torch.randn(outputs) if bias else None
+    y = spikes.spike_linear(counts, threshold, codes, scale, b)
+    exact = spiking.spike_linear(counts, threshold[:, None], codes, scale, b, torch.float64)
+    if groups > 1:
+        record(case, "y", [y], [exact.double()])
+    else:
+        same = torch.where(y.isnan(), exact.isnan(), y == exact)
+        found[case] = {"different": float((~same).sum())}
+        beyond = counts.abs().amax(1) > spikes.LIMIT
+        if beyond.any():
+            finite = exact[beyond].isfinite()
+            found[case]["different"] = float((~same[~beyond]).sum())
+            record(f"{case}: large", "y", [y[beyond][finite]], [exact[beyond][finite].double()])
+            found[f"{case}: large"]["NaN"] = float((y[beyond].isnan() != exact[beyond].isnan()).sum())
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    recur("no decay", 37, "none", False)
+    recur("no decay, exclusive, one step", 1, "none", True)
+    recur("no steps", 0, "key", False)
+    recur("gates of heads, extreme", 70, "head", False, states=2, gates=extreme)
+    recur("gates of heads, exclusive", 37, "head", True)
+    recur("gates of keys, extreme", 35, "key", False, gates=extreme)
+    recur("gates of keys, exclusive", 21, "key", True, heads=1)
+    recur("bfloat16", 20, "head", False, dtype=torch.bfloat16)
+    recur("float16", 17, "key", False, heads=1, keys=16, dtype=torch.float16)
+    attend("causal", 37, 37, 0, 0)
+    attend("window and sinks, later queries", 40, 71, 9, 3, heads=4, sources=2)
+    attend("many sinks", 70, 70, 5, 40, heads=1)
+    attend("one query", 1, 71, 20, 2)
+    attend("no queries", 0, 5, 2, 1)
+    attend("attention in bfloat16", 20, 20, 9, 1, dtype=torch.bfloat16)
+    small = torch.randint(-128, 128, (3, 70)).float()
+    spike("bytes", small, 33)
+    spike("bytes, weights turned", small, 33, turned=True, bias=False)
+    large = torch.randint(-3, 4, (20, 300)).float()
+    for row, (column, count) in enumerate(
+        [(7, 4194304), (299, -4194304), (0, 128), (1, -129), (2, 32896), (3, -40000)]
+    ):
+        large[row, column] = count
+    spike("counts outside int8", large, 20)
+    spike("groups", torch.randint(-300, 300, (5, 96)).float(), 20, groups=4)
+    clamped = torch.zeros(4, 64)
+    clamped[0, 0], clamped[1, 2], clamped[2, 1], clamped[3, 1] = 1e30, 8388609, float("nan"), 77
+    spike("clamped thresholds", clamped, 8, bias=False)
+    spike("no rows", small[:0], 5)
+
+
+if __name__ == "__main__":
+    main()
+    print(json.dumps(found))
