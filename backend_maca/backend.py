@@ -6,20 +6,15 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from spikingbrain.backend import Executable, Stage, StageContext, TargetStatus
+from spikingbrain.backend_maca.options import MacaOptions
 from spikingbrain.errors import CorruptArtifact, MissingDependency, TargetError
 from spikingbrain.target import Target
-
-
-@dataclass(frozen=True)
-class MacaOptions:
-    """This backend has no options yet."""
 
 
 def _target(name: str) -> Target:
@@ -109,7 +104,7 @@ def _build_kernels(module: str, context: StageContext) -> str:
     _need_compiler_packages()
     from spikingbrain.backend_maca import kernels
 
-    return kernels.build_kernels(module)
+    return kernels.build_kernels(module, context.options.choice())
 
 
 def _print(module: str, context: StageContext) -> dict[str, bytes]:
@@ -125,4 +120,5 @@ def _print(module: str, context: StageContext) -> dict[str, bytes]:
         source, printed = printer.print_kernels(parsed)
         launches = plan.build_plan(parsed, printed, context.target.name)
     context.report["kernels"] = len(launches["kernels"])
+    context.report["steps"] = plan.providers(launches)
     return {"kernels.maca": source.encode(), "plan.json": (json.dumps(launches, indent=1) + "\n").encode()}

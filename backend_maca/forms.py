@@ -25,9 +25,15 @@ def launch(
     count: ir.Value,
     each: int,
     body: Callable[[ir.Value, ir.Value], None],
+    unless: bool | ir.Value = False,
 ) -> None:
-    """Emits a launch with one block per ``each`` elements; ``body(block, thread)`` fills it."""
+    """Emits a launch with one block per ``each`` elements; ``body(block, thread)`` fills it.
+
+    Where ``unless`` holds there are no blocks.
+    """
     one = index(1)
+    if not isinstance(unless, bool):
+        count = arith.select(unless, index(0), count)
     grid = arith.ceildivsi(count, index(each))
     launch = gpu.LaunchOp((grid, one, one), (index(BLOCK), one, one))
     number = names[kind] = names.get(kind, -1) + 1

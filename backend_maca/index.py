@@ -35,6 +35,11 @@ def split(flat: ir.Value, sizes: Sequence[ir.Value]) -> list[ir.Value]:
     return coordinates
 
 
+def negated(condition: ir.Value) -> ir.Value:
+    """Returns whether a condition does not hold."""
+    return arith.xori(condition, arith.constant(ir.IntegerType.get_signless(1), 1))
+
+
 def less(a: ir.Value, b: ir.Value) -> ir.Value:
     """Returns whether a < b, signed."""
     return arith.cmpi(arith.CmpIPredicate.slt, a, b)

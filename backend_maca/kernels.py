@@ -7,13 +7,16 @@ wave. The forms that a kernel can have are in ``forms.py``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch_mlir import ir
 from torch_mlir.dialects import arith, memref
 
+from spikingbrain.backend_maca import products
 from spikingbrain.backend_maca.forms import for_each, launch, thread_form, wave_form
 from spikingbrain.backend_maca.generic import BLOCK, WAVE, Generic
-from spikingbrain.backend_maca.index import product, size
-from spikingbrain.backend_maca.launches import outline_launches
+from spikingbrain.backend_maca.index import index, negated, product, size
+from spikingbrain.backend_maca.launches import GRID_RANK, LAUNCH, MULTIPLIES, outline_launches
 from spikingbrain.backend_maca.mlir import functions, nested, parse, run_passes
 from spikingbrain.passes import dialect
 
@@ -33,18 +36,27 @@ OUTLINE = (
 )
 
 
-def build_kernels(text: str) -> str:
-    """Replaces every linalg op on buffers by a kernel and its launch."""
+def build_kernels(text: str, choice: Mapping[str, str]) -> str:
+    """Replaces every linalg op on buffers by a kernel and its launch, or a matrix product by a call of the library.
+
+    ``choice`` names who provides products: "own" or "mcblas" for "linear" and "matmul".
+    """
     with dialect.load() as context:
         module = parse(text, context)
         names: dict[str, int] = {}
         for function in functions(module):
+            if choice["matmul"] == "mcblas":
+                for view in list(function.regions[0].blocks[0].operations):
+                    if view.operation.name == "linalg.generic":
+                        _build_product(view.operation, names)
             for view in list(function.regions[0].blocks[0].operations):
                 op = view.operation
                 if op.name == "memref.copy":
                     _build_copy(op, names)
                 elif op.name == "linalg.generic":
                     _build_generic(op, names)
+                elif op.name == LAUNCH and MULTIPLIES in op.attributes and choice["linear"] == "mcblas":
+                    _build_linear(op, names)
         run_passes(module, FOLD_VIEWS)
         _resolve_metadata(module)
         outline_launches(module)
@@ -74,7 +86,44 @@ def _resolve_metadata(module: ir.Module) -> None:
             op.erase()
 
 
-def _build_copy(op: ir.Operation, names: dict[str, int]) -> None:
+def _build_product(op: ir.Operation, names: dict[str, int]) -> None:
+    """Replaces a large matrix product by a call; where that depends on sizes, a kernel stays for the small ones."""
+    with ir.InsertionPoint(op), op.location:
+        generic = Generic(op)
+        found = products.of_generic(generic)
+        large = found.is_large() if found and found.has_form() else False
+        if found is None or large is False:
+            return
+        generic.check_sizes()
+        fill = products.zero_fill_before(op, found.result)
+        found.emit(large, adds=fill is None)
+    if large is not True:
+        _build_generic(op, names, unless=large)
+        return
+    op.erase()
+    if fill is not None:
+        fill.erase()
+
+
+def _build_linear(op: ir.Operation, names: dict[str, int]) -> None:
+    """Replaces the launch of a projection's kernel by a call where the product is large; both stay where that depends."""
+    grid, buffers = list(op.operands)[:GRID_RANK], list(op.operands)[GRID_RANK:]
+    with ir.InsertionPoint(op), op.location:
+        found = products.of_launch(op, buffers[:-1], buffers[-1])
+        large = found.is_large()
+        if large is False:
+            return
+        small = False if large is True else negated(large)
+        for addend in buffers[2:-1]:
+            _build_copy(memref.CopyOp(addend, found.result).operation, names, unless=small)
+        found.emit(large, adds=len(buffers) > 3)
+        if large is True:
+            op.erase()
+        else:
+            op.operands[0] = arith.select(large, index(0), grid[0])
+
+
+def _build_copy(op: ir.Operation, names: dict[str, int], unless: bool | ir.Value = False) -> None:
     source, target = op.operands
     with ir.InsertionPoint(op), ir.Location.name("copy", op.location):
         axes = range(ir.MemRefType(target.type).rank)
@@ -86,10 +135,10 @@ def _build_copy(op: ir.Operation, names: dict[str, int]) -> None:
 
             for_each(block, thread, [size(target, axis) for axis in axes], element)
 
-        launch(op, "copy", names, count, BLOCK, body)
+        launch(op, "copy", names, count, BLOCK, body, unless)
 
 
-def _build_generic(op: ir.Operation, names: dict[str, int]) -> None:
+def _build_generic(op: ir.Operation, names: dict[str, int], unless: bool | ir.Value = False) -> None:
     generic = Generic(op)
     combiner = generic.wave_combiner()
     steps = [v.operation.name for v in generic.body.operations][:-1]
@@ -98,7 +147,7 @@ def _build_generic(op: ir.Operation, names: dict[str, int]) -> None:
         generic.check_sizes()
         count = product(generic.sizes(parallel=True))
         if combiner is None:
-            launch(op, kind, names, count, BLOCK, lambda b, t: thread_form(generic, b, t))
+            launch(op, kind, names, count, BLOCK, lambda b, t: thread_form(generic, b, t), unless)
         else:
             form = lambda b, t: wave_form(generic, combiner, b, t)  # noqa: E731
-            launch(op, f"wave_{kind}", names, count, BLOCK // WAVE, form)
+            launch(op, f"wave_{kind}", names, count, BLOCK // WAVE, form, unless)

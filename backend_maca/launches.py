@@ -19,6 +19,8 @@ from spikingbrain.passes.dialect import launch_inputs
 from spikingbrain.passes.wave_kernels.builders import THREADS
 
 LAUNCH = "spikingbrain_control.launch"
+# On a launch whose result is ``inputs[0] inputs[1]^T``, plus ``inputs[2]`` where there is one.
+MULTIPLIES = "spikingbrain.multiplies"
 MODULE = "scheduled"  # the gpu.module that holds the kernels
 GRID_RANK = 3
 
@@ -48,7 +50,8 @@ def open_launches(module: ir.Module) -> None:
                     sizes = [next(given) for size in kind.shape if size == ir.ShapedType.get_dynamic_size()]
                     fresh.append(memref.alloc(kind, sizes, []))
             operands = [*list(op.operands)[:GRID_RANK], *(buffers[i] for i in range(len(inputs))), *fresh]
-            ir.Operation.create(LAUNCH, [], operands, {"callee": op.attributes["callee"]})
+            kept = {n: op.attributes[n] for n in ("callee", MULTIPLIES) if n in op.attributes}
+            ir.Operation.create(LAUNCH, [], operands, kept)
             made = iter(fresh)
             for i, old in zip(tied, op.results, strict=True):
                 buffer = buffers[i] if i >= 0 else next(made)

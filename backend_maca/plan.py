@@ -95,6 +95,15 @@ def build_plan(module: ir.Module, kernels: Mapping[str, Kernel], target: str) ->
     return {"format": FORMAT, "target": target, "kernels": used, "entries": entries}
 
 
+def providers(plan: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """Returns for every entry how many steps each provider has; a product whose rows decide counts for both."""
+    counts: dict[str, dict[str, int]] = {}
+    for name, entry in plan["entries"].items():
+        calls = sum("library" in step for step in entry["launches"])
+        counts[name] = {"own": len(entry["launches"]) - calls, "mcblas": calls}
+    return counts
+
+
 class _Entry:
     """Reads one host function; values become formulas, memrefs become (buffer, shape)."""
 
@@ -172,6 +181,8 @@ class _Entry:
             self._add_view(op)
         elif name == "gpu.launch_func":
             self._add_launch(op)
+        elif name == "maca.product":
+            self._add_product(op)
         elif name == "func.return":
             self.outputs = [dict(zip(("buffer", "shape"), self.memrefs[v], strict=True)) for v in op.operands]
         else:
@@ -231,6 +242,35 @@ class _Entry:
                 arguments.append({"value": self._known_size(op, value)})
         self._check_aliases(op, kernel, operands)
         self.launches.append({"kernel": kernel.name, "grid": grid, "arguments": arguments})
+
+    def _add_product(self, op: ir.Operation) -> None:
+        """Adds a call of the library: sizes and leading dimensions as it counts them, in columns."""
+        a, b, c, *sizes = op.operands
+        m, n, k, batch = (self._known_size(op, v) for v in sizes)
+        transposed, batched = ([f.value for f in op.attributes[name]] for name in ("transposed", "batched"))
+        a_rows, a_columns = (k, m) if transposed[0] else (m, k)
+        b_rows, b_columns = (n, k) if transposed[1] else (k, n)
+        dtype = self.buffers[self.memrefs[a][0]]["dtype"]
+        sums = self.buffers[self.memrefs[c][0]]["dtype"]
+        strides = [
+            ["mul", a_rows, a_columns] if batched[0] else 0,
+            ["mul", b_rows, b_columns] if batched[1] else 0,
+            ["mul", m, n],
+        ]
+        self.launches.append(
+            {
+                "library": "mcblasGemmEx" if batch == 1 else "mcblasGemmStridedBatchedEx",
+                "arguments": [{"buffer": self.memrefs[v][0]} for v in (b, a, c)],
+                "operations": ["T" if t else "N" for t in reversed(transposed)],
+                "sizes": [n, m, k],
+                "types": [dtype, dtype, sums],
+                "leading": [b_columns, a_columns, n],
+                "batch": batch,
+                "strides": [strides[1], strides[0], strides[2]],
+                "compute": "int32" if sums == "int32" else "float32",
+                "adds": op.attributes["adds"].value,
+            }
+        )
 
     def _check_aliases(self, op: ir.Operation, kernel: Kernel, operands: list[ir.Value]) -> None:
         """Kernels declare their pointers unaliased: a written buffer must not be passed twice."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from spikingbrain.backend_maca import dlpack
+from spikingbrain.backend_maca import dlpack, library
 from spikingbrain.backend_maca.emulate import Kernels, build, poison
 from spikingbrain.backend_maca.plan import FORMAT, evaluate
 from spikingbrain.errors import CallError, CorruptArtifact, NewerFormat
@@ -79,7 +79,11 @@ class Program:
             if record["role"] == "temporary":
                 buffers[i] = _unwritten(record, [evaluate(s, shapes) for s in record["shape"]])
         for launch in plan["launches"]:
-            self._launch(launch, buffers, shapes)
+            if "library" in launch:
+                operands = [buffers[a["buffer"]] for a in launch["arguments"]]
+                library.multiply(launch, operands, lambda size: evaluate(size, shapes))
+            else:
+                self._launch(launch, buffers, shapes)
         return [
             buffers[o["buffer"]].reshape([evaluate(s, shapes) for s in o["shape"]]) for o in plan["outputs"]
         ]

@@ -26,10 +26,18 @@ needs_cxx = pytest.mark.skipif(shutil.which(emulate.compiler()) is None, reason=
 Array = np.ndarray[Any, Any]
 
 
-def compile_text(text: str, target: str = "maca-emulator", until: str = "") -> Any:
+def compile_text(
+    text: str,
+    target: str = "maca-emulator",
+    until: str = "",
+    report: dict[str, Any] | None = None,
+    **options: str,
+) -> Any:
     backend = MacaBackend()
     (status,) = [s for s in backend.targets() if s.target.name == target]
-    context = StageContext(status.target, backend.options(), Path("."))
+    context = StageContext(
+        status.target, backend.options(**options), Path("."), {} if report is None else report
+    )
     form: Any = text
     for name, stage in backend.stages(status.target).items():
         form = stage(form, context)
