@@ -59,8 +59,8 @@ class MacaBackend:
         return f"{target.name} {options} {digest}"
 
     def stages(self, target: Target) -> dict[str, Stage]:
-        """Returns: tensors to buffers, linear algebra to kernels, kernels to source and plan."""
-        return {"bufferize": _bufferize, "kernels": _build_kernels, "maca": _print}
+        """Returns: sorts and scans to launches, tensors to buffers, linear algebra to kernels, kernels to source and plan."""
+        return {"prepare": _prepare, "bufferize": _bufferize, "kernels": _build_kernels, "maca": _print}
 
     def load(
         self,
@@ -91,6 +91,13 @@ def _need_compiler_packages() -> None:
         raise MissingDependency(
             "torch-mlir is needed to compile", hint="pip install spikingbrain[compile]"
         ) from error
+
+
+def _prepare(module: str, context: StageContext) -> str:
+    _need_compiler_packages()
+    from spikingbrain.backend_maca.prepare import prepare
+
+    return prepare(module)
 
 
 def _bufferize(module: str, context: StageContext) -> str:

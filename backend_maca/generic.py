@@ -8,8 +8,9 @@ from math import inf
 from torch_mlir import ir
 from torch_mlir.dialects import affine, arith, cf, memref
 
+from spikingbrain.backend_maca.bodies import copy_body
 from spikingbrain.backend_maca.index import size
-from spikingbrain.backend_maca.mlir import nested, source_of
+from spikingbrain.backend_maca.mlir import source_of
 from spikingbrain.errors import UnsupportedOp
 
 WAVE = 64
@@ -96,22 +97,9 @@ class Generic:
 
     def compute(self, loops: list[ir.Value], outputs: Sequence[ir.Value]) -> list[ir.Value]:
         """Copies the body here for these loop values and values of the outputs; returns what it yields."""
-        arguments = list(self.body.arguments)
-        known = dict(zip(arguments[self.inputs_count :], outputs, strict=True))
-        for number, argument in enumerate(arguments[: self.inputs_count]):
-            if list(argument.uses):
-                known[argument] = self.load(number, loops)
-        for view in self.body.operations:
-            op = view.operation
-            if op.name == "linalg.yield":
-                return [known.get(v, v) for v in op.operands]
-            if op.name == "linalg.index":
-                known[op.results[0]] = loops[op.attributes["dim"].value]
-                continue
-            copy = op.clone().operation
-            _rename(copy, known)
-            known.update(zip(op.results, copy.results, strict=True))
-        raise AssertionError("a linalg body ends in linalg.yield")
+        inputs = list(self.body.arguments)[: self.inputs_count]
+        loaded = [self.load(n, loops) if list(a.uses) else None for n, a in enumerate(inputs)]
+        return copy_body(self.body, [*loaded, *outputs], loops)
 
     def wave_combiner(self) -> ir.Operation | None:
         """Returns the op that reduces, when a wave can share the work of it."""
@@ -130,11 +118,3 @@ class Generic:
         short = length != ir.ShapedType.get_dynamic_size() and length < WAVE_FORM_FROM
         shuffles = str(accumulator.type) in SHUFFLED_TYPES and len(list(accumulator.uses)) == 1
         return None if short or not shuffles else last.operation
-
-
-def _rename(root: ir.Operation, known: dict[ir.Value, ir.Value]) -> None:
-    """Replaces the operands of an op and of everything nested in it."""
-    for op in [root, *nested(root)]:
-        for i, value in enumerate(op.operands):
-            if value in known:
-                op.operands[i] = known[value]

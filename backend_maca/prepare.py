@@ -1,0 +1,28 @@
+"""Before bufferization: what linear algebra cannot say becomes launches, loops over tensors get a memory of their own."""
+
+from __future__ import annotations
+
+from torch_mlir import ir
+
+from spikingbrain.backend_maca.mlir import functions, nested, parse
+from spikingbrain.backend_maca.scans import lower_scan
+from spikingbrain.backend_maca.scatters import lower_scatter
+from spikingbrain.backend_maca.sorts import lower_sort
+from spikingbrain.passes import dialect
+
+_LOWERINGS = {
+    "tm_tensor.scan": lower_scan,
+    "tm_tensor.scatter": lower_scatter,
+    "tm_tensor.sort": lower_sort,
+}
+
+
+def prepare(text: str) -> str:
+    """Lowers sorts, scans and scatters to launches of kernels."""
+    with dialect.load() as context, ir.Location.unknown():
+        module = parse(text, context)
+        for function in functions(module):
+            for op in nested(function):
+                if op.name in _LOWERINGS:
+                    _LOWERINGS[op.name](op)
+        return str(module.operation.get_asm(enable_debug_info=True))

@@ -1,0 +1,159 @@
+"""Sorts, scans and scatters of the MACA backend against numpy, in every thread order."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch_mlir")
+
+from spikingbrain.backend import StageContext
+from spikingbrain.backend_maca.backend import MacaBackend
+from spikingbrain.backend_maca.emulate import ORDERS, compiler
+
+pytestmark = pytest.mark.skipif(shutil.which(compiler()) is None, reason="no C++ compiler")
+Array = np.ndarray[Any, Any]
+
+
+def program(text: str) -> Any:
+    backend = MacaBackend()
+    (status,) = [s for s in backend.targets() if s.target.name == "maca-emulator"]
+    context = StageContext(status.target, backend.options(), Path("."))
+    form: Any = text
+    for stage in backend.stages(status.target).values():
+        form = stage(form, context)
+    return backend.load({n: memoryview(c) for n, c in form.items()}, {}, {})
+
+
+def run(loaded: Any, *arguments: Array) -> list[Array]:
+    """Runs entry ``main`` in every thread order, which must agree bit for bit."""
+    results = []
+    for order in ORDERS:
+        loaded.kernels.order = order
+        results.append(loaded.call("main", [loaded.to_device(a) for a in arguments]))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            np.testing.assert_array_equal(a, b)
+    return results[0]
+
+
+SORT = """
+func.func public @main(%x: tensor<SHAPExf32>, %i: tensor<SHAPExi64>) -> (tensor<SHAPExf32>, tensor<SHAPExi64>) {
+  %y:2 = tm_tensor.sort dimension(DIM) outs(%x, %i : tensor<SHAPExf32>, tensor<SHAPExi64>) {
+    ^bb0(%a: f32, %b: f32, %k: i64, %l: i64):
+      %c = arith.cmpf PREDICATE, %a, %b : f32
+      tm_tensor.yield %c : i1
+  } -> tensor<SHAPExf32>, tensor<SHAPExi64>
+  return %y#0, %y#1 : tensor<SHAPExf32>, tensor<SHAPExi64>
+}"""
+
+
+@pytest.mark.parametrize(
+    ("shape", "declared", "predicate"),
+    [
+        ((3, 1), "3x1", "ole"),
+        ((2, 7), "?x7", "oge"),
+        ((1, 300), "?x?", "olt"),
+        ((2, 256), "2x256", "olt"),
+        ((1, 257), "1x257", "oge"),
+        ((1, 1100), "1x1100", "ole"),
+    ],
+)
+def test_sort_is_stable_and_nan_is_the_largest(shape: tuple[int, int], declared: str, predicate: str) -> None:
+    x = np.random.default_rng(0).integers(-20, 20, shape).astype(np.float32)
+    x[:, ::5] = np.nan
+    x[:, 3::11] = -np.inf
+    places = np.broadcast_to(np.arange(shape[1]), shape).copy()
+    text = SORT.replace("SHAPE", declared).replace("DIM", "1").replace("PREDICATE", predicate)
+    values, order = run(program(text), x, places)
+    # numpy has NaN last when it sorts upwards; downwards it comes first here, as in torch
+    rank = np.where(np.isnan(x), 1e30, np.where(np.isinf(x), -1e20, x)).astype(np.float64)
+    wanted = np.argsort(-rank if predicate[1] == "g" else rank, axis=1, kind="stable")
+    np.testing.assert_array_equal(order, wanted)
+    np.testing.assert_array_equal(values, np.take_along_axis(x, wanted, 1))
+
+
+def test_sort_along_another_axis() -> None:
+    x = np.random.default_rng(1).standard_normal((5, 3), np.float32)
+    places = np.broadcast_to(np.arange(5)[:, None], (5, 3)).copy()
+    text = SORT.replace("SHAPE", "5x3").replace("DIM", "0").replace("PREDICATE", "olt")
+    values, order = run(program(text), x, places)
+    np.testing.assert_array_equal(values, np.sort(x, axis=0))
+    np.testing.assert_array_equal(order, np.argsort(x, axis=0))
+
+
+SCAN = """
+func.func public @main(%x: tensor<SHAPExKIND>) -> (tensor<SHAPExKIND>, tensor<RESTxKIND>) {
+  %zero = arith.constant ZERO : KIND
+  %c0 = arith.constant 0 : index
+  %c1 = arith.constant 1 : index
+  %m = tensor.dim %x, %c0 : tensor<SHAPExKIND>
+  %n = tensor.dim %x, %c1 : tensor<SHAPExKIND>
+  %e = tensor.empty(%m, %n) : tensor<SHAPExKIND>
+  %s = tensor.empty(%SIZE) : tensor<RESTxKIND>
+  %z = linalg.fill ins(%zero : KIND) outs(%s : tensor<RESTxKIND>) -> tensor<RESTxKIND>
+  %y:2 = tm_tensor.scan dimension(DIM) inclusive(true)
+      ins(%x : tensor<SHAPExKIND>) outs(%e, %z : tensor<SHAPExKIND>, tensor<RESTxKIND>) {
+    ^bb0(%a: KIND, %b: KIND):
+      %c = arith.OP %a, %b : KIND
+      tm_tensor.yield %c : KIND
+  } -> tensor<SHAPExKIND>, tensor<RESTxKIND>
+  return %y#0, %y#1 : tensor<SHAPExKIND>, tensor<RESTxKIND>
+}"""
+
+
+def scan(kind: str, op: str, axis: int) -> Any:
+    text = SCAN.replace("SHAPE", "?x?").replace("REST", "?").replace("DIM", str(axis)).replace("OP", op)
+    text = text.replace("SIZE", "nm"[axis]).replace("ZERO", "0.0" if kind[0] == "f" else "0")
+    return program(text.replace("KIND", kind))
+
+
+def test_running_sums_of_integers_are_exact() -> None:
+    loaded = scan("i64", "addi", 1)
+    for length in (1, 255, 256, 257, 700):
+        x = np.random.default_rng(0).integers(-(2**40), 2**40, (3, length))
+        sums, total = run(loaded, x)
+        np.testing.assert_array_equal(sums, np.cumsum(x, 1))
+        np.testing.assert_array_equal(total, x.sum(1))
+    assert run(loaded, np.zeros((0, 5), np.int64))[0].shape == (0, 5)
+
+
+def test_running_sums_of_floats_are_near_those_of_double() -> None:
+    x = np.random.default_rng(0).standard_normal((300, 2), np.float32)
+    sums, total = run(scan("f32", "addf", 0), x)
+    wanted = np.cumsum(x.astype(np.float64), 0)
+    np.testing.assert_allclose(sums, wanted, atol=1e-5)  # sums of up to 300 numbers near 1
+    np.testing.assert_array_equal(total, sums[-1])
+
+
+SCATTER = """
+func.func public @main(%x: tensor<6x3xf32>, %i: tensor<?x1xi32>, %u: tensor<?x3xf32>) -> tensor<6x3xf32> {
+  %y = tm_tensor.scatter {dimension_map = array<i64: 0>} unique_indices(UNIQUE)
+      ins(%u, %i : tensor<?x3xf32>, tensor<?x1xi32>) outs(%x : tensor<6x3xf32>) {
+    ^bb0(%new: f32, %old: f32):
+      %s = arith.addf %old, %new : f32
+      tm_tensor.yield %s : f32
+  } -> tensor<6x3xf32>
+  return %y : tensor<6x3xf32>
+}"""
+
+
+@pytest.mark.parametrize(
+    ("unique", "rows"), [("true", [4, 0, 9]), ("false", [4, 0, 4, -1, 4, 9, 0]), ("false", [])]
+)
+def test_scattered_updates_are_applied_in_order_and_those_outside_dropped(
+    unique: str, rows: list[int]
+) -> None:
+    x, u = np.random.default_rng(0).standard_normal((2, 7, 3), np.float32)
+    x, u, kept = x[:6], u[: len(rows)], x[:6].copy()
+    (y,) = run(program(SCATTER.replace("UNIQUE", unique)), x, np.int32(rows).reshape(-1, 1), u)
+    wanted = kept.copy()
+    for row, update in zip(rows, u, strict=True):
+        if 0 <= row < 6:
+            wanted[row] += update
+    np.testing.assert_array_equal(y, wanted)
+    np.testing.assert_array_equal(x, kept)
