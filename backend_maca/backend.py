@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from spikingbrain.backend import Executable, Stage, StageContext, TargetStatus
+from spikingbrain.backend_maca import mxcc, toolchains
 from spikingbrain.backend_maca.options import MacaOptions
 from spikingbrain.errors import CorruptArtifact, MissingDependency, TargetError
 from spikingbrain.target import Target
@@ -53,10 +54,12 @@ class MacaBackend:
         ]
 
     def cache_key(self, target: Target, options: Any) -> str:
-        """Returns a digest of this package's own code: it alone decides what is generated."""
+        """Returns a digest of what decides about the code: this package's own, and the SDK where it makes native code."""
         files = sorted(Path(__file__).parent.glob("*.py"))
-        digest = hashlib.sha256(b"\0".join(p.read_bytes() for p in files)).hexdigest()
-        return f"{target.name} {options} {digest}"
+        parts = [p.read_bytes() for p in files]
+        if target.name == "maca" and (sdk := mxcc.find()):
+            parts.append(sdk.version.encode())
+        return f"{target.name} {options} {hashlib.sha256(b''.join(parts)).hexdigest()}"
 
     def stages(self, target: Target) -> dict[str, Stage]:
         """Returns: sorts and scans to launches, tensors to buffers, linear algebra to kernels, kernels to source and plan."""
@@ -128,4 +131,10 @@ def _print(module: str, context: StageContext) -> dict[str, bytes]:
         launches = plan.build_plan(parsed, printed, context.target.name)
     context.report["kernels"] = len(launches["kernels"])
     context.report["steps"] = plan.providers(launches)
-    return {"kernels.maca": source.encode(), "plan.json": (json.dumps(launches, indent=1) + "\n").encode()}
+    if context.options.resources:
+        context.report["resources"] = toolchains.resources(source)
+    members = {"kernels.maca": source.encode(), "plan.json": (json.dumps(launches, indent=1) + "\n").encode()}
+    if context.target.name == "maca" and (sdk := mxcc.find()):
+        members[f"kernels.{mxcc.ARCH}.mcbin"] = mxcc.build(source, sdk)
+        context.report["native"] = {"arch": mxcc.ARCH, "flags": mxcc.FLAGS, "compiler": sdk.version}
+    return members

@@ -19,9 +19,12 @@ class MacaOptions:
         providers: who provides an op, such as ``"linear=own,matmul=mcblas"``. ``linear`` is a projection by a weight,
             ``matmul`` any other matrix product. With ``mcblas`` products of more than 16 rows and 16 columns are calls of
             the library, as measurements of others suggest; smaller ones, and with ``own`` all, are generated kernels.
+        resources: compile the kernels by the public device compilers that are installed, too, and report the registers
+            and shared memory that each takes.
     """
 
     providers: str = ""
+    resources: bool = False
 
     def choice(self) -> dict[str, str]:
         """Returns the provider of each op. Raises CallError for a word that is not known."""

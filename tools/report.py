@@ -6,19 +6,28 @@ import argparse
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from spikingbrain.artifact import REPORT, WEIGHTS, Artifact
+from spikingbrain.errors import MissingDependency, TargetError
 from spikingbrain.program import EntrySpec
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", type=Path, help="an artifact file")
     parser.add_argument("--json", action="store_true", help="the whole report, for programs")
+    parser.add_argument(
+        "--kernels",
+        action="store_true",
+        help="registers and shared memory of MetaX kernels, by public compilers",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     artifact = Artifact(args.artifact)
     report = json.loads(bytes(artifact.member(REPORT)))
+    if args.kernels:
+        return _print_kernels(artifact, report)
     if args.json:
         print(json.dumps(report, indent=1))
         return 0
@@ -49,4 +58,17 @@ def run(args: argparse.Namespace) -> int:
     print("\nseconds")
     for name, seconds in report["timings"]:
         print(f"  {seconds:8.2f}  {name}")
+    return 0
+
+
+def _print_kernels(artifact: Artifact, report: dict[str, Any]) -> int:
+    from spikingbrain.backend_maca import toolchains
+
+    if "kernels.maca" not in artifact.code:
+        raise TargetError(f"{artifact.path} has no kernels for MetaX GPUs", hint="compile for target 'maca'")
+    source = bytes(artifact.code["kernels.maca"]).decode()
+    found = report.get("resources") or toolchains.resources(source)
+    if not found:
+        raise MissingDependency("no device compiler is installed", hint="install clang (16 or later) or nvcc")
+    print("\n".join(toolchains.table(found)))
     return 0

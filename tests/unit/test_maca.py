@@ -18,7 +18,7 @@ pytest.importorskip("torch_mlir")
 from spikingbrain.backend import StageContext
 from spikingbrain.backend_maca import emulate
 from spikingbrain.backend_maca.backend import MacaBackend
-from spikingbrain.backend_maca.emulate import HEADERS, ORDERS, KernelFault, Kernels, build
+from spikingbrain.backend_maca.emulate import ORDERS, KernelFault, Kernels, build
 from spikingbrain.errors import CallError, CorruptArtifact, SpikingBrainError, TargetError, UnsupportedOp
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "maca"
@@ -478,26 +478,3 @@ def test_a_write_outside_a_buffer_is_caught() -> None:
 def test_source_that_does_not_compile_is_reported() -> None:
     with pytest.raises(SpikingBrainError, match=r"do not compile\n  because: .*error"):
         build("#include <mc_runtime.h>\nnonsense;", [])
-
-
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
-def test_nvcc_takes_the_same_source(tmp_path: Path) -> None:
-    sources = {"golden": (GOLDEN / "gemv.maca").read_text(), "shared": block_sum()}
-    half = unary("%c = arith.constant 1.5 : f16\n %r = arith.mulf %a, %c : f16", "f16", "f16")
-    sources["half"] = compile_text(half)["kernels.maca"].decode()
-    for name, source in sources.items():
-        (tmp_path / f"{name}.cu").write_text(source)
-    command = [
-        "nvcc",
-        "-arch=sm_80",
-        "-cubin",
-        "-fmad=false",
-        "-std=c++17",
-        f"-I{HEADERS.parent / 'compat_cuda'}",
-        "--threads",
-        "2",
-    ]
-    done = subprocess.run(
-        [*command, *(f"{n}.cu" for n in sources)], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr

@@ -71,9 +71,9 @@ def test_the_wheel_holds_every_source_file(wheel: Path) -> None:
     expected = {"spikingbrain/py.typed"}
     for package, folder in FOLDERS.items():
         expected |= {f"{package.replace('.', '/')}/{file.name}" for file in (ROOT / folder).glob("*.py")}
-    expected |= {
-        f"spikingbrain/backend_maca/emulator/{f.name}" for f in (ROOT / "backend_maca/emulator").iterdir()
-    }
+    for folder in ("emulator", "compat_cuda", "compat_amdgcn"):
+        files = (ROOT / "backend_maca" / folder).iterdir()
+        expected |= {f"spikingbrain/backend_maca/{folder}/{file.name}" for file in files}
     with zipfile.ZipFile(wheel) as archive:
         names = {n for n in archive.namelist() if ".dist-info/" not in n}
         entry_points = archive.read(
