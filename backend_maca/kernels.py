@@ -16,9 +16,10 @@ from spikingbrain.backend_maca import products
 from spikingbrain.backend_maca.forms import for_each, launch, thread_form, wave_form
 from spikingbrain.backend_maca.generic import BLOCK, WAVE, Generic
 from spikingbrain.backend_maca.index import index, negated, product, size
-from spikingbrain.backend_maca.launches import GRID_RANK, LAUNCH, MULTIPLIES, outline_launches
+from spikingbrain.backend_maca.launches import GRID_RANK, LAUNCH, outline_launches
 from spikingbrain.backend_maca.mlir import functions, nested, parse, run_passes
 from spikingbrain.passes import dialect
+from spikingbrain.passes.dialect import MULTIPLIES
 
 FOLD_VIEWS = ("func.func(fold-memref-alias-ops)", "canonicalize")
 OUTLINE = (

@@ -15,12 +15,10 @@ from torch_mlir.dialects import arith, bufferization, gpu, memref
 
 from spikingbrain.backend_maca.mlir import nested
 from spikingbrain.errors import PassFailed
-from spikingbrain.passes.dialect import launch_inputs
+from spikingbrain.passes.dialect import MULTIPLIES, launch_inputs
 from spikingbrain.passes.wave_kernels.builders import THREADS
 
 LAUNCH = "spikingbrain_control.launch"
-# On a launch whose result is ``inputs[0] inputs[1]^T``, plus ``inputs[2]`` where there is one.
-MULTIPLIES = "spikingbrain.multiplies"
 MODULE = "scheduled"  # the gpu.module that holds the kernels
 GRID_RANK = 3
 

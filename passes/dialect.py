@@ -271,7 +271,9 @@ def _verify_launch(op: ir.Operation) -> str:
     ``callee`` names a private function of the module whose arguments are: three workgroup ids (index), then one
     memref per input, then one per result; memrefs are contiguous, row-major, at offset 0, with the shape of their
     tensor. ``tied[i]`` is the position of the input that result i updates in place, or -1: a tied result adds no
-    argument (the kernel writes into the input's memref) and no sizes.
+    argument (the kernel writes into the input's memref) and no sizes. A launch with the attribute
+    ``spikingbrain.multiplies`` says what it computes, ``x w^T``, or ``x w^T + r`` of three inputs, so that a backend
+    with a library for products may call that instead.
 
         %y = "spikingbrain_control.launch"(%gx, %one, %one, %x, %w, %m) {callee = @linear_k576_n960, tied = [-1]}
                : (index, index, index, tensor<?x576xf32>, tensor<60x576x16xf32>, index) -> tensor<?x960xf32>
@@ -291,6 +293,9 @@ def _verify_launch(op: ir.Operation) -> str:
     wanted = sum(size == ir.ShapedType.get_dynamic_size() for r in fresh for size in shape(r))
     got = len(op.operands) - 3 - len(inputs)
     return "" if wanted == got else f"needs {wanted} result sizes, got {got}"
+
+
+MULTIPLIES = "spikingbrain.multiplies"
 
 
 def launch_inputs(op: ir.Operation) -> list[ir.Value]:
