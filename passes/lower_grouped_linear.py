@@ -15,11 +15,13 @@ from spikingbrain.passes.base import PassContext
 from spikingbrain.passes.kernels.group_rows import Routings, known_expert
 from spikingbrain.passes.kernels.grouped_linear import emit_grouped_linear
 from spikingbrain.passes.kernels.spike_portable import spike_linear
+from spikingbrain.passes.wave_kernels import grouped_linear as wave
+from spikingbrain.passes.wave_kernels.group_rows import Tiles
 
 
 @dataclass(frozen=True)
 class LowerGroupedLinear:
-    """Lowers ``spikingbrain.grouped_linear``: a packed weight to CPU kernels, a plain one to linalg.
+    """Lowers ``spikingbrain.grouped_linear``: a packed weight to CPU kernels, a plain one to wave kernels or to linalg.
 
     Rows that go the same ways through several weights are sorted once. Floats of 16 bits are summed as f32.
     ``spike_grouped_linear`` becomes integer arithmetic in linalg.
@@ -30,18 +32,22 @@ class LowerGroupedLinear:
 
     def run(self, module: ir.Module, context: PassContext) -> None:
         routings: dict[int, Routings] = {}  # by block
+        tiles: dict[int, Tiles] = {}
         for op in torch_ir.operations(module, "spikingbrain.grouped_linear"):
             x, weight, expert = op.operands
             packed = len(ir.RankedTensorType(weight.type).shape) == 4
+            reason = "" if packed else _refusal(op, context)
             with ir.InsertionPoint(op), op.location:
                 if packed:
                     known = routings.setdefault(hash(op.block), {})
                     columns = op.attributes["columns"].value
                     y = emit_grouped_linear(x, weight, expert, columns, context.target, known)
-                else:
+                elif reason:
                     y = _gathering(x, weight, expert, op.results[0].type)
+                else:
+                    y = wave.emit_grouped_linear(x, weight, expert, tiles.setdefault(hash(op.block), {}))
             op.results[0].replace_all_uses_with(y)
-            context.record(self, "lowered", op, "kernel" if packed else "linalg")
+            context.record(self, "lowered", op, f"linalg: {reason}" if reason else "kernel")
             op.erase()
         for op in torch_ir.operations(module, "spikingbrain.spike_grouped_linear"):
             with ir.InsertionPoint(op), op.location:
@@ -51,6 +57,16 @@ class LowerGroupedLinear:
             op.results[0].replace_all_uses_with(y)
             context.record(self, "lowered", op, "linalg")
             op.erase()
+
+
+def _refusal(op: ir.Operation, context: PassContext) -> str:
+    """Returns why a product with plain weights has no kernel, or an empty text."""
+    weight = ir.RankedTensorType(op.operands[1].type)
+    if not context.target.wave_kernels:
+        return "the target has no kernel for weights that are not packed"
+    if str(weight.element_type) not in ("f32", "f16", "bf16"):
+        return f"no kernel for {weight.element_type}"
+    return wave.refusal(weight.shape[0])
 
 
 def _gathering(x: ir.Value, weight: ir.Value, expert: ir.Value, type_: ir.Type) -> ir.Value:

@@ -11,12 +11,14 @@ from torch_mlir.dialects import arith
 from spikingbrain.passes import linalg_build as build
 from spikingbrain.passes import torch_ir
 from spikingbrain.passes.base import PassContext
+from spikingbrain.passes.dialect import MULTIPLIES
 from spikingbrain.passes.kernels.linear import emit_linear
+from spikingbrain.passes.wave_kernels import linear as wave
 
 
 @dataclass(frozen=True)
 class LowerLinear:
-    """Lowers ``spikingbrain.linear``: a packed weight to the CPU kernel, a plain one to linalg.
+    """Lowers ``spikingbrain.linear``: a packed weight to the CPU kernel, a plain one to a wave kernel or to linalg.
 
     An elementwise sum of the result with another tensor (a residual) goes into the kernel.
     In: our dialect. Out: ``spikingbrain_control.launch`` and kernel functions, or ``linalg.generic``.
@@ -28,19 +30,26 @@ class LowerLinear:
         for op in torch_ir.operations(module, "spikingbrain.linear"):
             x, weight = op.operands
             packed = len(ir.RankedTensorType(weight.type).shape) == 3
+            has_kernel = packed or context.target.wave_kernels
             # a sum with another value costs nothing in the kernel: it is what the accumulators start from
-            total, addend = _sum_with(op) if packed else (op, None)
+            total, addend = _sum_with(op) if has_kernel else (op, None)
             with ir.InsertionPoint(total), op.location:
                 rows = build.flatten_leading(x)
+                residual = None if addend is None else build.flatten_leading(addend)
                 if packed:
-                    residual = None if addend is None else build.flatten_leading(addend)
                     y = emit_linear(rows, weight, op.attributes["columns"].value, context.target, residual)
+                elif has_kernel:
+                    y = wave.emit_linear(rows, weight, residual)
+                    y.owner.attributes[MULTIPLIES] = ir.UnitAttr.get()
                 else:
                     y = _product(rows, weight)
                 y = build.unflatten_leading(y, op.results[0].type, x)
             total.results[0].replace_all_uses_with(y)
             context.record(
-                self, "lowered", op, ("kernel" if packed else "linalg") + (" with a sum" if addend else "")
+                self,
+                "lowered",
+                op,
+                ("kernel" if has_kernel else "linalg") + (" with a sum" if addend else ""),
             )
             if total != op:
                 total.erase()

@@ -86,18 +86,22 @@ def pack_columns(arrays: list[Array], block: int) -> list[Array]:
     return [np.ascontiguousarray(array.reshape(*stack, blocks, block, k).swapaxes(-1, -2))]
 
 
-def pack_dot(arrays: list[Array], lanes: int, vectors: int, width: int, offset: int) -> list[Array]:
+def pack_dot(
+    arrays: list[Array], lanes: int, vectors: int, width: int, offset: int, multiple: int = 1
+) -> list[Array]:
     """Packs codes ``[N, K]`` for dot products: ``[panels, steps, vectors, lanes * width]``.
 
-    A panel is ``lanes * vectors`` columns, a step ``width`` neighbouring channels of each. Codes are stored with ``offset`` added
-    and keep their type; columns and channels beyond the matrix hold the offset.
+    A panel is ``lanes * vectors`` columns, a step ``width`` neighbouring channels of each; there are a multiple of ``multiple``
+    steps. Codes are stored with ``offset`` added and keep their type; columns and channels beyond the matrix hold the offset.
     """
     (codes,) = arrays
     plus = np.array(offset).astype(codes.dtype)
-    return [_by_panels(codes, lanes, vectors, width, 1, lambda steps: steps + plus)]
+    return [_by_panels(codes, lanes, vectors, width, multiple, lambda steps: steps + plus)]
 
 
-def pack_nibbles(arrays: list[Array], lanes: int, vectors: int, width: int, offset: int) -> list[Array]:
+def pack_nibbles(
+    arrays: list[Array], lanes: int, vectors: int, width: int, offset: int, multiple: int = 2
+) -> list[Array]:
     """Packs codes of 4 bits as ``pack_dot`` does, the even steps in the low halves of bytes, the odd ones in the high halves.
 
     Raises ValueError for a code outside -8 .. 7.
@@ -109,7 +113,13 @@ def pack_nibbles(arrays: list[Array], lanes: int, vectors: int, width: int, offs
         stored = steps.view(np.uint8) + np.uint8(offset)
         return (stored[:, ::2] & 15 | stored[:, 1::2] << 4).view(np.int8)
 
-    return [_by_panels(codes, lanes, vectors, width, 2, halves)]
+    return [_by_panels(codes, lanes, vectors, width, multiple, halves)]
+
+
+def words(arrays: list[Array]) -> list[Array]:
+    """Joins the last axes of packed codes ``[panels, steps, ...]`` and reads them as integers of 32 bits."""
+    (array,) = arrays
+    return [np.ascontiguousarray(array).reshape(*array.shape[:2], -1).view(np.int32)]
 
 
 def pack_channels(
@@ -190,6 +200,7 @@ STEPS: dict[str, Callable[..., list[Array]]] = {
         pack_columns,
         pack_dot,
         pack_nibbles,
+        words,
         pack_channels,
         pack_channel_nibbles,
     )

@@ -27,9 +27,15 @@ from spikingbrain.passes.kernels.spike_encode import (
 from spikingbrain.passes.kernels.spike_linear import Shape, emit_spike_linear, scale_recipe
 from spikingbrain.passes.kernels.spike_rows import emit_rows
 from spikingbrain.passes.spike_forms import form
+from spikingbrain.passes.wave_kernels import spike_encode as wave_encode
+from spikingbrain.passes.wave_kernels import spike_grouped_linear as wave_grouped
+from spikingbrain.passes.wave_kernels import spike_linear as wave
+from spikingbrain.passes.wave_kernels.group_rows import Tiles
+from spikingbrain.passes.wave_kernels.grouped_linear import refusal as refusal_of_experts
+from spikingbrain.passes.wave_kernels.spike_codes import Codes
 from spikingbrain.target import Target
 
-_Encoded = dict[tuple[int, Encoding], Spikes]
+_Encoded = dict[tuple[int, Encoding | wave_encode.Encoding], Spikes | wave_encode.Counts]
 
 
 @dataclass(frozen=True)
@@ -52,30 +58,42 @@ class SpikeToInt:
         packed: dict[str, Dot] = {}  # weights and scales, by what they were before
         for op in torch_ir.operations(module, "spikingbrain.spike_linear"):
             bits = op.attributes["bits"].value
-            by_channel = form(silent_share(op)) == "events"
-            dot = (choose_by_channel if by_channel else choose)(context.target, bits)
+            by_channel = form(silent_share(op)) == "events" and not context.target.wave_kernels
+            dot = _choose(context.target, bits, by_channel)
             reason = _refusal(op, dot)
             with ir.InsertionPoint(op), op.location:
-                y = _kernel(op, dot, context.target, encoded) if dot and not reason else _linalg(op, context)
+                if dot is None or reason:
+                    y = _linalg(op, context)
+                elif isinstance(dot, Codes):
+                    y = _wave_kernel(op, dot, encoded)
+                else:
+                    y = _kernel(op, dot, context.target, encoded)
             op.results[0].replace_all_uses_with(y)
             way = f"kernel of events, {silent_share(op):.0%} silent" if by_channel else "kernel"
             context.record(self, "lowered", op, f"linalg: {reason}" if reason else way)
             stored = [parameters.parameter(value) for value in op.operands]
-            if dot and not reason and not by_channel:
+            if isinstance(dot, Dot) and not reason and not by_channel:
                 packed |= {parameters.stored(p).key: dot for p in stored[2:4] if p}
             op.erase()
             for parameter in {hash(p): p for p in stored if p}.values():
                 _erase_unused(parameter)  # only its packed form is to be kept
         routings: dict[int, Routings] = {}  # by block
+        tiles: dict[int, Tiles] = {}
         for op in torch_ir.operations(module, "spikingbrain.spike_grouped_linear"):
-            dot = choose(context.target, op.attributes["bits"].value)
+            dot = _choose(context.target, op.attributes["bits"].value)
             reason = _refusal(op, dot)
+            if isinstance(dot, Codes) and not reason:
+                reason = refusal_of_experts(ir.RankedTensorType(op.operands[2].type).shape[0])
             if dot is None or reason:
                 context.record(self, "refused", op, f"{reason}; lower-grouped-linear makes it linalg")
                 continue
             with ir.InsertionPoint(op), op.location:
-                known = routings.setdefault(hash(op.block), {})
-                y = _grouped_kernel(op, dot, context.target, encoded, known)
+                block = hash(op.block)
+                if isinstance(dot, Codes):
+                    y = _wave_grouped_kernel(op, dot, encoded, tiles.setdefault(block, {}))
+                else:
+                    known = routings.setdefault(block, {})
+                    y = _grouped_kernel(op, dot, context.target, encoded, known)
             op.results[0].replace_all_uses_with(y)
             context.record(self, "lowered", op, "kernel")
             stored = [parameters.parameter(value) for value in op.operands]
@@ -98,6 +116,13 @@ class SpikeToInt:
                     _counts(op)
                 context.record(self, "lowered", op, "linalg")
             op.erase()
+
+
+def _choose(target: Target, bits: int, by_channel: bool = False) -> Dot | Codes | None:
+    """Returns how the target multiplies counts with codes of ``bits`` bits; None where it has no kernels for it."""
+    if target.wave_kernels:
+        return Codes(bits)
+    return (choose_by_channel if by_channel else choose)(target, bits)
 
 
 def _erase_unused(parameter: ir.Operation) -> None:
@@ -133,7 +158,7 @@ def _merge_encoders(module: ir.Module) -> None:
             op.erase()
 
 
-def _refusal(op: ir.Operation, dot: Dot | None) -> str:
+def _refusal(op: ir.Operation, dot: Dot | Codes | None) -> str:
     """Returns why a projection has no kernel, or an empty text."""
     counts, threshold, weight, scale, *_ = op.operands  # then a bias, or the experts
     if dot is None:
@@ -145,9 +170,8 @@ def _refusal(op: ir.Operation, dot: Dot | None) -> str:
         return "weight and scale are computed by the model, not stored"
     channels = ir.RankedTensorType(weight.type).shape[-1]
     groups = ir.RankedTensorType(scale.type).shape[-1]
-    chunk = dot.width * dot.steps_per_vector
-    if groups > 1 and channels // groups % chunk:
-        return f"groups of {channels // groups} channels; a step takes {chunk}"
+    if groups > 1 and channels // groups % dot.chunk:
+        return f"groups of {channels // groups} channels; a step takes {dot.chunk}"
     if channels > LARGEST_CHANNELS:
         return f"{channels} channels; sums may exceed 32 bits"
     return ""
@@ -170,6 +194,52 @@ def _kernel(op: ir.Operation, dot: Dot, target: Target, encoded: _Encoded) -> ir
     packed_scale = _with_steps(scale, [scale_recipe(dot)], scales)
     y = emit_spike_linear(spikes, packed, packed_scale, bias[0] if bias else None, dot, shape, target)
     return build.unflatten_leading(y, op.results[0].type, encode.operands[0])
+
+
+def _wave_kernel(op: ir.Operation, codes: Codes, encoded: _Encoded) -> ir.Value:
+    counts, _, weight, scale, *bias = op.operands
+    columns, channels = ir.RankedTensorType(weight.type).shape
+    encode = torch_ir.defining(counts)
+    assert encode is not None
+    rows, cut = _wave_encoded(encode, codes, channels, encoded)
+    m = ir.RankedTensorType(rows.x.type).shape[0]
+    groups = ir.RankedTensorType(scale.type).shape[1]
+    known = None if m == ir.ShapedType.get_dynamic_size() else m
+    shape = wave.Shape(cut, groups, columns, known, bool(bias))
+    packed = _with_steps(weight, codes.recipe(), codes.stored_type(columns, channels))
+    scales = _with_steps(scale, [codes.scale_recipe()], shape.scale_type())
+    y = wave.emit_spike_linear(rows, packed, scales, bias[0] if bias else None, codes, shape)
+    return build.unflatten_leading(y, op.results[0].type, encode.operands[0])
+
+
+def _wave_grouped_kernel(op: ir.Operation, codes: Codes, encoded: _Encoded, tiles: Tiles) -> ir.Value:
+    counts, _, weight, scale, expert = op.operands
+    experts, columns, channels = ir.RankedTensorType(weight.type).shape
+    encode = torch_ir.defining(counts)
+    assert encode is not None
+    rows, cut = _wave_encoded(encode, codes, channels, encoded)
+    m = ir.RankedTensorType(rows.x.type).shape[0]
+    groups = ir.RankedTensorType(scale.type).shape[2]
+    known = None if m == ir.ShapedType.get_dynamic_size() else m
+    shape = wave_grouped.Shape(experts, wave.Shape(cut, groups, columns, known))
+    stored = zip((weight, scale), wave_grouped.recipes(codes), shape.stored(codes), strict=True)
+    packed, scales = (_with_steps(value, steps, type_) for value, steps, type_ in stored)
+    return wave_grouped.emit_spike_grouped_linear(rows, packed, scales, expert, codes, shape, tiles)
+
+
+def _wave_encoded(
+    encode: ir.Operation, codes: Codes, channels: int, encoded: _Encoded
+) -> tuple[wave_encode.Counts, wave_encode.Encoding]:
+    """The same as ``_encoded`` for wave kernels."""
+    settings = (encode.attributes[name].value for name in ("k", "lower", "upper"))
+    cut = wave_encode.Encoding(channels, codes.largest_code, *settings)
+    key = (hash(encode), cut)
+    if key not in encoded:
+        with ir.InsertionPoint(encode), encode.location:
+            encoded[key] = wave_encode.emit_spike_encode(build.flatten_leading(encode.operands[0]), cut)
+    counts = encoded[key]
+    assert isinstance(counts, wave_encode.Counts)
+    return counts, cut
 
 
 def _grouped_kernel(
@@ -199,7 +269,9 @@ def _encoded(
     if key not in encoded:
         with ir.InsertionPoint(encode), encode.location:
             encoded[key] = emit_spike_encode(build.flatten_leading(encode.operands[0]), cut)
-    return encoded[key], cut
+    spikes = encoded[key]
+    assert isinstance(spikes, Spikes)
+    return spikes, cut
 
 
 def _with_steps(value: ir.Value, steps: list[str], type_: ir.Type) -> ir.Value:

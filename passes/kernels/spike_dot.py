@@ -60,6 +60,11 @@ class Dot:
         return 2 if self.bits == 4 else 1
 
     @property
+    def chunk(self) -> int:
+        """Returns the channels of one stored vector; groups of them are a multiple of it."""
+        return self.width * self.steps_per_vector
+
+    @property
     def code_bytes(self) -> int:
         """Returns the size of an element of a packed weight."""
         return 2 if self.bits == 16 else 1
@@ -81,8 +86,7 @@ class Dot:
 
     def steps(self, channels: int) -> int:
         """Returns the steps for a row, a whole number of stored vectors."""
-        chunk = self.width * self.steps_per_vector
-        return -(-channels // chunk) * self.steps_per_vector
+        return -(-channels // self.chunk) * self.steps_per_vector
 
     def stored_type(self, columns: int, channels: int) -> ir.RankedTensorType:
         """Returns the type of a packed weight, ``[panels, steps, vectors, lanes * width]`` (nibbles: two steps in one)."""

@@ -1,0 +1,101 @@
+"""Wave kernels for ``spikingbrain.grouped_linear``: the products of ``linear``, each row with the weight of its expert.
+
+Rows are sorted by expert first (``group_rows.py``); a block multiplies a tile of one expert's rows. A few rows are not worth
+sorting: each has blocks of its own, which read the weight of its expert and no other.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch_mlir import ir
+from torch_mlir.dialects import arith
+
+from spikingbrain.passes.kernels.builders import (
+    add,
+    compare,
+    index,
+    launch,
+    loop,
+    minimum,
+    mul,
+    put,
+    size,
+    when,
+)
+from spikingbrain.passes.wave_kernels import linear
+from spikingbrain.passes.wave_kernels.builders import kernel, memref_of, thread
+from spikingbrain.passes.wave_kernels.group_rows import MOST_EXPERTS, Routing, Tiles
+from spikingbrain.passes.wave_kernels.row_tiles import Rows
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a kernel is made for."""
+
+    routing: Routing
+    each: linear.Shape  # of one expert's product
+
+    @property
+    def name(self) -> str:
+        return f"grouped_{self.each.name}_e{self.routing.experts}"
+
+
+def refusal(experts: int) -> str:
+    """Returns why rows for so many experts have no kernel, or an empty text."""
+    return f"{experts} experts; {MOST_EXPERTS} can be sorted" if experts > MOST_EXPERTS else ""
+
+
+def emit_grouped_linear(x: ir.Value, weight: ir.Value, expert: ir.Value, tiles: Tiles) -> ir.Value:
+    """Emits launches of ``y_r = weight[expert_r] x_r`` at the insertion point; returns y, ``[R, O]``.
+
+    ``x`` is ``[R, K]`` with R static or dynamic, ``weight`` ``[N, O, K]`` of the same type, ``expert`` ``[R]`` i64. Rows that are
+    sorted once are kept in ``tiles``, which serves one block of operations.
+    """
+    kind = ir.RankedTensorType(x.type)
+    (m, k), (experts, columns, _) = kind.shape, ir.RankedTensorType(weight.type).shape
+    rows = None if kind.is_dynamic_dim(0) else m
+    each = linear.Shape(k, columns, rows, str(kind.element_type))
+    shape = Shape(Routing(experts, rows, linear.TILE_ROWS), each)
+    taken, blocks = shape.routing.emit(expert, tiles)
+    result = ir.RankedTensorType.get([m, columns], kind.element_type)
+
+    def body(block: list[ir.Value], buffers: list[ir.Value]) -> None:
+        x, weight, *taken, y = buffers
+
+        def rows_of(expert: ir.Value, rows: Rows) -> None:
+            exists = compare("slt", expert, index(experts))
+            first = mul(block[0], width)
+
+            def product() -> None:
+                one = linear.LinearKernel(each, x, weight, [expert], y, None)
+                if shape.routing.has_few_rows:
+                    one.few(block[0], [rows.first])
+                else:
+                    one.tiles(block[0], rows)
+
+            when(exists, product, lambda: fill(rows, first, minimum(add(first, width), columns), y))
+
+        shape.routing.place(block[1], taken, rows_of)
+
+    width = linear.WAVES * linear.FEW_COLUMNS if shape.routing.has_few_rows else linear.TILE_COLUMNS
+    inputs = [x, weight, *taken]
+    kernel(shape.name, [memref_of(v.type) for v in inputs] + [memref_of(result)], linear.THREADS, body)
+    sizes = [size(x, 0)] if rows is None else []
+    grid = [index(-(-columns // width)), blocks, index(1)]
+    return launch(shape.name, result, grid, inputs, sizes).result
+
+
+def fill(rows: Rows, low: ir.Value, high: ir.Value, y: ir.Value) -> None:
+    """Writes NaN to some columns of rows without an expert, a column in each thread."""
+    nan = arith.constant(ir.MemRefType(y.type).element_type, math.nan)
+    column = add(low, thread())
+
+    def row(at: ir.Value) -> None:
+        put(nan, y, [rows.at(at), column])
+
+    def all_rows() -> None:
+        loop(rows.first, rows.end, 1, row)
+
+    when(compare("slt", column, high), all_rows)

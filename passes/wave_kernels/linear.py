@@ -1,0 +1,302 @@
+"""Wave kernels for projections of floats: ``y[m, n] = sum_k x[m, k] * w[n, k]``, the weight as the model stores it.
+
+Up to 8 rows, a wave computes some columns: its lanes share the channels, read 16 bytes at a time, and the weight streams past all
+rows once. With more rows, a block computes a tile of 64 rows by the matrix instruction; its waves share operands. Sums are f32.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from torch_mlir import ir
+from torch_mlir.dialects import arith, math, vector
+
+from spikingbrain.passes.kernels.builders import (
+    add,
+    ceil_div,
+    compare,
+    f32,
+    floor_div,
+    get,
+    index,
+    launch,
+    load,
+    loop,
+    minimum,
+    mul,
+    put,
+    rem,
+    size,
+    store,
+    when,
+)
+from spikingbrain.passes.wave_kernels.builders import (
+    MATRIX_INSTRUCTIONS,
+    TILE,
+    WAVE,
+    barrier,
+    choose,
+    element_at,
+    kernel,
+    matrix_multiply,
+    matrix_zero,
+    memref_of,
+    over_lanes,
+    shared,
+    thread,
+    zero,
+)
+from spikingbrain.passes.wave_kernels.row_tiles import Rows
+
+FEW_ROWS = 8
+WAVES = 4  # of a block
+THREADS = WAVES * WAVE
+VECTOR_BYTES = 16  # that a lane reads at a time
+FEW_COLUMNS = 4  # of a wave in the kernel for few rows
+ROW_TILES, COLUMN_TILES = 2, 4  # of a wave in the kernel for many rows; its waves are two by two
+TILE_ROWS, TILE_COLUMNS = 2 * ROW_TILES * TILE, 2 * COLUMN_TILES * TILE
+FRAGMENTS = 2  # vectors of a lane along the channels, for each barrier
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One projection: K, columns, rows (None: any number), the type of everything, and whether another value is added."""
+
+    channels: int
+    columns: int
+    rows: int | None
+    element: str = "f32"
+    addend: bool = False
+
+    @property
+    def has_few_rows(self) -> bool:
+        return self.rows is not None and 0 < self.rows <= FEW_ROWS
+
+    @property
+    def lanes(self) -> int:
+        """Returns how many elements a lane reads at a time."""
+        return VECTOR_BYTES // (4 if self.element == "f32" else 2)
+
+    @property
+    def name(self) -> str:
+        m = "" if self.rows is None else self.rows
+        way = "few" if self.has_few_rows else "tiles"
+        sum_ = "_sum" if self.addend else ""
+        return f"linear_{way}_{self.element}_k{self.channels}_n{self.columns}_m{m}{sum_}"
+
+
+def emit_linear(x: ir.Value, weight: ir.Value, addend: ir.Value | None = None) -> ir.Value:
+    """Emits a launch of the kernel at the insertion point; returns y, ``[M, N]``.
+
+    ``x`` is ``[M, K]`` with M static or dynamic, ``weight`` ``[N, K]``, the addend ``[M, N]``, all of one type: f32, f16 or bf16.
+    """
+    kind = ir.RankedTensorType(x.type)
+    (m, k), (n, _) = kind.shape, ir.RankedTensorType(weight.type).shape
+    rows = None if kind.is_dynamic_dim(0) else m
+    shape = Shape(k, n, rows, str(kind.element_type), addend is not None)
+    result = ir.RankedTensorType.get([m, n], kind.element_type)
+    inputs = [x, weight, *([] if addend is None else [addend])]
+
+    def body(block: list[ir.Value], buffers: list[ir.Value]) -> None:
+        x, weight, *addend, y = buffers
+        body = LinearKernel(shape, x, weight, [], y, addend[0] if addend else None)
+        count = size(x, 0)
+        if shape.has_few_rows:
+            body.few(block[0], [index(row) for row in range(m)])
+        else:
+            first = mul(block[1], TILE_ROWS)
+            body.tiles(block[0], Rows(first, minimum(add(first, TILE_ROWS), count)))
+
+    kernel(shape.name, [memref_of(v.type) for v in inputs] + [memref_of(result)], THREADS, body)
+    sizes = [size(x, 0)] if rows is None else []
+    return launch(shape.name, result, grid(shape, x), inputs, sizes).result
+
+
+def grid(shape: Shape, x: ir.Value) -> list[ir.Value]:
+    """Returns the grid of a kernel: blocks of columns, then blocks of rows."""
+    if shape.has_few_rows:
+        return [index(-(-shape.columns // (WAVES * FEW_COLUMNS))), index(1), index(1)]
+    return [index(-(-shape.columns // TILE_COLUMNS)), ceil_div(size(x, 0), TILE_ROWS), index(1)]
+
+
+class LinearKernel:
+    """Emits what a block does at the insertion point; ``expert`` is the place of the weight in a stack, if it is one."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        x: ir.Value,
+        weight: ir.Value,
+        expert: list[ir.Value],
+        y: ir.Value,
+        addend: ir.Value | None,
+    ) -> None:
+        self.shape, self.x, self.weight, self.expert = shape, x, weight, expert
+        self.y, self.addend = y, addend
+        self.element = ir.MemRefType(x.type).element_type
+        self.thread = thread()
+        self.wave, self.lane = floor_div(self.thread, WAVE), rem(self.thread, WAVE)
+
+    # Few rows
+
+    def few(self, block: ir.Value, rows: list[ir.Value]) -> None:
+        """Computes some columns of the rows in each wave."""
+        shape, count = self.shape, FEW_COLUMNS
+        first = mul(add(mul(block, WAVES), self.wave), count)
+        columns = [minimum(add(first, c), shape.columns - 1) for c in range(count)]
+        lanes = shape.lanes if shape.channels % shape.lanes == 0 else 1
+        places = list(itertools.product(range(len(rows)), range(count)))
+
+        def some(k: ir.Value, *sums: ir.Value) -> list[ir.Value]:
+            xs = [self.values(self.x, [row, k], lanes) for row in rows]
+            ws = [self.values(self.weight, [*self.expert, column, k], lanes) for column in columns]
+            result = []
+            for (r, c), total in zip(places, sums, strict=True):
+                for a, b in zip(xs[r], ws[c], strict=True):
+                    total = math.fma(a, b, total)
+                result.append(total)
+            return result
+
+        sums = loop(mul(self.lane, lanes), shape.channels, WAVE * lanes, some, [f32(0.0)] * len(places))
+        sums = [over_lanes(arith.addf, total) for total in sums]
+        mine = sums[0]  # a lane writes one of them
+        for at, total in enumerate(sums[1:], 1):
+            mine = arith.select(compare("eq", self.lane, index(at)), total, mine)
+        row = rows[0]
+        for r, number in enumerate(rows[1:], 1):
+            row = arith.select(compare("sge", self.lane, index(r * count)), number, row)
+        column = add(first, rem(self.lane, count))
+        has_one = compare("slt", self.lane, index(len(places)))
+        inside = arith.andi(has_one, compare("slt", column, index(shape.columns)))
+        when(inside, lambda: self.finish(mine, row, column))
+
+    def values(self, source: ir.Value, at: list[ir.Value], lanes: int) -> list[ir.Value]:
+        """Returns neighbouring elements as f32."""
+        if lanes == 1:
+            return [self.widened(get(source, at))]
+        values = load(source, at, lanes)
+        return [self.widened(element_at(values, i)) for i in range(lanes)]
+
+    def widened(self, value: ir.Value) -> ir.Value:
+        return value if self.shape.element == "f32" else arith.extf(ir.F32Type.get(), value)
+
+    def finish(self, total: ir.Value, row: ir.Value, column: ir.Value) -> None:
+        if self.addend is not None:
+            total = arith.addf(total, self.widened(get(self.addend, [row, column])))
+        value = total if self.shape.element == "f32" else arith.truncf(self.element, total)
+        put(value, self.y, [row, column])
+
+    # Many rows
+
+    def tiles(self, block: ir.Value, rows: Rows) -> None:
+        """Computes a tile; waves 0 and 1 have its first rows, waves 0 and 2 its first columns."""
+        first_column = mul(block, TILE_COLUMNS)
+        row_tile, column_tile = mul(floor_div(self.wave, 2), ROW_TILES), mul(rem(self.wave, 2), COLUMN_TILES)
+        places = list(itertools.product(range(ROW_TILES), range(COLUMN_TILES)))
+        stage = _Stage(self, rows, first_column, row_tile, column_tile)
+        steps = -(-self.shape.channels // stage.channels)
+        zeros = [matrix_zero(self.shape.element)] * len(places)
+        sums = loop(0, steps, 1, lambda step, *sums: stage.products(mul(step, stage.channels), sums), zeros)
+        quarter = mul(floor_div(self.lane, TILE), 4)
+        for r, v in itertools.product(range(ROW_TILES), range(4)):
+            i = add(add(mul(add(row_tile, r), TILE), quarter), v)
+
+            def write(r: int = r, v: int = v, i: ir.Value = i) -> None:
+                number = rows.number(i)
+                for c in range(COLUMN_TILES):
+                    column = add(add(first_column, mul(add(column_tile, c), TILE)), rem(self.lane, TILE))
+                    total = element_at(sums[places.index((r, c))], v)
+                    inside = compare("slt", column, index(self.shape.columns))
+                    when(inside, partial(self.finish, total, number, column))
+
+            when(rows.has(i), write)
+
+
+class _Stage:
+    """Some channels of a tile in shared memory: fragments of 64 lanes of x and of the weight, 16 bytes each."""
+
+    def __init__(
+        self,
+        kernel: LinearKernel,
+        rows: Rows,
+        first_column: ir.Value,
+        row_tile: ir.Value,
+        column_tile: ir.Value,
+    ) -> None:
+        self.kernel, self.shape = kernel, kernel.shape
+        self.row_tile, self.column_tile = row_tile, column_tile
+        self.lanes = kernel.shape.lanes
+        self.channels = FRAGMENTS * self.fragment
+        self.x = shared([2 * ROW_TILES * FRAGMENTS * WAVE, self.lanes], kernel.element)
+        self.weight = shared([2 * COLUMN_TILES * FRAGMENTS * WAVE, self.lanes], kernel.element)
+        lane = rem(kernel.lane, TILE)
+        # what a wave reads: tiles wave, wave + 4, ...
+        self.x_tiles = [add(kernel.wave, WAVES * i) for i in range(2 * ROW_TILES // WAVES)]
+        self.weight_tiles = [add(kernel.wave, WAVES * i) for i in range(2 * COLUMN_TILES // WAVES)]
+        self.rows = [rows.number(add(mul(tile, TILE), lane)) for tile in self.x_tiles]
+        last = self.shape.columns - 1
+        self.columns = [
+            minimum(add(first_column, add(mul(tile, TILE), lane)), last) for tile in self.weight_tiles
+        ]
+
+    @property
+    def fragment(self) -> int:
+        """Returns the channels that a wave's lanes hold with one vector each."""
+        return self.lanes * (WAVE // TILE)
+
+    def products(self, first: ir.Value, sums: Sequence[ir.Value]) -> list[ir.Value]:
+        """Returns the sums with the products of the channels from ``first`` on."""
+        kernel, element = self.kernel, self.shape.element
+        for f in range(FRAGMENTS):
+            k = add(add(first, f * self.fragment), mul(floor_div(kernel.lane, TILE), self.lanes))
+            for tile, row in zip(self.x_tiles, self.rows, strict=True):
+                store(self.part(kernel.x, [row], k), self.x, [self.place(tile, f), 0])
+            for tile, column in zip(self.weight_tiles, self.columns, strict=True):
+                at = [*kernel.expert, column]
+                store(self.part(kernel.weight, at, k), self.weight, [self.place(tile, f), 0])
+        barrier()
+        result = list(sums)
+        width = MATRIX_INSTRUCTIONS[element][1] // (WAVE // TILE)  # of a lane's operand
+        for f in range(FRAGMENTS):
+            xs = [self.operands(self.x, add(self.row_tile, r), f, width) for r in range(ROW_TILES)]
+            ws = [self.operands(self.weight, add(self.column_tile, c), f, width) for c in range(COLUMN_TILES)]
+            for place, (x, w) in enumerate(itertools.product(xs, ws)):
+                for a, b in zip(x, w, strict=True):
+                    result[place] = matrix_multiply(element, a, b, result[place])
+        barrier()
+        return result
+
+    def place(self, tile: ir.Value, fragment: int) -> ir.Value:
+        return add(mul(add(mul(tile, FRAGMENTS), fragment), WAVE), self.kernel.lane)
+
+    def part(self, source: ir.Value, at: list[ir.Value], k: ir.Value) -> ir.Value:
+        """Returns neighbouring channels as they are stored; 0 behind the last one."""
+        channels, kind = self.shape.channels, self.kernel.element
+        if channels % self.channels == 0:
+            return load(source, [*at, k], self.lanes)
+        none = zero(kind)
+        if channels % self.lanes == 0:
+            zeros = vector.broadcast(ir.VectorType.get([self.lanes], kind), none)
+            inside = compare("slt", k, index(channels))
+            return choose(inside, lambda: [load(source, [*at, k], self.lanes)], [zeros])[0]
+        values = []
+        for i in range(self.lanes):
+            place = add(k, i)
+            inside = compare("slt", place, index(channels))
+            values += choose(inside, partial(_one, source, [*at, place]), [none])
+        return vector.from_elements(ir.VectorType.get([self.lanes], kind), values)
+
+    def operands(self, source: ir.Value, tile: ir.Value, fragment: int, width: int) -> list[ir.Value]:
+        """Returns a lane's operands of the instructions for one fragment."""
+        place = self.place(tile, fragment)
+        if width == 1:
+            values = load(source, [place, 0], self.lanes)
+            return [element_at(values, i) for i in range(self.lanes)]
+        return [load(source, [place, i], width) for i in range(0, self.lanes, width)]
+
+
+def _one(source: ir.Value, at: list[ir.Value]) -> list[ir.Value]:
+    return [get(source, at)]

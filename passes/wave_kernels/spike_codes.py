@@ -1,0 +1,209 @@
+"""Codes of weights as waves multiply them with counts, by the matrix instruction for bytes.
+
+A chunk is what a wave multiplies at a time: 16 columns and 64 channels, 128 of nibbles. A lane holds 16 neighbouring channels of
+one column, as 4 words of 4 bytes; which channels meet in one instruction does not matter, as long as both operands agree. A
+packed weight holds the words of a chunk in the order of the lanes, so that a wave reads 1 KiB without gaps.
+
+* 8 bits: a word is an operand.
+* 4 bits: stored with 8 added, two channels 16 apart in a byte. A nibble becomes a byte of 16 times the code, in two or three
+  instructions for four of them; sums are divided by 16 at the end.
+* 16 bits: ``code = 256 * high + low + 128`` with bytes ``high`` and ``low``: two operands, and the sum of the counts.
+
+Counts are ``256 * high + low``; the high bytes are multiplied only where there are any. All sums are right modulo 2**32, and the
+encoder marks rows whose sums could exceed 32 bits (``spike_encode.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch_mlir import ir
+from torch_mlir.dialects import arith
+
+from spikingbrain.passes.kernels.builders import (
+    Index,
+    add,
+    compare,
+    floor_div,
+    get,
+    i32,
+    i32_type,
+    load,
+    mul,
+    rem,
+)
+from spikingbrain.passes.wave_kernels.builders import TILE, element_at, matrix_multiply, matrix_zero
+
+NIBBLE_OFFSET = 8
+LANE_CHANNELS = 16  # of one stored vector
+_EVERY_ONE = 0x01010101
+_EVERY_SIGN = -0x7F7F7F80  # 0x80808080
+_HIGH_NIBBLES = -0x0F0F0F10  # 0xF0F0F0F0
+
+
+@dataclass(frozen=True)
+class Codes:
+    """How codes of ``bits`` bits (4, 8 or 16) are stored and multiplied."""
+
+    bits: int
+
+    @property
+    def block(self) -> int:
+        """Returns the columns of a panel."""
+        return TILE
+
+    @property
+    def chunk(self) -> int:
+        """Returns the channels that a wave multiplies at a time."""
+        return 128 if self.bits == 4 else 64
+
+    @property
+    def count_vectors(self) -> int:
+        """Returns how many vectors of counts a lane takes for a chunk."""
+        return 2 if self.bits == 4 else 1
+
+    @property
+    def code_vectors(self) -> int:
+        """Returns how many vectors of 4 words of codes a lane takes for a chunk."""
+        return 2 if self.bits == 16 else 1
+
+    @property
+    def largest_code(self) -> int:
+        """Returns the magnitude that bounds codes, of nibbles that of their bytes."""
+        return 32768 if self.bits == 16 else 128
+
+    def chunks(self, channels: int) -> int:
+        return -(-channels // self.chunk)
+
+    def stored_type(self, columns: int, channels: int) -> ir.RankedTensorType:
+        """Returns the type of a packed weight, ``[panels, 4 * chunks, words]``; the words of the 16 lanes beside each other."""
+        shape = [-(-columns // TILE), 4 * self.chunks(channels), TILE * 4 * self.code_vectors]
+        return ir.RankedTensorType.get(shape, i32_type())
+
+    def recipe(self) -> list[str]:
+        """Returns the steps that pack a weight so; see ``passes/recipes.py``."""
+        tile = f"lanes={TILE} vectors=1 width={LANE_CHANNELS}"
+        if self.bits == 4:
+            return [f"pack_nibbles {tile} offset={NIBBLE_OFFSET} multiple=8", "words"]
+        return [f"pack_dot {tile} offset=0 multiple=4", "words"]
+
+    def scale_recipe(self) -> str:
+        """Returns the step that packs ``[N, G]`` scales as ``[panels, G, 16]``."""
+        return f"pack_columns block={TILE}"
+
+    # What a lane reads for a chunk
+
+    def count_places(self, chunk: Index, lane: ir.Value) -> list[ir.Value]:
+        """Returns at which words of a row's counts a lane's vectors begin."""
+        first = add(mul(chunk, self.chunk // 4), mul(floor_div(lane, TILE), 4 * self.count_vectors))
+        return [add(first, 4 * i) for i in range(self.count_vectors)]
+
+    def code_vectors_at(
+        self, weight: ir.Value, panel: ir.Value, chunk: Index, lane: ir.Value
+    ) -> list[ir.Value]:
+        """Returns a lane's vectors of codes."""
+        step = add(mul(chunk, 4), floor_div(lane, TILE))
+        first = mul(rem(lane, TILE), 4 * self.code_vectors)
+        return [load(weight, [panel, step, add(first, 4 * i)], 4) for i in range(self.code_vectors)]
+
+    def code_at(self, weight: ir.Value, panel: ir.Value, channel: ir.Value, column: ir.Value) -> ir.Value:
+        """Returns one code as an i32; ``column`` is that of the panel."""
+        step, part = floor_div(channel, LANE_CHANNELS), rem(channel, LANE_CHANNELS)
+        half = None
+        if self.bits == 4:
+            step, half = floor_div(step, 2), rem(step, 2)
+        bits = 16 if self.bits == 16 else 8
+        each = 32 // bits
+        word = get(weight, [panel, step, add(mul(column, LANE_CHANNELS // each), floor_div(part, each))])
+        up = arith.index_cast(i32_type(), mul(arith.subi(_index(each - 1), rem(part, each)), bits))
+        word = arith.shli(word, up)
+        if half is None:
+            return arith.shrsi(word, i32(32 - bits))
+        high = arith.shrui(word, i32(28))
+        low = arith.andi(arith.shrui(word, i32(24)), i32(15))
+        return arith.subi(arith.select(compare("ne", half, _index(0)), high, low), i32(NIBBLE_OFFSET))
+
+    # Products
+
+    def words(self, vectors: Sequence[ir.Value]) -> list[ir.Value]:
+        return [element_at(vector, i) for vector in vectors for i in range(4)]
+
+    def operands(self, vectors: Sequence[ir.Value]) -> list[list[ir.Value]]:
+        """Returns, for each word of counts, the operands of the codes: low bytes, then high ones if there are any."""
+        words = self.words(vectors)
+        if self.bits == 8:
+            return [[word] for word in words]
+        if self.bits == 4:
+            sign, mask = i32(_EVERY_SIGN), i32(_HIGH_NIBBLES)
+            low = [arith.andi(arith.shli(word, i32(4)), mask) for word in words]
+            high = [arith.andi(word, mask) for word in words]
+            return [[arith.xori(word, sign)] for word in [*low, *high]]
+        pairs = zip(words[::2], words[1::2], strict=True)
+        return [[arith.xori(_bytes(a, b, 0), i32(_EVERY_SIGN)), _bytes(a, b, 8)] for a, b in pairs]
+
+    def zeros(self) -> list[ir.Value]:
+        """Returns a lane's part of the sums of a tile: by the power of 256; of 16 bits also of the counts alone, low and high."""
+        return [matrix_zero("i8")] * (5 if self.bits == 16 else 2)
+
+    def add_low(
+        self, sums: Sequence[ir.Value], counts: Sequence[ir.Value], codes: Sequence[Sequence[ir.Value]]
+    ) -> list[ir.Value]:
+        """Returns the sums with the products of the counts' low bytes, of a tile of 16 rows."""
+        return self._add(sums, counts, codes, 0)
+
+    def add_high(
+        self, sums: Sequence[ir.Value], counts: Sequence[ir.Value], codes: Sequence[Sequence[ir.Value]]
+    ) -> list[ir.Value]:
+        """The same for the high bytes."""
+        return self._add(sums, counts, codes, 1)
+
+    def _add(
+        self,
+        sums: Sequence[ir.Value],
+        counts: Sequence[ir.Value],
+        codes: Sequence[Sequence[ir.Value]],
+        power: int,
+    ) -> list[ir.Value]:
+        result = list(sums)
+        for count, parts in zip(counts, codes, strict=True):
+            for p, part in enumerate(parts, power):
+                result[p] = matrix_multiply("i8", count, part, result[p])
+            if self.bits == 16:
+                result[3 + power] = matrix_multiply("i8", count, i32(_EVERY_ONE), result[3 + power])
+        return result
+
+    def totals(self, sums: Sequence[ir.Value]) -> list[ir.Value]:
+        """Returns the four sums that a lane holds, i32."""
+        factors = [1, 256, 65536, 128, 32768]
+        result = []
+        for v in range(4):
+            parts = [element_at(value, v) for value in sums]
+            total = parts[0]
+            for part, factor in zip(parts[1:], factors[1:], strict=False):
+                total = arith.addi(total, arith.muli(part, i32(factor)))
+            result.append(arith.shrsi(total, i32(4)) if self.bits == 4 else total)
+        return result
+
+
+def _index(value: int) -> ir.Value:
+    return arith.constant(ir.IndexType.get(), value)
+
+
+def _bytes(a: ir.Value, b: ir.Value, shift: int) -> ir.Value:
+    """Returns one byte of each of the four words of 16 bits in a and b: from bit ``shift`` on."""
+
+    def moved(word: ir.Value, left: int, mask: int) -> ir.Value:
+        if left > 0:
+            word = arith.shli(word, i32(left))
+        elif left < 0:
+            word = arith.shrui(word, i32(-left))
+        return arith.andi(word, i32(mask))
+
+    parts = [
+        moved(a, -shift, 0xFF),
+        moved(a, -8 - shift, 0xFF00),
+        moved(b, 16 - shift, 0xFF0000),
+        moved(b, 8 - shift, -0x1000000),
+    ]
+    return arith.ori(arith.ori(parts[0], parts[1]), arith.ori(parts[2], parts[3]))

@@ -1,0 +1,152 @@
+"""Spiking projections by wave kernels against integers in numpy, bit for bit, on the emulator in every thread order."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch_mlir")
+
+import spike_cases
+import test_kernels_spike_experts as experts
+from spike_cases import Array, Case
+from wave_programs import Program, joined, run
+
+from spikingbrain.backend_maca import emulate
+from spikingbrain.passes.lower_grouped_linear import LowerGroupedLinear
+from spikingbrain.passes.spike_to_int import SpikeToInt
+
+pytestmark = pytest.mark.skipif(shutil.which(emulate.compiler()) is None, reason="no C++ compiler")
+
+CASES = {
+    "tiny": Case(1, 1),
+    "odd": Case(37, 70),
+    "rows": Case(300, 19, rows=3, bias=True),
+    "no_rows": Case(20, 5, rows=0),
+    "groups": Case(512, 33, groups=4, bias=True),
+    "groups_row": Case(1280, 17, groups=20, rows=1),
+    "groups_of_3": Case(12, 20, groups=4),  # no kernel takes them
+    "nibbles": Case(256, 20, groups=2, bits=4),
+    "nibbles_row": Case(333, 17, bits=4, rows=2, bias=True),
+    "wide_codes": Case(100, 40, bits=16, bias=True),
+    "wide_codes_row": Case(256, 18, groups=4, bits=16, rows=1),
+}
+ROWS = (0, 1, 3, 17, 64, 67)
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    return Program(joined(CASES), [SpikeToInt()])
+
+
+@pytest.fixture(scope="module")
+def loaded(program: Program) -> Any:
+    return program.load({name: weights(name) for name in CASES})
+
+
+def weights(name: str) -> dict[str, Array]:
+    return CASES[name].weights(np.random.default_rng(0))
+
+
+def check(loaded: Any, name: str, *x: Array) -> None:
+    """Compares with sums of int64, or of f64 for rows that are too large for them."""
+    for rows in x:
+        rows = rows.astype(np.float32)
+        expected, _ = spike_cases.linear(rows, weights(name), CASES[name].bias)
+        np.testing.assert_array_equal(run(loaded, name, rows), expected)
+
+
+def rows_of(case: Case) -> tuple[int, ...]:
+    return ROWS if case.rows is None else (case.rows,)
+
+
+def test_what_has_a_kernel(program: Program) -> None:
+    refused = [r.reason for r in program.records if r.reason.startswith("linalg:")]
+    assert refused == ["linalg: groups of 3 channels; a step takes 64"]
+    assert "__builtin_mxc_mma_16x16x16i8" in program.source
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_numbers_of_rows_and_counts_beyond_a_byte(loaded: Any, name: str) -> None:
+    rng, case = np.random.default_rng(1), CASES[name]
+    ordinary = [rng.standard_normal((m, case.k)) for m in rows_of(case)]
+    outliers = [np.where(rng.random(x.shape) < 0.01, x * 1e3, x) for x in ordinary[-2:]]
+    check(loaded, name, *ordinary, *outliers)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rows_that_are_not_ordinary(loaded: Any, name: str) -> None:
+    """Zeros, clamped thresholds, NaN, infinities, counts of more than 16 and 32 bits, next to ordinary rows."""
+    rng, case = np.random.default_rng(2), CASES[name]
+    rows = rng.standard_normal((20, case.k))
+    rows[1], rows[3], rows[4] = 0, rows[3] * 1e-12, rows[4] * 1e-30
+    rows[5, 0], rows[6, -1] = np.nan, np.inf
+    rows[8], rows[10, case.k // 2], rows[17, case.k // 3] = rows[8] * 1e7, 3e7, -3e8
+    rows[18] = np.arange(case.k) == case.k - 1
+    m = case.rows
+    check(loaded, name, *([rows] if m is None else [rows[at : at + m] for at in range(0, 20 - m, max(m, 3))]))
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_rows_at_the_limits_of_32_bits(bits: int) -> None:
+    """Many channels, with counts just small enough for their sums, just too large, and of two bytes."""
+    case = Case(18944, 3, bits=bits)
+    program = Program(joined({"main": case}), [SpikeToInt()])
+    x = np.ones((4, case.k))
+    x[1, 0], x[2, : case.k // 2] = 1e6, 0
+    x[3] = np.random.default_rng(3).standard_normal(case.k)
+    weights = case.weights(np.random.default_rng(0))
+    expected, _ = spike_cases.linear(x.astype(np.float32), weights, False)
+    got = run(program.load({"main": weights}), "main", x.astype(np.float32), orders=("shuffled",))
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_projections_of_one_input_share_its_counts() -> None:
+    text = joined({"main": Case(64, 8)})
+    y = "tensor<?x8xf32>"
+    (line,) = [line for line in text.splitlines() if "spike_linear" in line]
+    again = line.replace("%y", "%z") + text[text.index(line) + len(line) : text.index("  return")]
+    text = text.replace(f"-> {y} {{", f"-> ({y}, {y}) {{").replace("  return", f"{again}  return")
+    program = Program(text.replace(f"return %y : {y}", f"return %y, %z : {y}, {y}"), [SpikeToInt()])
+    (entry,) = json.loads(bytes(program.code["plan.json"]))["entries"].values()
+    kernels = [launch["kernel"] for launch in entry["launches"]]
+    assert [name[:12] for name in kernels] == ["spike_encode", "spike_linear", "spike_linear"]
+
+
+EXPERTS = {
+    "odd": experts.Case(5, 37, 70),
+    "groups": experts.Case(4, 256, 64, groups=4),
+    "rows": experts.Case(3, 256, 40, groups=2, bits=4, rows=3),
+    "groups_of_3": experts.Case(3, 12, 20, groups=4),  # no kernel takes them
+}
+
+
+@pytest.fixture(scope="module")
+def loaded_experts() -> Any:
+    program = Program(joined(EXPERTS), [SpikeToInt(), LowerGroupedLinear()])
+    return program.load({name: weights_of_experts(name) for name in EXPERTS})
+
+
+def weights_of_experts(name: str) -> dict[str, Array]:
+    return EXPERTS[name].weights(np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts(loaded_experts: Any, name: str) -> None:
+    rng, case, weights = np.random.default_rng(5), EXPERTS[name], weights_of_experts(name)
+    for m in (0, 1, 9, 70) if case.rows is None else (case.rows,):
+        x = rng.standard_normal((m, case.k)).astype(np.float32)
+        x = np.where(rng.random(x.shape) < 0.02, x * np.float32(300), x)
+        if m > 4:
+            x[3], x[4, 0] = x[3] * np.float32(1e7), np.nan
+        expert = rng.integers(-case.experts - 1, case.experts + 1, m)
+        expected = np.full((m, case.columns), np.nan, np.float32)
+        for e in range(case.experts):
+            sent = (expert == e) | (expert == e - case.experts)
+            one = {n: w[e] for n, w in weights.items()}
+            expected[sent] = spike_cases.linear(x[sent], one, False)[0]
+        np.testing.assert_array_equal(run(loaded_experts, name, x, expert), expected)
