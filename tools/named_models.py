@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import importlib.metadata
 import importlib.util
+import inspect
 import json
 import os
 import shutil
@@ -78,6 +79,7 @@ class ModelOptions:
         capacity: tokens kept with full attention.
         score: add the entry point ``score``, which returns the logits of every token.
         spike: how the linear layers spike; None: they do not.
+        batch: texts that a call takes at the most.
     """
 
     window: int | None = None
@@ -85,6 +87,7 @@ class ModelOptions:
     capacity: int = 2048
     score: bool = False
     spike: SpikeOptions | None = None
+    batch: int = 1
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--sinks", type=int, default=0, help="first tokens that stay visible beyond the window"
     )
     parser.add_argument("--capacity", type=int, default=2048, help="tokens kept when there is no window")
+    parser.add_argument("--batch", type=int, default=1, help="texts that are read and continued side by side")
     parser.add_argument(
         "--spike",
         metavar="k=3[,group_size=N][,bits=4][,head=true]",
@@ -115,7 +119,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def model_options(args: argparse.Namespace) -> ModelOptions:
     spike = None if args.spike is None else SpikeOptions.parse(args.spike)
-    return ModelOptions(args.window, args.sinks, args.capacity, spike=spike)
+    if args.batch < 1:
+        raise OptionError(f"--batch {args.batch}: a call takes one text at the least")
+    return ModelOptions(args.window, args.sinks, args.capacity, spike=spike, batch=args.batch)
 
 
 def smollm2(options: ModelOptions) -> NamedModel:
@@ -161,16 +167,28 @@ def _ready(
 
     from spikingbrain.frontend.capture import Entry
 
-    state = model.initial_state(1, options.capacity)
+    several = min(options.batch, 2)
+    state = model.initial_state(several, options.capacity)
+    some, one = torch.zeros(several, 5, dtype=torch.int64), torch.zeros(several, 1, dtype=torch.int64)
+    lengths = torch.tensor([5, 3][:several])
+    texts: dict[str, Any] = {}
+    if several > 1:
+        batch = torch.export.Dim("B", min=1, max=options.batch)
+        texts = {"tokens_BT": {0: batch}, "state": {0: batch}, "lengths_B": {0: batch}}
+    ragged = several > 1 and "lengths_B" in inspect.signature(model.forward).parameters
+    if not ragged:
+        texts.pop("lengths_B", None)
+    read = (some, state, lengths) if ragged else (some, state)
     length = torch.export.Dim("T", min=1, max=ALIGN)
-    some, one = torch.zeros(1, 5, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
-    shapes = {"tokens_BT": {1: length}}
+    shapes = {**texts, "tokens_BT": {**texts.get("tokens_BT", {}), 1: length}}
     entries = {
-        "prefill": Entry((some, state), {"last_only": True}, shapes),
-        "decode": Entry((one, state), {"last_only": True}),
+        "prefill": Entry(read, {"last_only": True}, shapes),
+        "decode": Entry(
+            (one, state), {"last_only": True}, {k: v for k, v in texts.items() if k != "lengths_B"}
+        ),
     }
     if options.score:
-        entries["score"] = Entry((some, state), {}, shapes)
+        entries["score"] = Entry(read, {}, shapes)
     capacity = options.capacity if model.keeps_all_tokens else None
     generation = {"stop": list(stop), "capacity": capacity, **({"chat": dict(chat)} if chat else {})}
     return NamedModel(model, entries, tokenizer, {"model": name, "generation": generation})

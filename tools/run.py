@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import spikingbrain
+from spikingbrain.errors import OptionError
 from spikingbrain.generate import Timing
 from spikingbrain.tools import named_models
 from spikingbrain.tools.progress import Progress
@@ -18,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", help="an artifact file, the folder of a checkpoint, or a model known by name such as smollm2"
     )
-    parser.add_argument("prompt", help="the text to continue")
+    parser.add_argument(
+        "prompt", help="the text to continue; @FILE: the lines of a file, side by side with --batch"
+    )
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
     )
@@ -30,10 +33,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     timing, chosen = Timing(), sampling(args)
+    prompts = read_prompts(Path(args.prompt[1:])) if args.prompt.startswith("@") else []
     path, compiled = obtain(args)
     start = time.perf_counter()
     program = spikingbrain.load(path, check_memory=not args.no_memory_check)
     loaded = time.perf_counter() - start
+    if prompts:
+        texts = program.generate_batch(prompts, args.tokens, sampling=chosen, stop=args.stop)
+        whole = texts if args.quiet else [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
+        print("\n\n".join(whole))
+        return 0
     if not args.quiet:
         sys.stdout.write(args.prompt)
     options = {"sampling": chosen, "timing": timing, "stop": args.stop}
@@ -49,6 +58,19 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0
+
+
+def read_prompts(file: Path) -> list[str]:
+    """Returns the lines of a file that are not empty."""
+    try:
+        prompts = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(
+            f"@{file} cannot be read", why=str(error), hint="a file of texts in UTF-8, one a line"
+        ) from error
+    if not prompts:
+        raise OptionError(f"@{file} has no line of text")
+    return prompts
 
 
 def obtain(args: argparse.Namespace) -> tuple[Path, float]:

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import spikingbrain
 from spikingbrain.errors import OptionError
+from spikingbrain.generate import batch_ids, generate_ids
 from spikingbrain.models.llama import Llama, LlamaConfig
 from spikingbrain.models.llama.checkpoint import save
 from spikingbrain.models.spiking import SpikeLinear
@@ -57,6 +59,22 @@ def test_to_the_76b_style(source: Path, tmp_path: Path) -> None:
     ready = named_models.load(str(tmp_path / "made"), named_models.ModelOptions(capacity=50), lambda _: None)
     assert ready.metadata["generation"]["capacity"] == 50
     assert ready.entries["decode"].args[1].keys[2].shape[1] == 51
+
+
+@pytest.mark.slow
+def test_texts_of_different_lengths_side_by_side(source: Path, tmp_path: Path) -> None:
+    command = ["convert", str(source), "--to", "7b-style", "--window", "9", "--linear-layers", "1"]
+    assert cli.main([*command, "-o", str(tmp_path / "made")]) == 0
+    options = named_models.ModelOptions(batch=4)
+    ready = named_models.load(str(tmp_path / "made"), options, lambda _: None)
+    file = tmp_path / "made.sbrain"
+    spikingbrain.export(ready.model, ready.entries, file, state="state", metadata=ready.metadata)
+    program, prompts = spikingbrain.load(file), [[5, 3, 8], list(range(20, 41)), [9]]
+    together: dict[int, list[int]] = {n: [] for n in range(3)}
+    for number, token in batch_ids(program, prompts, 5):
+        together[number].append(token)
+    assert together == {n: list(generate_ids(program, p, 5)) for n, p in enumerate(prompts)}
+    assert program.entries["prefill"].inputs[1].shape == program.entries["decode"].inputs[0].shape[:1]
 
 
 def test_spiking(source: Path, tmp_path: Path) -> None:

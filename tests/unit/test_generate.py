@@ -395,6 +395,22 @@ def test_run_passes_its_options_on(
     assert "min_p is from 0 to 1" in capsys.readouterr().err
 
 
+def test_run_continues_the_lines_of_a_file(
+    commanded: tuple[Program, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, file = commanded
+    lines = tmp_path / "lines.txt"
+    lines.write_text("Once\n\nOnce upon\n")
+    command = ["run", file, "--tokens", "6", f"@{lines}"]
+    assert cli.main(command) == 0
+    first, second = ("".join(made.generate(p, 6, sampling=Sampling())) for p in ("Once", "Once upon"))
+    assert capsys.readouterr().out == f"Once{first}\n\nOnce upon{second}\n"
+    lines.write_text("\n")
+    assert cli.main(command) == 1 and "has no line of text" in capsys.readouterr().err
+    lines.unlink()
+    assert cli.main(command) == 1 and "cannot be read" in capsys.readouterr().err
+
+
 def test_chat_takes_a_turn_a_line(
     commanded: tuple[Program, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
