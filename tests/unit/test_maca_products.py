@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,10 @@ pytest.importorskip("torch_mlir")
 
 from test_maca import Array, compile_text, load, needs_cxx, random, run
 
-from spikingbrain.errors import CallError
+from spikingbrain.backend_maca.blas import Blas, BlasError
+from spikingbrain.backend_maca.emulate import compiler
+from spikingbrain.backend_maca.plan import evaluate
+from spikingbrain.errors import CallError, MissingDependency
 
 BODIES = {
     "f32": "%p = arith.mulf %a, %v : f32\n %s = arith.addf %c, %p : f32\n linalg.yield %s : f32",
@@ -206,3 +210,91 @@ def test_an_unknown_provider_is_named(providers: str) -> None:
         CallError, match=r"is not understood\n  try: OP=PROVIDER, the op one of linear, matmul, the provider"
     ):
         compile_text(text("mk,kn->mn", SIZES), providers=providers)
+
+
+STAND_IN = r"""
+#include <stdint.h>
+#include <string.h>
+// Column-major products as the reference manual of a BLAS defines them, on memory of the host.
+static double get(const void* p, int type, long long i) {
+  if (type == 0) return ((const float*)p)[i];
+  if (type == 3) return ((const int8_t*)p)[i];
+  if (type == 10) return ((const int32_t*)p)[i];
+  uint32_t bits = (uint32_t)((const uint16_t*)p)[i] << 16;
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+extern "C" {
+int mcblasCreate(void** handle) { *handle = new long(7); return 0; }
+int mcblasDestroy(void* handle) { return *(long*)handle == 7 ? 0 : 1; }
+int mcblasSetStream(void* handle, void* stream) { return stream == (void*)5 ? 0 : 3; }
+int mcblasGemmStridedBatchedEx(void* handle, int op_a, int op_b, int m, int n, int k, const void* alpha, const void* a,
+    int type_a, int lda, long long stride_a, const void* b, int type_b, int ldb, long long stride_b, const void* beta,
+    void* c, int type_c, int ldc, long long stride_c, int batch, int compute, int algorithm) {
+  const bool whole = compute == 72;
+  if (*(long*)handle != 7 || algorithm != -1 || lda < (op_a ? k : m) || ldb < (op_b ? n : k) || ldc < m) return 7;
+  if (whole && (lda % 4 || ldb % 4 || ldc % 4)) return 15;
+  const double one = whole ? *(const int32_t*)alpha : *(const float*)alpha;
+  const double before = whole ? *(const int32_t*)beta : *(const float*)beta;
+  for (int s = 0; s < batch; ++s)
+    for (int i = 0; i < m; ++i)
+      for (int j = 0; j < n; ++j) {
+        double sum = 0;
+        for (int l = 0; l < k; ++l)
+          sum += get(a, type_a, s * stride_a + (op_a ? l + (long long)i * lda : i + (long long)l * lda)) *
+                 get(b, type_b, s * stride_b + (op_b ? j + (long long)l * ldb : l + (long long)j * ldb));
+        const long long at = s * stride_c + i + (long long)j * ldc;
+        sum = one * sum + (before ? before * get(c, type_c, at) : 0);
+        if (type_c == 10) ((int32_t*)c)[at] = (int32_t)(int64_t)sum;
+        else ((float*)c)[at] = (float)sum;
+      }
+  return 0;
+}
+int mcblasGemmEx(void* handle, int op_a, int op_b, int m, int n, int k, const void* alpha, const void* a, int type_a,
+    int lda, const void* b, int type_b, int ldb, const void* beta, void* c, int type_c, int ldc, int compute, int algorithm) {
+  return mcblasGemmStridedBatchedEx(handle, op_a, op_b, m, n, k, alpha, a, type_a, lda, 0, b, type_b, ldb, 0, beta, c,
+                                    type_c, ldc, 0, 1, compute, algorithm);
+}
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def blas(tmp_path_factory: pytest.TempPathFactory) -> Blas:
+    folder = tmp_path_factory.mktemp("blas")
+    (folder / "blas.cpp").write_text(STAND_IN)
+    subprocess.run([compiler(), "-shared", "-fPIC", "blas.cpp", "-o", "blas.so"], cwd=folder, check=True)
+    return Blas(str(folder / "blas.so"))
+
+
+@needs_cxx
+@pytest.mark.parametrize(
+    ("form", "kind", "initial"),
+    [*((form, "f32", "0") for form in FORMS), ("mk,nk->mn", "i8", "2"), ("mk,kn->mn", "f32", "2")],
+)
+def test_calls_of_the_library_are_what_its_manual_says(
+    blas: Blas, form: str, kind: str, initial: str
+) -> None:
+    """The emulator and a plain library written from the manual agree, argument by argument."""
+    *_, step = steps(compile_text(text(form, SIZES, kind, initial)))
+    first, second, result = form.replace("->", ",").split(",")
+    generator = np.random.default_rng(5)
+    # small integers, so that sums of any order are the same
+    x, w = (generator.integers(-9, 10, [int(SIZES[a]) for a in letters]) for letters in (first, second))
+    x, w = (a.astype(np.int8 if kind == "i8" else np.float32) for a in (x, w))
+    y = np.full([int(SIZES[a]) for a in result], int(initial), np.int32 if kind == "i8" else np.float32)
+    arrays = {0: x, 1: w}
+    operands = [arrays.get(a["buffer"], y) for a in step["arguments"]]
+    want = np.einsum(f"{first},{second}->{result}", x.astype(np.int64), w.astype(np.int64)) + int(initial)
+    blas.multiply(step, [a.ctypes.data for a in operands], lambda size: evaluate(size, {}), stream=5)
+    np.testing.assert_array_equal(y, want)
+
+
+@needs_cxx
+def test_failures_of_the_library_are_named(blas: Blas) -> None:
+    (step,) = steps(compile_text(text("mk,kn->mn", SIZES)))
+    with pytest.raises(BlasError, match=r"mcblasSetStream failed\n  because: it returned 3"):
+        blas.multiply(step, [0, 0, 0], lambda size: evaluate(size, {}))
+    with pytest.raises(MissingDependency, match=r"the matrix library /none.so does not load"):
+        Blas("/none.so")
