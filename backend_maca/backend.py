@@ -72,7 +72,7 @@ class MacaBackend:
         weights: Mapping[str, np.ndarray[Any, Any]],
     ) -> Executable:
         """Compiles the kernels for the emulator and returns the program."""
-        from spikingbrain.backend_maca.runtime import Program
+        from spikingbrain.backend_maca.runtime import emulated
 
         missing = [name for name in ("kernels.maca", "plan.json") if name not in code]
         if missing:
@@ -84,7 +84,7 @@ class MacaBackend:
                 why="nothing here launches on a MetaX device",
                 hint="compile for target 'maca-emulator', which runs the same source",
             )
-        return Program(bytes(code["kernels.maca"]).decode(), plan, weights)
+        return emulated(bytes(code["kernels.maca"]).decode(), plan, weights)
 
 
 def _need_compiler_packages() -> None:

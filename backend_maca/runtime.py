@@ -1,9 +1,8 @@
-"""Runs generated kernels on the emulator: compiles them with the system's C++ compiler, follows the plan."""
+"""Follows launch plans: checks arguments, computes sizes, gives buffers memory, and lets a machine run the steps."""
 
 from __future__ import annotations
 
 import base64
-import ctypes
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -11,111 +10,137 @@ from typing import Any
 
 import numpy as np
 
-from spikingbrain.backend_maca import dlpack, library
-from spikingbrain.backend_maca.emulate import Kernels, build, poison
+from spikingbrain.backend_maca.machine import Buffer, Emulator, Launch, Machine, Product, Steps
 from spikingbrain.backend_maca.plan import FORMAT, evaluate
 from spikingbrain.errors import CallError, CorruptArtifact, NewerFormat
 
-ALIGNMENT = 16  # bytes: where kernels may assume that buffers begin
-HOST = "host memory"  # the one device there is
-
 Array = np.ndarray[Any, Any]
+KEPT_SHAPES = 64  # of each entry point: shapes of arguments whose steps are kept
+
+
+def emulated(source: str, plan: Mapping[str, Any], weights: Mapping[str, Array], order: str = "") -> Program:
+    """Returns a program on the emulator; ``SPIKINGBRAIN_EMULATOR_ORDER`` is the order of threads unless given."""
+    check_format(plan)
+    order = order or os.environ.get("SPIKINGBRAIN_EMULATOR_ORDER", "forward")
+    return Program(plan, weights, Emulator(source, sorted(plan["kernels"]), order))
+
+
+def check_format(plan: Mapping[str, Any]) -> None:
+    """Raises NewerFormat for a plan of a later version."""
+    if plan.get("format", FORMAT + 1) > FORMAT:
+        raise NewerFormat("the launch plan is of a later format", why=f"this package reads up to {FORMAT}")
 
 
 class Program:
-    """Kernels with their plan and weights: the ``Executable`` of this backend. Buffers are numpy arrays."""
+    """A plan with its weights on a machine: the ``Executable`` of this backend."""
 
-    def __init__(self, source: str, plan: Mapping[str, Any], weights: Mapping[str, Array], order: str = ""):
-        if plan.get("format", FORMAT + 1) > FORMAT:
-            raise NewerFormat(
-                "the launch plan is of a later format", why=f"this package reads up to {FORMAT}"
-            )
-        self.plan, self.weights = plan, weights
-        order = order or os.environ.get("SPIKINGBRAIN_EMULATOR_ORDER", "forward")
-        self.kernels = Kernels(build(source, sorted(plan["kernels"])), order)
-        self.fixed = {name: self._fixed_buffers(entry) for name, entry in plan["entries"].items()}
+    def __init__(self, plan: Mapping[str, Any], weights: Mapping[str, Array], machine: Machine):
+        check_format(plan)
+        self.plan, self.machine = plan, machine
+        self.to_device, self.to_host = machine.to_device, machine.to_host
+        self.borrow, self.lend = machine.borrow, machine.lend
+        self._kept: dict[str, Buffer] = {}
+        self.fixed = {name: self._fixed(entry, weights) for name, entry in plan["entries"].items()}
+        self._steps: dict[str, dict[Any, Steps]] = {name: {} for name in plan["entries"]}
 
-    def to_device(self, array: Array) -> Array:
-        """Copies a host array into a buffer."""
-        return np.array(array, order="C", copy=True)
-
-    def to_host(self, buffer: Array) -> Array:
-        """Copies a buffer to the host."""
-        return np.array(buffer, copy=True)
+    @property
+    def kernels(self) -> Any:
+        """Returns the emulator's kernels."""
+        return self.machine.kernels  # type: ignore[attr-defined]
 
     @property
     def device(self) -> Any:
-        """Returns what all programs share: they work on the memory of the process."""
-        return HOST
+        """Returns what programs that may share buffers have in common."""
+        return self.machine.device
 
-    def borrow(self, capsule: Any) -> Array:
-        """Returns a buffer over a DLPack capsule's memory; raises ValueError where the tensor has gaps."""
-        return dlpack.borrow(capsule)
-
-    def lend(self, buffer: Array) -> Any:
-        """Returns a DLPack capsule over a buffer's memory."""
-        return dlpack.lend(buffer)
-
-    def function(self, entry: str) -> Callable[[Sequence[Array]], list[Array]]:
+    def function(self, entry: str) -> Callable[[Sequence[Buffer]], list[Buffer]]:
         """Returns an entry point as a function."""
         return functools.partial(self.call, entry)
 
-    def call(self, entry: str, arguments: Sequence[Array]) -> list[Array]:
+    def call(self, entry: str, arguments: Sequence[Buffer]) -> list[Buffer]:
         """Runs an entry point; the sizes of all arguments are checked first."""
         if entry not in self.plan["entries"]:
             raise CallError(f"no entry point '{entry}'", hint=f"one of {', '.join(self.plan['entries'])}")
-        plan = self.plan["entries"][entry]
+        plan, machine = self.plan["entries"][entry], self.machine
         inputs = [i for i, b in enumerate(plan["buffers"]) if b["role"] == "input"]
         if len(arguments) != len(inputs):
             raise CallError(f"'{entry}' takes {len(inputs)} arguments, got {len(arguments)}")
-        shapes = {i: np.shape(a) for i, a in zip(inputs, arguments, strict=True)}
         buffers = dict(self.fixed[entry])
-        for position, (i, array) in enumerate(zip(inputs, arguments, strict=True)):
-            buffers[i] = _checked(array, plan["buffers"][i], shapes, f"argument {position} of '{entry}'")
-        for formula, message in plan["checks"]:
-            if not evaluate(formula, shapes):
-                raise CallError(f"arguments of '{entry}' do not fit together", why=message)
-        for i, record in enumerate(plan["buffers"]):
-            if record["role"] == "temporary":
-                buffers[i] = _unwritten(record, [evaluate(s, shapes) for s in record["shape"]])
-        for launch in plan["launches"]:
-            if "library" in launch:
-                operands = [buffers[a["buffer"]] for a in launch["arguments"]]
-                library.multiply(launch, operands, lambda size: evaluate(size, shapes))
-            else:
-                self._launch(launch, buffers, shapes)
-        return [
-            buffers[o["buffer"]].reshape([evaluate(s, shapes) for s in o["shape"]]) for o in plan["outputs"]
-        ]
+        for position, (i, argument) in enumerate(zip(inputs, arguments, strict=True)):
+            what = f"argument {position} of '{entry}'"
+            if not isinstance(argument, machine.buffer_type):
+                raise CallError(f"{what} is a {type(argument).__name__}", hint=machine.hint)
+            _check(argument, plan["buffers"][i], what)
+            buffers[i] = machine.argument(argument)
+        steps = self._resolved(entry, {i: tuple(buffers[i].shape) for i in inputs})
+        for i, shape in steps.temporaries.items():
+            buffers[i] = machine.unwritten(_storage(plan["buffers"][i]["dtype"]), shape)
+        machine.run(steps, buffers)
+        return [buffers[i].reshape(shape) for i, shape in steps.outputs]
 
-    def _launch(
-        self, launch: Mapping[str, Any], buffers: Mapping[int, Array], shapes: Mapping[int, Any]
-    ) -> None:
-        grid = [evaluate(size, shapes) for size in launch["grid"]]
-        if 0 in grid:
-            return
-        kernel = self.plan["kernels"][launch["kernel"]]
-        arguments = [
-            buffers[a["buffer"]] if "buffer" in a else ctypes.c_int64(evaluate(a["value"], shapes))
-            for a in launch["arguments"]
-        ]
-        self.kernels.launch(
-            launch["kernel"], grid, (kernel["threads"], 1, 1), kernel["dynamic_bytes"], arguments
-        )
+    def _resolved(self, entry: str, shapes: Mapping[int, tuple[int, ...]]) -> Steps:
+        """Returns what to do for arguments of these shapes; raises CallError if they do not fit together."""
+        kept, key = self._steps[entry], tuple(shapes.values())
+        if key not in kept:
+            if len(kept) >= KEPT_SHAPES:
+                kept.clear()
+            kept[key] = resolve(self.plan, entry, shapes)
+        return kept[key]
 
-    def _fixed_buffers(self, entry: Mapping[str, Any]) -> dict[int, Array]:
-        """Returns the buffers that no call changes: weights, as they are mapped, and constants."""
-        fixed: dict[int, Array] = {}
+    def _fixed(self, entry: Mapping[str, Any], weights: Mapping[str, Array]) -> dict[int, Buffer]:
+        """Returns the buffers that no call changes: weights and constants."""
+        fixed: dict[int, Buffer] = {}
         for i, record in enumerate(entry["buffers"]):
             if record["role"] == "weight":
-                if record["key"] not in self.weights:
-                    raise CorruptArtifact(f"the weight '{record['key']}' is missing")
-                fixed[i] = _checked(self.weights[record["key"]], record, {}, f"weight '{record['key']}'")
+                key = record["key"]
+                if key not in weights:
+                    raise CorruptArtifact(f"the weight '{key}' is missing")
+                _check(weights[key], record, f"weight '{key}'")
+                if key not in self._kept:
+                    self._kept[key] = self.machine.keep(weights[key])
+                fixed[i] = self._kept[key]
             elif record["role"] == "constant":
                 values = np.frombuffer(base64.b64decode(record["data"]), _storage(record["dtype"]))
                 shape = record["shape"]  # a single value stands for all
-                fixed[i] = np.full(shape, values[0]) if values.size == 1 else values.reshape(shape)
+                fixed[i] = self.machine.keep(
+                    np.full(shape, values[0]) if values.size == 1 else values.reshape(shape)
+                )
         return fixed
+
+
+def resolve(plan: Mapping[str, Any], entry: str, shapes: Mapping[int, tuple[int, ...]]) -> Steps:
+    """Returns an entry point's steps with all sizes computed; raises CallError where shapes do not fit together."""
+    host = plan["entries"][entry]
+
+    def value(size: Any) -> int:
+        return evaluate(size, shapes)
+
+    def sizes(of: Sequence[Any]) -> tuple[int, ...]:
+        return tuple(map(value, of))
+
+    for formula, message in host["checks"]:
+        if not value(formula):
+            raise CallError(f"arguments of '{entry}' do not fit together", why=message)
+    buffers = enumerate(host["buffers"])
+    temporaries = {i: sizes(b["shape"]) for i, b in buffers if b["role"] == "temporary"}
+    steps: list[Launch | Product] = []
+    for step in host["launches"]:
+        if "library" in step:
+            known = {name: list(sizes(step[name])) for name in ("sizes", "leading", "strides")}
+            product = {**step, **known, "batch": value(step["batch"])}
+            steps.append(Product(product, tuple(a["buffer"] for a in step["arguments"])))
+            continue
+        grid, kernel = sizes(step["grid"]), plan["kernels"][step["kernel"]]
+        if 0 in grid:
+            continue
+        arguments = [
+            (a["buffer"], None) if "buffer" in a else (None, value(a["value"])) for a in step["arguments"]
+        ]
+        steps.append(
+            Launch(step["kernel"], grid, kernel["threads"], kernel["dynamic_bytes"], tuple(arguments))
+        )
+    outputs = [(o["buffer"], sizes(o["shape"])) for o in host["outputs"]]
+    return Steps(entry, temporaries, steps, outputs)
 
 
 def _storage(dtype: str) -> np.dtype[Any]:
@@ -123,22 +148,11 @@ def _storage(dtype: str) -> np.dtype[Any]:
     return np.dtype("uint16" if dtype == "bfloat16" else dtype)
 
 
-def _checked(array: Array, record: Mapping[str, Any], shapes: Mapping[int, Any], what: str) -> Array:
-    """Returns the array, contiguous and aligned, when it has the declared type and shape; raises CallError otherwise."""
-    if not isinstance(array, np.ndarray):
-        raise CallError(f"{what} is a {type(array).__name__}", hint="pass a numpy array")
+def _check(buffer: Buffer, record: Mapping[str, Any], what: str) -> None:
+    """Raises CallError unless a buffer has the declared type and shape."""
     wanted = [size if isinstance(size, int) else "?" for size in record["shape"]]
-    fits = len(wanted) == array.ndim and all(w in ("?", n) for w, n in zip(wanted, array.shape, strict=True))
-    if not fits:
-        raise CallError(f"{what} has shape {list(array.shape)}, declared {wanted}")
-    if str(array.dtype) != record["dtype"] and array.dtype != _storage(record["dtype"]):
-        raise CallError(f"{what} is {array.dtype}, declared {record['dtype']}")
-    array = np.asarray(array, order="C")  # ascontiguousarray would give a scalar an axis
-    return array if array.ctypes.data % ALIGNMENT == 0 else array.copy()
-
-
-def _unwritten(record: Mapping[str, Any], shape: Sequence[int]) -> Array:
-    """Returns a buffer that no kernel has written yet."""
-    array = np.empty(shape, _storage(record["dtype"]))
-    poison(array)
-    return array
+    shape = list(buffer.shape)
+    if len(wanted) != len(shape) or any(w not in ("?", n) for w, n in zip(wanted, shape, strict=True)):
+        raise CallError(f"{what} has shape {shape}, declared {wanted}")
+    if str(buffer.dtype) != record["dtype"] and buffer.dtype != _storage(record["dtype"]):
+        raise CallError(f"{what} is {buffer.dtype}, declared {record['dtype']}")
