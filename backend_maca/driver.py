@@ -1,0 +1,404 @@
+"""The runtimes of cards, called through ctypes: MetaX's, and NVIDIA's for the same kernels built by nvcc.
+
+Both are C libraries whose functions return 0 or an error's number. MetaX's names are CUDA's with another prefix; NVIDIA's
+driver has a few of other form. What differs is in the two classes below; what programs call is the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from spikingbrain.errors import CallError, MissingDependency, OutOfMemory, SpikingBrainError
+
+# What a call takes: p pointer, s text, z size in bytes, i int, u unsigned.
+_LETTERS: dict[str, Any] = {
+    "p": ctypes.c_void_p,
+    "s": ctypes.c_char_p,
+    "z": ctypes.c_size_t,
+    "i": ctypes.c_int,
+    "u": ctypes.c_uint,
+}
+_HOST_TO_DEVICE, _DEVICE_TO_HOST, _DEVICE_TO_DEVICE = 1, 2, 3  # as CUDA's; not confirmed for MetaX
+_NON_BLOCKING = 1  # a stream that does not wait for the default one
+_GLOBAL_CAPTURE = 0
+_END, _BUFFER, _SIZE = 0, 1, 2  # of packed arguments, as CUDA's
+_OTHER_END = 3  # as HIP's
+
+
+class DeviceError(SpikingBrainError):
+    """Raised when a call of a card's runtime fails, with the runtime's own text."""
+
+
+class Driver:
+    """The part of a card's runtime that programs need; one device, which ``bind`` makes this thread's.
+
+    Addresses, streams, events, modules, functions and graphs are numbers. Raises DeviceError, and OutOfMemory where
+    the runtime says so.
+    """
+
+    name: ClassVar[str]
+    device_type: ClassVar[int] = 2  # in DLPack: what the vendor's torch calls "cuda"
+    functions: ClassVar[dict[str, tuple[str, str]]]  # what we call it -> the runtime's name, what it takes
+
+    def __init__(self, library: str):
+        try:
+            self._library = ctypes.CDLL(library)
+        except OSError as error:
+            raise MissingDependency(f"the runtime {library} does not load", why=str(error)) from error
+        self._path = library
+        self.ordinal = 0
+
+    @functools.cache  # noqa: B019  (drivers live as long as the process)
+    def _function(self, name: str) -> Any:
+        symbol, takes = self.functions[name]
+        try:
+            function = getattr(self._library, symbol)
+        except AttributeError:
+            raise DeviceError(
+                f"{self._path} has no function {symbol}", hint="update the driver and the runtime of the card"
+            ) from None
+        function.restype, function.argtypes = ctypes.c_int, [_LETTERS[letter] for letter in takes]
+        return function
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Calls a function of the runtime."""
+        status = self._function(name)(*arguments)
+        if status:
+            raise self._error(self.functions[name][0], status)
+
+    def _error(self, symbol: str, status: int) -> SpikingBrainError:
+        word, text = self.describe(status)
+        why = f"{word} ({status}): {text}"
+        if "memory" in word.lower() and ("alloc" in word.lower() or "out_of" in word.lower()):
+            return OutOfMemory(
+                "the card has not enough memory",
+                why=f"{symbol}: {why}",
+                hint="fewer texts at a time, a smaller --capacity, or smaller weights",
+            )
+        return DeviceError(f"{symbol} failed on the card", why=why)
+
+    def describe(self, status: int) -> tuple[str, str]:
+        """Returns the runtime's name of an error and its text."""
+        raise NotImplementedError
+
+    def _made(self, name: str, *arguments: Any) -> int:
+        """Calls a function whose first argument is where it writes a pointer; returns that."""
+        place = ctypes.c_void_p()
+        self.call(name, ctypes.byref(place), *arguments)
+        return place.value or 0
+
+    def count(self) -> int:
+        """Returns how many devices there are."""
+        self.call("init", 0)
+        found = ctypes.c_int()
+        self.call("count", ctypes.byref(found))
+        return found.value
+
+    def open(self, ordinal: int = 0) -> None:
+        """Chooses the device of this object. Raises DeviceError if there is none of this number."""
+        if not 0 <= ordinal < self.count():
+            raise DeviceError(f"there is no device {ordinal}", why=f"{self._path} sees {self.count()}")
+        self.ordinal = ordinal
+        self.bind()
+
+    def bind(self) -> None:
+        """Makes the device the current one of this thread."""
+        raise NotImplementedError
+
+    def device_name(self) -> str:
+        text = ctypes.create_string_buffer(256)
+        self.call("name", text, len(text), self.ordinal)
+        return text.value.decode(errors="replace")
+
+    def memory(self) -> tuple[int, int]:
+        """Returns the free bytes and all bytes."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self.call("memory", ctypes.byref(free), ctypes.byref(total))
+        return free.value, total.value
+
+    def allocate(self, size: int) -> int:
+        return self._made("allocate", size)
+
+    def free(self, address: int) -> None:
+        self.call("free", address)
+
+    def upload(self, target: int, source: int, size: int, stream: int) -> None:
+        """Copies from the host; ``source`` may be overwritten after it."""
+        raise NotImplementedError
+
+    def download(self, target: int, source: int, size: int, stream: int) -> None:
+        """Copies to the host, after what was put into the stream before."""
+        raise NotImplementedError
+
+    def copy(self, target: int, source: int, size: int, stream: int) -> None:
+        """Copies on the device, in the stream."""
+        raise NotImplementedError
+
+    def fill(self, target: int, byte: int, size: int, stream: int) -> None:
+        self.call("fill", target, byte, size, stream)
+
+    def new_stream(self) -> int:
+        return self._made("new_stream", _NON_BLOCKING)
+
+    def synchronize(self, stream: int) -> None:
+        """Waits for all that was put into the stream; errors of kernels come to light here."""
+        self.call("synchronize", stream)
+
+    def new_event(self) -> int:
+        return self._made("new_event", 0)
+
+    def record(self, event: int, stream: int) -> None:
+        self.call("record", event, stream)
+
+    def wait(self, stream: int, event: int) -> None:
+        """Lets a stream wait for an event of another one."""
+        self.call("wait", stream, event, 0)
+
+    def milliseconds(self, start: int, end: int) -> float:
+        """Returns the time between two recorded events, waiting for the second."""
+        self.call("synchronize_event", end)
+        found = ctypes.c_float()
+        self.call("elapsed", ctypes.byref(found), start, end)
+        return found.value
+
+    def load(self, image: bytes) -> int:
+        """Loads a compiled module."""
+        return self._made("load", ctypes.cast(ctypes.c_char_p(image), ctypes.c_void_p))
+
+    def function(self, module: int, name: str) -> int:
+        """Returns a kernel of a module."""
+        return self._made("function", module, name.encode())
+
+    def launch(
+        self,
+        function: int,
+        grid: Sequence[int],
+        block: Sequence[int],
+        shared_bytes: int,
+        stream: int,
+        arguments: Sequence[int],
+        packed_end: int | None,
+    ) -> None:
+        """Puts a kernel into a stream; each argument has 8 bytes, an address or an int64.
+
+        ``packed_end`` None passes their addresses (``void**``); else they go in one buffer, in a list that ends with it.
+        """
+        values = (ctypes.c_int64 * max(1, len(arguments)))(*arguments)
+        sizes = (*grid, *block, shared_bytes, stream)
+        if packed_end is None:
+            first = ctypes.addressof(values)
+            addresses = (ctypes.c_void_p * len(values))(*(first + 8 * i for i in range(len(values))))
+            self.call("launch", function, *sizes, addresses, None)
+            return
+        size = ctypes.c_size_t(8 * len(arguments))
+        extra = (ctypes.c_void_p * 6)(
+            _BUFFER, ctypes.addressof(values), _SIZE, ctypes.addressof(size), packed_end, _END
+        )
+        self.call("launch", function, *sizes, None, extra)
+
+    def begin_capture(self, stream: int) -> None:
+        """From here on, what is put into the stream is only noted."""
+        self.call("begin_capture", stream, _GLOBAL_CAPTURE)
+
+    def end_capture(self, stream: int) -> int:
+        """Returns what was noted, ready to be launched."""
+        graph = self._made("end_capture", stream)
+        try:
+            return self._instantiate(graph)
+        finally:
+            self.call("destroy_graph", graph)
+
+    def _instantiate(self, graph: int) -> int:
+        raise NotImplementedError
+
+    def launch_graph(self, graph: int, stream: int) -> None:
+        self.call("launch_graph", graph, stream)
+
+    def destroy_graph(self, graph: int) -> None:
+        self.call("destroy_executable", graph)
+
+
+# How packed arguments may end, and None for ``void**``: a probe takes the first that works.
+CONVENTIONS = (None, _END, _OTHER_END)
+
+
+class MacaDriver(Driver):
+    """MetaX's runtime; ``prefix`` "hc" with its library is its twin of the HPCC stack."""
+
+    name = "maca"
+    names: ClassVar[dict[str, tuple[str, str]]] = {
+        "init": ("Init", "u"),
+        "count": ("GetDeviceCount", "p"),
+        "bind": ("SetDevice", "i"),
+        "name": ("DeviceGetName", "pii"),
+        "memory": ("MemGetInfo", "pp"),
+        "allocate": ("Malloc", "pz"),
+        "free": ("Free", "p"),
+        "copy": ("MemcpyAsync", "ppzip"),
+        "fill": ("MemsetAsync", "pizp"),
+        "new_stream": ("StreamCreateWithFlags", "pu"),
+        "synchronize": ("StreamSynchronize", "p"),
+        "wait": ("StreamWaitEvent", "ppu"),
+        "new_event": ("EventCreateWithFlags", "pu"),
+        "record": ("EventRecord", "pp"),
+        "synchronize_event": ("EventSynchronize", "p"),
+        "elapsed": ("EventElapsedTime", "ppp"),
+        "load": ("ModuleLoadData", "pp"),
+        "function": ("ModuleGetFunction", "pps"),
+        "launch": ("ModuleLaunchKernel", "puuuuuuuppp"),
+        "begin_capture": ("StreamBeginCapture", "pi"),
+        "end_capture": ("StreamEndCapture", "pp"),
+        "instantiate": ("GraphInstantiate", "ppppz"),
+        "launch_graph": ("GraphLaunch", "pp"),
+        "destroy_executable": ("GraphExecDestroy", "p"),
+        "destroy_graph": ("GraphDestroy", "p"),
+    }
+
+    def __init__(self, library: str, prefix: str = "mc"):
+        super().__init__(library)
+        self.prefix = prefix
+        self.functions = {n: (prefix + symbol, takes) for n, (symbol, takes) in self.names.items()}  # type: ignore[misc]
+
+    def describe(self, status: int) -> tuple[str, str]:
+        found = []
+        for name in ("GetErrorName", "GetErrorString"):
+            function = getattr(self._library, self.prefix + name, None)
+            if function is not None:
+                function.restype, function.argtypes = ctypes.c_char_p, [ctypes.c_int]
+            found.append((function(status) or b"").decode(errors="replace") if function else "")
+        return found[0] or "error", found[1] or "the runtime gives no text"
+
+    def bind(self) -> None:
+        self.call("bind", self.ordinal)
+
+    def upload(self, target: int, source: int, size: int, stream: int) -> None:
+        self.call("copy", target, source, size, _HOST_TO_DEVICE, stream)
+        self.synchronize(stream)
+
+    def download(self, target: int, source: int, size: int, stream: int) -> None:
+        self.call("copy", target, source, size, _DEVICE_TO_HOST, stream)
+        self.synchronize(stream)
+
+    def copy(self, target: int, source: int, size: int, stream: int) -> None:
+        self.call("copy", target, source, size, _DEVICE_TO_DEVICE, stream)
+
+    def _instantiate(self, graph: int) -> int:
+        return self._made("instantiate", graph, None, None, 0)
+
+
+class CudaDriver(Driver):
+    """NVIDIA's driver, for kernels that nvcc built against the headers in ``compat_cuda``."""
+
+    name = "maca-cuda"
+    functions: ClassVar[dict[str, tuple[str, str]]] = {
+        "init": ("cuInit", "u"),
+        "count": ("cuDeviceGetCount", "p"),
+        "device": ("cuDeviceGet", "pi"),
+        "attribute": ("cuDeviceGetAttribute", "pii"),
+        "context": ("cuDevicePrimaryCtxRetain", "pi"),
+        "bind": ("cuCtxSetCurrent", "p"),
+        "name": ("cuDeviceGetName", "pii"),
+        "memory": ("cuMemGetInfo_v2", "pp"),
+        "allocate": ("cuMemAlloc_v2", "pz"),
+        "free": ("cuMemFree_v2", "p"),
+        "upload": ("cuMemcpyHtoDAsync_v2", "ppzp"),
+        "download": ("cuMemcpyDtoHAsync_v2", "ppzp"),
+        "copy": ("cuMemcpyDtoDAsync_v2", "ppzp"),
+        "fill": ("cuMemsetD8Async", "pizp"),
+        "new_stream": ("cuStreamCreate", "pu"),
+        "synchronize": ("cuStreamSynchronize", "p"),
+        "wait": ("cuStreamWaitEvent", "ppu"),
+        "new_event": ("cuEventCreate", "pu"),
+        "record": ("cuEventRecord", "pp"),
+        "synchronize_event": ("cuEventSynchronize", "p"),
+        "elapsed": ("cuEventElapsedTime", "ppp"),
+        "load": ("cuModuleLoadData", "pp"),
+        "function": ("cuModuleGetFunction", "pps"),
+        "function_attribute": ("cuFuncSetAttribute", "pii"),
+        "launch": ("cuLaunchKernel", "puuuuuuuppp"),
+        "begin_capture": ("cuStreamBeginCapture_v2", "pi"),
+        "end_capture": ("cuStreamEndCapture", "pp"),
+        "instantiate": ("cuGraphInstantiateWithFlags", "ppL"),
+        "launch_graph": ("cuGraphLaunch", "pp"),
+        "destroy_executable": ("cuGraphExecDestroy", "p"),
+        "destroy_graph": ("cuGraphDestroy", "p"),
+    }
+    _MAJOR, _MINOR = 75, 76  # attributes
+    _DYNAMIC_SHARED = 8
+
+    def __init__(self, library: str = "libcuda.so.1"):
+        super().__init__(library)
+        self._context = 0
+
+    def describe(self, status: int) -> tuple[str, str]:
+        found = []
+        for name in ("cuGetErrorName", "cuGetErrorString"):
+            text = ctypes.c_char_p()
+            getattr(self._library, name)(status, ctypes.byref(text))
+            found.append((text.value or b"").decode(errors="replace"))
+        return found[0] or "error", found[1] or "the driver gives no text"
+
+    def bind(self) -> None:
+        if not self._context:
+            self._context = self._made("context", self.ordinal)
+        self.call("bind", self._context)
+
+    def capability(self) -> str:
+        """Returns the architecture as nvcc names it."""
+        found = []
+        for attribute in (self._MAJOR, self._MINOR):
+            value = ctypes.c_int()
+            self.call("attribute", ctypes.byref(value), attribute, self.ordinal)
+            found.append(value.value)
+        return f"sm_{found[0]}{found[1]}"
+
+    def upload(self, target: int, source: int, size: int, stream: int) -> None:
+        self.call("upload", target, source, size, stream)
+        self.synchronize(stream)
+
+    def download(self, target: int, source: int, size: int, stream: int) -> None:
+        self.call("download", target, source, size, stream)
+        self.synchronize(stream)
+
+    def copy(self, target: int, source: int, size: int, stream: int) -> None:
+        self.call("copy", target, source, size, stream)
+
+    def allow_shared(self, function: int, size: int) -> None:
+        """Lets a kernel have more dynamic shared memory than NVIDIA's cards give without being asked."""
+        self.call("function_attribute", function, self._DYNAMIC_SHARED, size)
+
+    def _instantiate(self, graph: int) -> int:
+        return self._made("instantiate", graph, 0)
+
+
+_LETTERS["L"] = ctypes.c_uint64
+STACKS = {"maca": ("mc", "MACA_PATH", "/opt/maca"), "hpcc": ("hc", "HPCC_PATH", "/opt/hpcc")}
+
+
+def maca_library() -> tuple[str, str]:
+    """Returns the path of MetaX's runtime, and the prefix of its names.
+
+    ``SPIKINGBRAIN_MACA_RUNTIME`` names another file; its prefix is ``hc`` if its name begins with ``libhc``.
+    """
+    if own := os.environ.get("SPIKINGBRAIN_MACA_RUNTIME"):
+        return own, "hc" if Path(own).name.startswith("libhc") else "mc"
+    for prefix, variable, root in STACKS.values():
+        library = Path(os.environ.get(variable) or root) / "lib" / f"lib{prefix}runtime.so"
+        if library.is_file():
+            return str(library), prefix
+    return "libmcruntime.so", "mc"
+
+
+@functools.cache
+def open_driver(device: str, ordinal: int = 0) -> Driver:
+    """Returns the driver of a device: ``"maca"`` or ``"maca-cuda"``. Raises MissingDependency or DeviceError."""
+    if device not in ("maca", "maca-cuda"):
+        raise CallError(f"no runtime for device {device!r}", hint="maca or maca-cuda")
+    driver: Driver = MacaDriver(*maca_library()) if device == "maca" else CudaDriver()
+    driver.open(ordinal)
+    return driver
