@@ -14,6 +14,7 @@ is that of the thread; all candidates take turns in each round, and so does read
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from pathlib import Path
 from time import thread_time
 from typing import Any
@@ -168,6 +169,8 @@ def main() -> None:
     parser.add_argument("--llama", metavar="PYTHON")
     parser.add_argument("--cache", choices=list(CACHE_BYTES), default="f16", help="of llama.cpp")
     args = parser.parse_args()
+    if args.draw and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--draw needs matplotlib: pip install matplotlib")
     args.folder.mkdir(parents=True, exist_ok=True)
     ours = {name: program(args.folder, *spec) for name, spec in OURS.items()}
     candidates = {(n, at_): (p, at(p, at_)) for n, p in ours.items() for at_ in POSITIONS}
