@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 
 from spikingbrain.backend import Executable, Stage, StageContext, TargetStatus
-from spikingbrain.backend_maca import mxcc, toolchains
+from spikingbrain.backend_maca import mxcc, probe, toolchains
 from spikingbrain.backend_maca.options import MacaOptions
 from spikingbrain.errors import CorruptArtifact, MissingDependency, TargetError
 from spikingbrain.target import Target
 
 
 def _target(name: str) -> Target:
+    emulator = name == "maca-emulator"
     return Target(
         name=name,
         kind="gpu",
@@ -27,9 +28,9 @@ def _target(name: str) -> Target:
         cpu="xcore1000",
         wave_width=64,
         shared_bytes=64 << 10,
-        wave_kernels=True,
+        wave_kernels=emulator or probe.hand_scheduled(),
         l2_bytes=8 << 20,
-        host_memory=name == "maca-emulator",
+        host_memory=emulator,
     )
 
 
@@ -59,7 +60,7 @@ class MacaBackend:
         parts = [p.read_bytes() for p in files]
         if target.name == "maca" and (sdk := mxcc.find()):
             parts.append(sdk.version.encode())
-        return f"{target.name} {options} {hashlib.sha256(b''.join(parts)).hexdigest()}"
+        return f"{target.name} {target.wave_kernels} {options} {hashlib.sha256(b''.join(parts)).hexdigest()}"
 
     def stages(self, target: Target) -> dict[str, Stage]:
         """Returns: sorts and scans to launches, tensors to buffers, linear algebra to kernels, kernels to source and plan."""

@@ -21,6 +21,7 @@ COMMANDS = {
     "compare": ("spikingbrain.tools.compare", "find the first op that differs between torch and compiled"),
     "spikes": ("spikingbrain.tools.spikes", "how a model fires on a text: statistics, events, test vectors"),
     "targets": ("spikingbrain.tools.targets", "what can be compiled for, and what runs here"),
+    "doctor": ("spikingbrain.tools.doctor", "what this machine has, and what to do about the rest"),
     "opt": ("spikingbrain.tools.opt", "run passes on textual IR"),
     "cache": ("spikingbrain.tools.cache", "show or clear the compile cache"),
 }

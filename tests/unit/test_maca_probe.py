@@ -1,0 +1,189 @@
+"""The probe of devices, on the emulator: it passes, each of its probes can fail, and a failure turns something off."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from spikingbrain.backend_maca import backend, emulate, probe
+from spikingbrain.backend_maca.driver import DeviceError
+from spikingbrain.tools import cli, doctor
+
+pytestmark = pytest.mark.skipif(shutil.which(emulate.compiler()) is None, reason="no C++ compiler")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(probe, "_file", lambda: tmp_path / "maca" / "probe.json")
+    probe.hand_scheduled.cache_clear()
+    yield
+    probe.hand_scheduled.cache_clear()
+
+
+def test_the_emulator_does_what_is_assumed() -> None:
+    findings = probe.run(probe.emulated())
+    assert [f.name for f in findings] == list(probe.PROBES)
+    assert all(f.passed and not f.found for f in findings)
+
+
+# What a device might do instead: probe that notices -> text and replacement, what is found.
+OTHERWISE = {
+    "votes of 64 lanes": ("(int64_t)__ballot", "(uint32_t)__ballot", "thread 0 sees 0x0000000049249249"),
+    "shuffles over 64 lanes": (
+        "(int32_t)distance, 64)", "(int32_t)distance, 32)", "at distance 32, lane 0 gets the value of 0",
+    ),
+    "matrix instruction, i8": (
+        "mma_16x16x16i8(x[row * 4 + quarter], y[row * 4 + quarter]",
+        "mma_16x16x16i8(y[row * 4 + quarter], x[row * 4 + quarter]", "the result is transposed",
+    ),
+    "matrix instruction, f32": (
+        "probe_f32, __builtin_mxc_mma_16x16x4f32, float)",
+        "probe_f32, [](auto x, auto y, auto d) { d[0] += 1; return __builtin_mxc_mma_16x16x4f32(x, y, d); }, float)",
+        "64 of 256 sums differ; row 0, column 0:",
+    ),
+    "rounding to 16 bits": (
+        "brain[i] = __float2bfloat16(x[i])", "brain[i].bits = *(const uint32_t*)&x[i] >> 16", "to bf16 gives 0x",
+    ),
+    "products and sums are not fused": (
+        "x[thread] * x[thread] + y[thread]", "fmaf(x[thread], x[thread], y[thread])", "of 64 results are fused",
+    ),
+    "64 KiB of shared memory": ("memory[i] =", "memory[i % 8192] =", "16384 of 16384 words differ"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def wrong_device() -> list[probe.Finding]:
+    """What the probe finds on a machine that does all of it otherwise."""
+    source = probe.SOURCE.read_text()
+    for old, new, _ in OTHERWISE.values():
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    return probe.run(probe.emulated(source))
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_each_probe_notices(name: str, wrong_device: list[probe.Finding]) -> None:
+    (finding,) = [f for f in wrong_device if f.name == name]
+    assert not finding.passed
+    assert OTHERWISE[name][2] in finding.found
+
+
+def test_a_failure_turns_a_feature_off_and_warns(
+    wrong_device: list[probe.Finding], caplog: pytest.LogCaptureFixture
+) -> None:
+    def wave_kernels() -> dict[str, bool]:
+        return {s.target.name: s.target.wave_kernels for s in backend.MacaBackend().targets()}
+
+    assert probe.kept() is None
+    assert wave_kernels() == {"maca": True, "maca-emulator": True}
+    probe.keep("a card", wrong_device)
+    assert wave_kernels() == {"maca": False, "maca-emulator": True}
+    assert probe.kept() == ("a card", wrong_device)
+    assert "a card failed the probe of: votes of 64 lanes, matrix instruction, i8" in caplog.text
+    assert "kernels scheduled by hand are off" in caplog.text
+    harmless = [f for f in wrong_device if "off" not in f.consequence]
+    probe.keep("a card", harmless)
+    assert harmless and wave_kernels() == {"maca": True, "maca-emulator": True}
+
+
+class Card:
+    """A device whose memory is the process's, on the emulator; it takes arguments by one convention only."""
+
+    def __init__(self, convention: int | None):
+        self.convention, self.held = convention, {}
+        self.kernels = emulate.Kernels(emulate.build(probe.SOURCE.read_text(), probe.KERNELS))
+
+    def load(self, image: bytes) -> int:
+        assert image == b"native"
+        return 1
+
+    def new_stream(self) -> int:
+        return 2
+
+    def function(self, module: int, name: str) -> str:
+        return name
+
+    def device_name(self) -> str:
+        return "C550"
+
+    def allocate(self, size: int) -> int:
+        memory = np.zeros(size + 64, np.uint8)
+        address: int = (memory.ctypes.data + 63) // 64 * 64
+        self.held[address] = memory
+        return address
+
+    def free(self, address: int) -> None:
+        del self.held[address]
+
+    def upload(self, target: int, source: int, size: int, stream: int) -> None:
+        ctypes.memmove(target, source, size)
+
+    download = upload
+
+    def launch(
+        self,
+        function: str,
+        grid: Any,
+        block: Any,
+        shared: int,
+        stream: int,
+        values: Sequence[int],
+        convention: Any,
+    ) -> None:
+        if convention != self.convention:
+            raise DeviceError("mcModuleLaunchKernel failed on the card")
+        pointers = [ctypes.c_void_p(v) if v in self.held else ctypes.c_int64(v) for v in values]
+        self.kernels.launch(function, grid, block, shared, pointers)
+
+
+@pytest.mark.parametrize("convention", [None, 0, 3])
+def test_a_device_is_probed_through_its_driver(convention: int | None) -> None:
+    card: Any = Card(convention)
+    assert probe.convention_of(card, b"native") == convention
+    assert all(f.passed for f in probe.run(probe.on_device(card, b"native", convention)))
+    assert not card.held  # all memory was given back
+
+
+def test_a_device_that_runs_nothing_is_an_error() -> None:
+    card: Any = Card(17)
+    with pytest.raises(DeviceError, match="no kernel of the probe runs on the card"):
+        probe.convention_of(card, b"native")
+
+
+def test_doctor_tells_what_is_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MACA_PATH", raising=False)
+    assert cli.main(["doctor"]) == 0
+    told = capsys.readouterr().out
+    assert "ok  numpy: " in told
+    assert "maca-emulator: compiles and runs here" in told
+    assert "--  SDK: MACA_PATH is not set" in told and "try: where the SDK is installed" in told
+    assert told.endswith("nothing is wrong\n")
+    monkeypatch.setenv("MACA_PATH", "/nowhere")
+    assert cli.main(["doctor"]) == 1
+    told = capsys.readouterr().out
+    assert "!!  SDK: MACA_PATH is '/nowhere', but its compiler does not run" in told
+    assert told.endswith("1 problem, marked !!\n")
+
+
+def test_doctor_probes_a_card(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, wrong_device: list[probe.Finding]
+) -> None:
+    from spikingbrain.backend_maca import driver, mxcc
+
+    monkeypatch.setattr(mxcc, "find", lambda: mxcc.Sdk(Path("/opt/maca"), "mxcc version 1.0.0\n"))
+    monkeypatch.setattr(mxcc, "build", lambda source, sdk: b"native")
+    monkeypatch.setattr(driver, "open_driver", lambda name: Card(None))
+    assert not [line for line in doctor._metax(False) if line.status != "ok"]
+    assert probe.kept() == ("C550", probe.run(probe.emulated()))
+    monkeypatch.setattr(probe, "run", lambda launch: wrong_device)
+    lines = [line for line in doctor._metax(False) if line.status == "problem"]
+    assert lines[0].what == "C550, votes of 64 lanes"
+    assert lines[0].found == "thread 0 sees 0x0000000049249249; kernels scheduled by hand are off"
