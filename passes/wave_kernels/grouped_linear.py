@@ -13,13 +13,10 @@ from torch_mlir import ir
 from torch_mlir.dialects import arith
 
 from spikingbrain.passes.kernels.builders import (
-    add,
     compare,
     index,
     launch,
     loop,
-    minimum,
-    mul,
     put,
     size,
     when,
@@ -66,36 +63,36 @@ def emit_grouped_linear(x: ir.Value, weight: ir.Value, expert: ir.Value, tiles: 
 
         def rows_of(expert: ir.Value, rows: Rows) -> None:
             exists = compare("slt", expert, index(experts))
-            first = mul(block[0], width)
 
             def product() -> None:
                 one = linear.LinearKernel(each, x, weight, [expert], y, None)
                 if shape.routing.has_few_rows:
-                    one.few(block[0], [rows.first])
+                    one.few(block[0], rows, 1)
                 else:
-                    one.tiles(block[0], rows)
+                    one.emit(block[0], rows)
 
-            when(exists, product, lambda: fill(rows, first, minimum(add(first, width), columns), y))
+            when(exists, product, lambda: fill(block[0], rows, y))
 
         shape.routing.place(block[1], taken, rows_of)
 
-    width = linear.WAVES * linear.FEW_COLUMNS if shape.routing.has_few_rows else linear.TILE_COLUMNS
     inputs = [x, weight, *taken]
     kernel(shape.name, [memref_of(v.type) for v in inputs] + [memref_of(result)], linear.THREADS, body)
-    sizes = [size(x, 0)] if rows is None else []
-    grid = [index(-(-columns // width)), blocks, index(1)]
+    count = size(x, 0)
+    sizes = [count] if rows is None else []
+    grid = [linear.column_blocks(each, count), blocks, index(1)]
     return launch(shape.name, result, grid, inputs, sizes).result
 
 
-def fill(rows: Rows, low: ir.Value, high: ir.Value, y: ir.Value) -> None:
-    """Writes NaN to some columns of rows without an expert, a column in each thread."""
+def fill(block: ir.Value, rows: Rows, y: ir.Value) -> None:
+    """Writes NaN to rows without an expert, in the first block of columns."""
     nan = arith.constant(ir.MemRefType(y.type).element_type, math.nan)
-    column = add(low, thread())
+    columns = ir.MemRefType(y.type).shape[1]
 
     def row(at: ir.Value) -> None:
-        put(nan, y, [rows.at(at), column])
+        number = rows.at(at)
+        loop(thread(), columns, linear.THREADS, lambda column: put(nan, y, [number, column]))
 
     def all_rows() -> None:
         loop(rows.first, rows.end, 1, row)
 
-    when(compare("slt", column, high), all_rows)
+    when(compare("eq", block, index(0)), all_rows)

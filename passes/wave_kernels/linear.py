@@ -2,6 +2,7 @@
 
 Up to 8 rows, a wave computes some columns: its lanes share the channels, read 16 bytes at a time, and the weight streams past all
 rows once. With more rows, a block computes a tile of 64 rows by the matrix instruction; its waves share operands. Sums are f32.
+A kernel for any number of rows holds both.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from functools import partial
 from torch_mlir import ir
 from torch_mlir.dialects import arith, math, vector
 
+from spikingbrain.passes.dialect import MULTIPLIES
 from spikingbrain.passes.kernels.builders import (
     add,
     ceil_div,
@@ -72,8 +74,11 @@ class Shape:
     addend: bool = False
 
     @property
-    def has_few_rows(self) -> bool:
-        return self.rows is not None and 0 < self.rows <= FEW_ROWS
+    def most_rows(self) -> int:
+        """Returns how many rows the kernel for few rows has; 0 where there are always more, or none."""
+        if self.rows is None:
+            return FEW_ROWS
+        return self.rows if self.rows <= FEW_ROWS else 0
 
     @property
     def lanes(self) -> int:
@@ -83,9 +88,7 @@ class Shape:
     @property
     def name(self) -> str:
         m = "" if self.rows is None else self.rows
-        way = "few" if self.has_few_rows else "tiles"
-        sum_ = "_sum" if self.addend else ""
-        return f"linear_{way}_{self.element}_k{self.channels}_n{self.columns}_m{m}{sum_}"
+        return f"linear_{self.element}_k{self.channels}_n{self.columns}_m{m}{'_sum' * self.addend}"
 
 
 def emit_linear(x: ir.Value, weight: ir.Value, addend: ir.Value | None = None) -> ir.Value:
@@ -102,24 +105,24 @@ def emit_linear(x: ir.Value, weight: ir.Value, addend: ir.Value | None = None) -
 
     def body(block: list[ir.Value], buffers: list[ir.Value]) -> None:
         x, weight, *addend, y = buffers
-        body = LinearKernel(shape, x, weight, [], y, addend[0] if addend else None)
-        count = size(x, 0)
-        if shape.has_few_rows:
-            body.few(block[0], [index(row) for row in range(m)])
-        else:
-            first = mul(block[1], TILE_ROWS)
-            body.tiles(block[0], Rows(first, minimum(add(first, TILE_ROWS), count)))
+        first, count = mul(block[1], TILE_ROWS), size(x, 0)
+        rows = Rows(first, minimum(add(first, TILE_ROWS), count))
+        LinearKernel(shape, x, weight, [], y, addend[0] if addend else None).emit(block[0], rows)
 
     kernel(shape.name, [memref_of(v.type) for v in inputs] + [memref_of(result)], THREADS, body)
-    sizes = [size(x, 0)] if rows is None else []
-    return launch(shape.name, result, grid(shape, x), inputs, sizes).result
+    count = size(x, 0)
+    grid = [column_blocks(shape, count), ceil_div(count, TILE_ROWS), index(1)]
+    op = launch(shape.name, result, grid, inputs, [count] if rows is None else [])
+    op.attributes[MULTIPLIES] = ir.UnitAttr.get()
+    return op.result
 
 
-def grid(shape: Shape, x: ir.Value) -> list[ir.Value]:
-    """Returns the grid of a kernel: blocks of columns, then blocks of rows."""
-    if shape.has_few_rows:
-        return [index(-(-shape.columns // (WAVES * FEW_COLUMNS))), index(1), index(1)]
-    return [index(-(-shape.columns // TILE_COLUMNS)), ceil_div(size(x, 0), TILE_ROWS), index(1)]
+def column_blocks(shape: Shape, rows: ir.Value) -> ir.Value:
+    """Returns how many blocks of columns a kernel has, for so many rows in all."""
+    few, tiles = (-(-shape.columns // each) for each in (WAVES * FEW_COLUMNS, TILE_COLUMNS))
+    if shape.rows is None:
+        return arith.select(compare("sle", rows, index(FEW_ROWS)), index(few), index(tiles))
+    return index(few if shape.most_rows else tiles)
 
 
 class LinearKernel:
@@ -140,17 +143,27 @@ class LinearKernel:
         self.thread = thread()
         self.wave, self.lane = floor_div(self.thread, WAVE), rem(self.thread, WAVE)
 
+    def emit(self, block: ir.Value, rows: Rows) -> None:
+        """Computes a block of columns for some rows."""
+        most = self.shape.most_rows
+        if self.shape.rows is not None:
+            self.few(block, rows, most) if most else self.tiles(block, rows)
+            return
+        are_few = compare("sle", size(self.x, 0), index(FEW_ROWS))
+        when(are_few, lambda: self.few(block, rows, most), lambda: self.tiles(block, rows))
+
     # Few rows
 
-    def few(self, block: ir.Value, rows: list[ir.Value]) -> None:
-        """Computes some columns of the rows in each wave."""
+    def few(self, block: ir.Value, some_rows: Rows, most: int) -> None:
+        """Computes some columns of up to ``most`` rows in each wave."""
         shape, count = self.shape, FEW_COLUMNS
+        rows = [some_rows.number(i) for i in range(most)]
         first = mul(add(mul(block, WAVES), self.wave), count)
         columns = [minimum(add(first, c), shape.columns - 1) for c in range(count)]
         lanes = shape.lanes if shape.channels % shape.lanes == 0 else 1
         places = list(itertools.product(range(len(rows)), range(count)))
 
-        def some(k: ir.Value, *sums: ir.Value) -> list[ir.Value]:
+        def more(k: ir.Value, *sums: ir.Value) -> list[ir.Value]:
             xs = [self.values(self.x, [row, k], lanes) for row in rows]
             ws = [self.values(self.weight, [*self.expert, column, k], lanes) for column in columns]
             result = []
@@ -160,7 +173,7 @@ class LinearKernel:
                 result.append(total)
             return result
 
-        sums = loop(mul(self.lane, lanes), shape.channels, WAVE * lanes, some, [f32(0.0)] * len(places))
+        sums = loop(mul(self.lane, lanes), shape.channels, WAVE * lanes, more, [f32(0.0)] * len(places))
         sums = [over_lanes(arith.addf, total) for total in sums]
         mine = sums[0]  # a lane writes one of them
         for at, total in enumerate(sums[1:], 1):
@@ -169,7 +182,8 @@ class LinearKernel:
         for r, number in enumerate(rows[1:], 1):
             row = arith.select(compare("sge", self.lane, index(r * count)), number, row)
         column = add(first, rem(self.lane, count))
-        has_one = compare("slt", self.lane, index(len(places)))
+        has_one = some_rows.has(floor_div(self.lane, count))
+        has_one = arith.andi(has_one, compare("slt", self.lane, index(len(places))))
         inside = arith.andi(has_one, compare("slt", column, index(shape.columns)))
         when(inside, lambda: self.finish(mine, row, column))
 

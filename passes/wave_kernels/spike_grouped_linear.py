@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch_mlir import ir
 
-from spikingbrain.passes.kernels.builders import add, compare, index, launch, minimum, mul, size, when
+from spikingbrain.passes.kernels.builders import compare, index, launch, mul, size, when
 from spikingbrain.passes.wave_kernels import spike_linear as one
 from spikingbrain.passes.wave_kernels.builders import TILE, kernel, memref_of
 from spikingbrain.passes.wave_kernels.group_rows import Routing, Tiles
@@ -62,7 +62,6 @@ def emit_spike_grouped_linear(
     """
     each, routing = shape.each, shape.routing
     taken, blocks = routing.emit(expert, tiles)
-    panels = 1 if routing.has_few_rows else 2 * one.column_tiles(codes)  # of a block
 
     def body(block: list[ir.Value], buffers: list[ir.Value]) -> None:
         parts, (weight, scale, *taken, y) = Counts(*buffers[:6]), buffers[6:]
@@ -71,12 +70,10 @@ def emit_spike_grouped_linear(
             def product() -> None:
                 product = one.SpikeKernel(codes, each, parts, weight, scale, None, y)
                 product.first_panel = mul(expert, each.panels)
-                (product.few if routing.has_few_rows else product.tiles)(block[0], rows)
+                product.emit(block[0], rows)
 
-            first = mul(block[0], panels * TILE)
-            end = minimum(mul(add(block[0], 1), panels * TILE), each.columns)
             exists = compare("slt", expert, index(shape.experts))
-            when(exists, product, lambda: fill(rows, first, end, y))
+            when(exists, product, lambda: fill(block[0], rows, y))
 
         routing.place(block[1], taken, rows_of)
 
@@ -85,6 +82,7 @@ def emit_spike_grouped_linear(
     result = ir.RankedTensorType.get([m, each.columns], ir.F32Type.get())
     name = shape.name(codes)
     kernel(name, [memref_of(v.type) for v in inputs] + [memref_of(result)], one.THREADS, body)
-    grid = [index(-(-each.panels // panels)), blocks, index(1)]
-    sizes = [size(counts.x, 0)] if each.rows is None else []
+    rows = size(counts.x, 0)
+    grid = [one.column_blocks(codes, each, rows), blocks, index(1)]
+    sizes = [rows] if each.rows is None else []
     return launch(name, result, grid, inputs, sizes).result

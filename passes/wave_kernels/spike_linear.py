@@ -1,10 +1,10 @@
 """Wave kernels for ``spikingbrain.spike_linear``: exact sums of small integers by the matrix instruction for bytes.
 
 Up to 16 rows, a block computes 16 columns: its waves share the channels, and the weight, read once, streams from memory to the
-instruction. With more rows, a block computes a tile of 64 rows whose operands its waves share. A sum runs over one group of
-channels in i32, then enters the result by its scale, group by group. The high bytes of counts are multiplied where the encoder
-has seen any (``spike_encode.py``). Rows that it marked are computed again from x, in f64: exact there too as far as 2**53, NaN
-and infinity included.
+instruction. With more rows, a block computes a tile of 64 rows whose operands its waves share. A kernel for any number of rows
+holds both. A sum runs over one group of channels in i32, then enters the result by its scale, group by group. The high bytes of
+counts are multiplied where the encoder has seen any (``spike_encode.py``). Rows that it marked are computed again from x, in f64:
+exact there too as far as 2**53, NaN and infinity included.
 """
 
 from __future__ import annotations
@@ -70,18 +70,13 @@ class Shape:
     bias: bool = False
 
     @property
-    def has_few_rows(self) -> bool:
-        return self.rows is not None and self.rows <= FEW_ROWS
-
-    @property
     def panels(self) -> int:
         return -(-self.columns // TILE)
 
     def name(self, codes: Codes) -> str:
         m = "" if self.rows is None else self.rows
-        way = "few" if self.has_few_rows else "tiles"
         sizes = f"k{self.cut.channels}_g{self.groups}_n{self.columns}_m{m}"
-        return f"spike_linear_{way}_i{codes.bits}_l{self.cut.largest_code}_{sizes}{'_bias' * self.bias}"
+        return f"spike_linear_i{codes.bits}_l{self.cut.largest_code}_{sizes}{'_bias' * self.bias}"
 
     def scale_type(self) -> ir.RankedTensorType:
         return ir.RankedTensorType.get([self.panels, self.groups, TILE], ir.F32Type.get())
@@ -114,20 +109,21 @@ def emit_spike_linear(
     def body(block: list[ir.Value], buffers: list[ir.Value]) -> None:
         parts, (weight, scale, *bias, y) = Counts(*buffers[:6]), buffers[6:]
         kernel = SpikeKernel(codes, shape, parts, weight, scale, bias[0] if bias else None, y)
-        rows = size(parts.x, 0)
-        if shape.has_few_rows:
-            kernel.few(block[0], Rows(index(0), rows))
-        else:
-            first = mul(block[1], TILE_ROWS)
-            kernel.tiles(block[0], Rows(first, minimum(add(first, TILE_ROWS), rows)))
+        first, count = mul(block[1], TILE_ROWS), size(parts.x, 0)
+        kernel.emit(block[0], Rows(first, minimum(add(first, TILE_ROWS), count)))
 
     kernel(shape.name(codes), [memref_of(v.type) for v in inputs] + [memref_of(result)], THREADS, body)
-    if shape.has_few_rows:
-        grid = [index(shape.panels if shape.rows else 0), index(1), index(1)]
-    else:
-        grid = [index(-(-shape.panels // (2 * column_tiles(codes)))), ceil_div(rows, TILE_ROWS), index(1)]
+    grid = [column_blocks(codes, shape, rows), ceil_div(rows, TILE_ROWS), index(1)]
     sizes = [rows] if shape.rows is None else []
     return launch(shape.name(codes), result, grid, inputs, sizes).result
+
+
+def column_blocks(codes: Codes, shape: Shape, rows: ir.Value) -> ir.Value:
+    """Returns how many blocks of columns a kernel has, for so many rows in all."""
+    few, tiles = shape.panels, -(-shape.panels // (2 * column_tiles(codes)))
+    if shape.rows is None:
+        return arith.select(compare("sle", rows, index(FEW_ROWS)), index(few), index(tiles))
+    return index(few if shape.rows <= FEW_ROWS else tiles)
 
 
 class SpikeKernel:
@@ -150,6 +146,14 @@ class SpikeKernel:
         self.wave, self.lane = floor_div(self.thread, WAVE), rem(self.thread, WAVE)
         self.chunks = codes.chunks(shape.cut.channels)  # of a row
         self.group_chunks = self.chunks // shape.groups if shape.groups > 1 else self.chunks
+
+    def emit(self, block: ir.Value, rows: Rows) -> None:
+        """Computes a block of columns for some rows."""
+        if self.shape.rows is not None:
+            (self.few if self.shape.rows <= FEW_ROWS else self.tiles)(block, rows)
+            return
+        are_few = compare("sle", size(self.counts.x, 0), index(FEW_ROWS))
+        when(are_few, lambda: self.few(block, rows), lambda: self.tiles(block, rows))
 
     # Few rows
 
