@@ -67,6 +67,8 @@ def outline_launches(module: ir.Module) -> None:
     for op in _launches(module):
         launches.setdefault(ir.FlatSymbolRefAttr(op.attributes["callee"]).value, []).append(op)
     symbols = ir.SymbolTable(module.operation)
+    built = [op for op in nested(module.operation) if op.name == "gpu.launch"]
+    taken = {ir.FlatSymbolRefAttr(op.attributes["function"]).value for op in built}
     if launches:
         module.operation.attributes["gpu.container_module"] = ir.UnitAttr.get()
         with ir.Location.unknown(), ir.InsertionPoint.at_block_begin(module.body):
@@ -75,7 +77,7 @@ def outline_launches(module: ir.Module) -> None:
     for name, places in launches.items():
         if name not in symbols or THREADS not in symbols[name].operation.attributes:
             raise PassFailed(f"'{name}' is launched and is no kernel", why=f"it needs '{THREADS}'")
-        kernel = _build_kernel(symbols[name].operation, places, body)
+        kernel = _build_kernel(symbols[name].operation, places, body, taken)
         for op in places:
             _check_operands(op, kernel)
             with ir.InsertionPoint(op), op.location:
@@ -104,9 +106,14 @@ def _is_declaration(op: ir.Operation) -> bool:
     return op.name == "func.func" and not len(op.regions[0].blocks)
 
 
-def _build_kernel(function: ir.Operation, launches: list[ir.Operation], home: ir.Block) -> ir.Operation:
-    """Moves a function's body into a new kernel; declarations that it calls go along."""
+def _build_kernel(
+    function: ir.Operation, launches: list[ir.Operation], home: ir.Block, taken: set[str]
+) -> ir.Operation:
+    """Moves a function's body into a new kernel; declarations that it calls go along. ``taken`` are names of kernels."""
     name = re.sub(r"\W", "_", ir.StringAttr(function.attributes["sym_name"]).value)
+    while name in taken:
+        name += "_"
+    taken.add(name)
     _copy_declarations(function, home)
     entry = function.regions[0].blocks[0]
     lines = ir.Location.fused([op.location for op in launches])

@@ -16,22 +16,14 @@ import numpy as np
 from torch_mlir import ir
 
 from spikingbrain.backend_maca import vectors
-from spikingbrain.backend_maca.mlir import constant, is_natural, is_shared, nested, source_of, sources_of
+from spikingbrain.backend_maca.expressions import Expressions
+from spikingbrain.backend_maca.mlir import constant, is_shared, nested, source_of, sources_of
 from spikingbrain.backend_maca.subset import (
-    BIT_OPS,
-    COMPARE_FLOATS,
-    COMPARE_INTS,
-    EXTREMES,
-    FLOAT_CALLS,
-    FLOAT_OPS,
     MAX_UNROLLED,
-    SIGNED_OPS,
-    UNSIGNED_OPS,
-    WRAPPING_OPS,
     rounds,
     verify,
 )
-from spikingbrain.backend_maca.types import STORAGE_ONLY, TYPES
+from spikingbrain.backend_maca.types import TYPES
 from spikingbrain.backend_maca.uniform import STORES, WAVE
 from spikingbrain.errors import UnsupportedOp
 
@@ -127,18 +119,17 @@ def _name(function: ir.Operation) -> str:
     return str(ir.StringAttr(function.attributes["sym_name"]).value)
 
 
-class _Printer:
+class _Printer(Expressions):
     """Prints one kernel function."""
 
     def __init__(self, function: ir.Operation):
+        super().__init__()
         self.function = function
         self.entry = function.regions[0].blocks[0]
         self.lines: list[str] = []
         self.depth = 1
-        self.text: dict[ir.Value, str] = {}
         self.counts: dict[str, int] = {}
         self.sizes: dict[tuple[int, int], str] = {}
-        self.needs: set[str] = set()
         self.number = {a: i for i, a in enumerate(self.entry.arguments)}
         self.inputs_count = len(ir.FunctionType(function.attributes["function_type"].value).inputs)
         self.stored = self._stored()
@@ -166,9 +157,9 @@ class _Printer:
             layout.append((number, None))
             if isinstance(value.type, ir.MemRefType):
                 const = "" if number in self.stored else "const "
-                parameters.append(f"{const}{self._type(value.type.element_type)}* __restrict__ {name}")
+                parameters.append(f"{const}{self.type_name(value.type.element_type)}* __restrict__ {name}")
             else:
-                parameters.append(f"{self._type(value.type)} {name}")
+                parameters.append(f"{self.type_name(value.type)} {name}")
             for (owner, axis), size in sorted(self.sizes.items()):
                 if owner == number:
                     layout.append((number, axis))
@@ -195,7 +186,7 @@ class _Printer:
         """Declares an array that the block shares, static while there is room for it."""
         count, kind = int(np.prod(value.type.shape)), str(value.type.element_type)
         size = -(-count * TYPES[kind][1] // SHARED_ALIGNMENT) * SHARED_ALIGNMENT
-        name, word = self._new(value, "shared"), self._type(value.type.element_type)
+        name, word = self._new(value, "shared"), self.type_name(value.type.element_type)
         if self.static_bytes + size <= MAX_STATIC_BYTES:
             self.static_bytes += size
             vectors_meet = any(use.owner.operation.name.startswith("vector.") for use in value.uses)
@@ -224,19 +215,6 @@ class _Printer:
         self.text[value] = f"{prefix}{number}"
         return self.text[value]
 
-    def _type(self, kind: ir.Type) -> str:
-        if isinstance(kind, ir.VectorType):
-            name, typedef = vectors.type_name(kind)
-            self.needs |= {typedef} - {""}
-            return name
-        self.needs |= {"f16": {"<maca_fp16.h>"}, "bf16": {"<maca_bfloat16.h>"}}.get(str(kind), set())
-        return TYPES[str(kind)][0]
-
-    def _use(self, value: ir.Value) -> str:
-        """Returns the text of a value as an operand: in parentheses unless it is one word or one call."""
-        text = self.text[value]
-        return text if re.fullmatch(r"\w+(\([^()]*\))?|\w[\w.+]*", text) else f"({text})"
-
     def _define(self, value: ir.Value, text: str, *, pure: bool = True) -> None:
         uses = list(value.uses)
         if not uses and pure:
@@ -252,7 +230,7 @@ class _Printer:
             if len(text) <= INLINE_LENGTH and not repeated:
                 self.text[value] = text
                 return
-        kind = self._type(value.type)
+        kind = self.type_name(value.type)
         self._line(f"const {kind} {self._new(value, 'i' if str(value.type) == 'index' else 'v')} = {text};")
 
     # Statements.
@@ -290,7 +268,7 @@ class _Printer:
         if name in special:
             special[name](op)
         else:
-            self._define(op.results[0], self._expression(op))
+            self._define(op.results[0], self.expression(op))
 
     def _element(self, buffer: ir.Value, at: list[ir.Value]) -> str:
         """Returns the access to one element of a row-major buffer."""
@@ -300,7 +278,7 @@ class _Printer:
                 index = self.text[value]
             else:
                 index = index if re.fullmatch(r"\w+", index) or " " not in index else f"({index})"
-                index = f"{index} * {self._size(buffer, axis)} + {self._use(value)}"
+                index = f"{index} * {self._size(buffer, axis)} + {self.operand(value)}"
         return f"{self.text[buffer]}[{index or '0'}]"
 
     def _size(self, buffer: ir.Value, axis: int | float | None) -> str:
@@ -346,7 +324,7 @@ class _Printer:
         buffer = op.results[0]
         if not is_shared(buffer):
             count = int(np.prod(buffer.type.shape))
-            self._line(f"{self._type(buffer.type.element_type)} {self._new(buffer, 'own')}[{count}];")
+            self._line(f"{self.type_name(buffer.type.element_type)} {self._new(buffer, 'own')}[{count}];")
 
     def _assert(self, op: ir.Operation) -> None:
         self.needs.add("SB_CHECK")
@@ -360,19 +338,19 @@ class _Printer:
         for value, start, result in zip(carried, initial, op.results, strict=True):
             name = self._new(value, "acc")
             self.text[result] = name
-            self._line(f"{self._type(value.type)} {name} = {self.text[start]};")
+            self._line(f"{self.type_name(value.type)} {name} = {self.text[start]};")
         k = self._new(counter, "k")
         advance = f"++{k}" if self.text[step] == "1" else f"{k} += {self.text[step]}"
-        kind = self._type(counter.type)
+        kind = self.type_name(counter.type)
         if counter in self.unrolled and rounds(op) <= MAX_UNROLLED:
             self._line("#pragma unroll")
-        self._line(f"for ({kind} {k} = {self.text[low]}; {k} < {self._use(high)}; {advance}) {{")
+        self._line(f"for ({kind} {k} = {self.text[low]}; {k} < {self.operand(high)}; {advance}) {{")
         self._region(body, [self.text[v] for v in carried])
 
     def _if(self, op: ir.Operation) -> None:
         names = [self._new(result, "v") for result in op.results]
         for name, result in zip(names, op.results, strict=True):
-            self._line(f"{self._type(result.type)} {name};")
+            self._line(f"{self.type_name(result.type)} {name};")
         self._line(f"if ({self.text[op.operands[0]]}) {{")
         then, *other = [region.blocks[0] for region in op.regions if len(region.blocks)]
         self._region(then, names, close="} else {" if other else "}")
@@ -382,10 +360,10 @@ class _Printer:
     def _while(self, op: ir.Operation) -> None:
         before, after = (region.blocks[0] for region in op.regions)
         for value, start in zip(before.arguments, op.operands, strict=True):
-            self._line(f"{self._type(value.type)} {self._new(value, 'acc')} = {self.text[start]};")
+            self._line(f"{self.type_name(value.type)} {self._new(value, 'acc')} = {self.text[start]};")
         for result, value in zip(op.results, after.arguments, strict=True):
             self.text[value] = self._new(result, "v")
-            self._line(f"{self._type(result.type)} {self.text[value]};")
+            self._line(f"{self.type_name(result.type)} {self.text[value]};")
         self._line("for (;;) {")
         self.depth += 1
         self._block(before)
@@ -393,7 +371,7 @@ class _Printer:
         goes_on, *forwarded = condition.operands
         for result, value in zip(op.results, forwarded, strict=True):
             self._line(f"{self.text[result]} = {self.text[value]};")
-        self._line(f"if (!{self._use(goes_on)}) break;")
+        self._line(f"if (!{self.operand(goes_on)}) break;")
         self.depth -= 1
         self._region(after, [self.text[v] for v in before.arguments])
 
@@ -404,7 +382,7 @@ class _Printer:
         *_, terminator = (v.operation for v in block.operations)
         values = [self.text[v] for v in terminator.operands]
         if len(targets) > 1:
-            kinds = [self._type(v.type) for v in terminator.operands]
+            kinds = [self.type_name(v.type) for v in terminator.operands]
             fresh = [f"next_{target}" for target in targets]
             for kind, name, value in zip(kinds, fresh, values, strict=True):
                 self._line(f"const {kind} {name} = {value};")
@@ -423,7 +401,7 @@ class _Printer:
         buffer, *at = op.operands
         helper = "sb_load" if vectors.is_aligned(op) else "sb_gather"
         self.needs.add(helper)
-        call = f"{helper}<{self._type(op.results[0].type)}>({self._place(buffer, at)})"
+        call = f"{helper}<{self.type_name(op.results[0].type)}>({self._place(buffer, at)})"
         self._define(op.results[0], call, pure=False)
 
     def _store_vector(self, op: ir.Operation) -> None:
@@ -432,146 +410,33 @@ class _Printer:
         self.needs.add(helper)
         self._line(f"{helper}({self._place(buffer, at)}, {self.text[value]});")
 
-    def _get(self, vector: ir.Value, position: int) -> str:
-        text = vectors.element(vector.type, self.text[vector], position)
-        self.needs |= {"sb_cast"} if text.startswith("sb_cast") else set()
-        return text
-
-    def _make(self, kind: ir.VectorType, elements: list[str]) -> str:
-        text = vectors.value(kind, elements)
-        self.needs |= {helper for helper in ("sb_pair", "sb_quad") if helper in text}
-        return text
-
     def _elements(self, op: ir.Operation) -> None:
         for position, result in enumerate(op.results):
-            self._define(result, self._get(op.operands[0], position))
+            self._define(result, self.element(op.operands[0], position))
 
     def _insert(self, op: ir.Operation) -> None:
         value, vector = op.operands
         (position,), kind = op.attributes["static_position"], op.results[0].type
         name = self._new(op.results[0], "v")
-        self._line(f"{self._type(kind)} {name} = {self.text[vector]};")
+        self._line(f"{self.type_name(kind)} {name} = {self.text[vector]};")
         count = vectors.per_word(kind)
         first = position // count * count
-        group = [self._get(vector, i) for i in range(first, first + count)]
+        group = [self.element(vector, i) for i in range(first, first + count)]
         group[position - first] = self.text[value]
         word = ir.VectorType.get([count], kind.element_type)
         part = vectors.part(kind, name, position // count)
-        self._line(f"{part} = {self._make(word, group) if count > 1 else group[0]};")
-
-    # Expressions.
+        self._line(f"{part} = {self.vector(word, group) if count > 1 else group[0]};")
 
     def _literal(self, op: ir.Operation) -> None:
         kind, attribute = op.results[0].type, op.attributes["value"]
         if not isinstance(kind, ir.VectorType):
-            self.text[op.results[0]] = self._number(kind, attribute.value)
+            self.text[op.results[0]] = self.constant_text(kind, attribute.value)
             return
         numbers = (
             [attribute.get_splat_value().value] * kind.shape[0] if attribute.is_splat else list(attribute)
         )
-        texts = [self._number(kind.element_type, number) for number in numbers]
-        self._define(op.results[0], self._make(kind, texts))
-
-    def _number(self, of: ir.Type, value: float) -> str:
-        kind = str(of)
-        if kind == "i1":
-            return "true" if value else "false"
-        if kind in ("index", "i32", "i16", "i8"):
-            return str(value)
-        if kind == "i64":
-            return f"INT64_C({value})" if value > -(1 << 63) else "INT64_MIN"
-        if np.isnan(value) or np.isinf(value):
-            text = "NAN" if np.isnan(value) else "INFINITY" if value > 0 else "-INFINITY"
-        else:
-            text = str(value) if kind == "f64" else f"{np.float32(value)}f"
-        return f"{STORAGE_ONLY[kind][1]}({text})" if kind in STORAGE_ONLY else text
-
-    def _expression(self, op: ir.Operation) -> str:
-        name, operands = op.name, [self._use(v) for v in op.operands]
-        if name.startswith("vector.") or name == "ub.poison":
-            return self._vector_expression(op)
-        kind = str(op.operands[0].type) if len(op.operands) else ""
-        if name in FLOAT_OPS:
-            return FLOAT_OPS[name].format(*operands)
-        if name in FLOAT_CALLS:
-            call = FLOAT_CALLS[name] + ("f" if kind == "f32" else "")
-            return f"{call}({', '.join(self.text[v] for v in op.operands)})"
-        if name in WRAPPING_OPS:
-            words = [self._unsigned(kind, o) for o in operands]
-            return self._wrapping(kind, f" {WRAPPING_OPS[name]} ".join(words))
-        if name in SIGNED_OPS:
-            return self._narrow(kind, SIGNED_OPS[name].format(*operands))
-        if name in UNSIGNED_OPS and kind == "index" and all(map(is_natural, op.operands)):
-            return UNSIGNED_OPS[name].format(*operands)
-        if name in UNSIGNED_OPS:
-            words = [self._unsigned(kind, o, force=True) for o in operands]
-            return f"({TYPES[kind][0]})({UNSIGNED_OPS[name].format(*words)})"
-        if name in BIT_OPS:
-            return self._narrow(kind, f" {BIT_OPS[name][kind == 'i1']} ".join(operands))
-        if name == "arith.cmpi":
-            sign = COMPARE_INTS[op.attributes["predicate"].value]
-            words = [self._unsigned(kind, o, force=True) for o in operands] if sign[0] == "u" else operands
-            return " ".join([words[0], sign.lstrip("u"), words[1]])
-        if name == "arith.cmpf":
-            form: str = COMPARE_FLOATS[op.attributes["predicate"].value]
-            return form.format(*operands)
-        if name == "arith.select":
-            return "{} ? {} : {}".format(*operands)
-        if name in EXTREMES:
-            self.needs.add(EXTREMES[name])
-            return f"{EXTREMES[name]}({', '.join(self.text[v] for v in op.operands)})"
-        if name == "math.rsqrt":
-            f = "f" if kind == "f32" else ""
-            return f"1.0{f} / sqrt{f}({self.text[op.operands[0]]})"
-        if name == "math.ctpop":
-            suffix = "ll" if kind == "i64" else ""
-            return f"({TYPES[kind][0]})__popc{suffix}({self._unsigned(kind, operands[0], force=True)})"
-        if name == "arith.bitcast":
-            self.needs.add("sb_cast")
-            to, source = self._type(op.results[0].type), self._type(op.operands[0].type)
-            return f"sb_cast<{to}, {source}>({self.text[op.operands[0]]})"
-        return self._conversion(name, kind, str(op.results[0].type), operands[0])
-
-    def _vector_expression(self, op: ir.Operation) -> str:
-        kind = op.results[0].type
-        if op.name == "ub.poison":  # any value will do
-            plural = isinstance(kind, ir.VectorType)
-            return self._make(kind, [self._number(kind.element_type, 0)] * kind.shape[0]) if plural else "0"
-        if op.name == "vector.extract":
-            return self._get(op.operands[0], op.attributes["static_position"][0])
-        if op.name == "vector.broadcast":
-            return self._make(kind, [self.text[op.operands[0]]] * kind.shape[0])
-        if op.name == "vector.from_elements":
-            return self._make(kind, [self.text[v] for v in op.operands])
-        self.needs.add("sb_cast")
-        return f"sb_cast<{self._type(kind)}>({self.text[op.operands[0]]})"
-
-    def _unsigned(self, kind: str, operand: str, *, force: bool = False) -> str:
-        plain = kind == "index" and not force
-        return operand if plain else f"(u{TYPES[kind][0]}){operand}"
-
-    def _wrapping(self, kind: str, text: str) -> str:
-        return text if kind == "index" else f"({TYPES[kind][0]})({text})"
-
-    def _narrow(self, kind: str, text: str) -> str:
-        return f"({TYPES[kind][0]})({text})" if kind in ("i8", "i16") else text
-
-    def _conversion(self, name: str, source: str, target: str, operand: str) -> str:
-        if name == "arith.extf" and source in STORAGE_ONLY:
-            text = f"{STORAGE_ONLY[source][0]}({operand})"
-            return text if target == "f32" else f"(double){text}"
-        if name == "arith.truncf" and target in STORAGE_ONLY:
-            return f"{STORAGE_ONLY[target][1]}({operand if source == 'f32' else f'(float){operand}'})"
-        if name == "arith.trunci" and target == "i1":
-            return f"({operand} & 1) != 0"
-        if source == "i1" and name in ("arith.extsi", "arith.sitofp", "arith.index_cast"):
-            return f"({TYPES[target][0]})(-(int){operand})"
-        if source == target or {source, target} == {"index", "i64"}:
-            return operand
-        if name == "arith.fptoui":
-            return f"({TYPES[target][0]})(u{TYPES[target][0]}){operand}"
-        unsigned = name in ("arith.extui", "arith.uitofp", "arith.index_castui") and source != "i1"
-        return f"({TYPES[target][0]}){self._unsigned(source, operand, force=True) if unsigned else operand}"
+        texts = [self.constant_text(kind.element_type, number) for number in numbers]
+        self._define(op.results[0], self.vector(kind, texts))
 
 
 def _is_shared(op: ir.Operation) -> bool:

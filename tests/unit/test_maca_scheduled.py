@@ -14,6 +14,7 @@ from test_maca import compile_text, needs_cxx, random, run
 from torch_mlir import ir
 from torch_mlir.dialects import arith, func, memref, tensor
 
+from spikingbrain.errors import PassFailed
 from spikingbrain.passes import dialect
 from spikingbrain.passes.kernels.builders import (
     add,
@@ -149,3 +150,34 @@ def test_views_become_contiguous_and_prefixes_stay() -> None:
     """
     x, z, w = random(6, 7), random(20, seed=1), random(6, seed=2)
     np.testing.assert_array_equal(run(text, x, z, weights={"w": w}), x[:, 3] + z[:6] + z[7:13] + w)
+
+
+@needs_cxx
+def test_kernels_of_one_name_are_told_apart() -> None:
+    """A scheduled kernel is named as the first copy is, and in another way than the entry may be."""
+
+    def rename(text: str) -> str:
+        return text.replace("@total", "@copy_0")
+
+    text = rename(
+        module_text(PAIR, PAIR[0], lambda v: total(v[0], v[1], tied=True), lambda: add_kernel(tied=True))
+    )
+    a, b = random(70), random(70, seed=1)
+    np.testing.assert_array_equal(run(text, a, b), a + b)
+    assert sorted(json.loads(compile_text(text)["plan.json"])["kernels"]) == ["copy_0", "copy_0_"]
+
+
+def test_each_place_that_launches_a_kernel_is_in_its_comment() -> None:
+    text = module_text(PAIR, PAIR[0], lambda v: total(total(*v), v[1]), add_kernel)
+    second = text.rindex("loc(#loc)", 0, text.rindex("return"))
+    text = text[:second] + 'loc("model.py":9:1)' + text[second + len("loc(#loc)") :]
+    source = compile_text(text)["kernels.maca"].decode()
+    assert "// total, at model.py:5\n// total, at model.py:9\nextern" in source
+
+
+def test_a_launch_that_does_not_fit_its_kernel_is_an_error() -> None:
+    text = module_text(PAIR, PAIR[0], lambda v: total(*v), add_kernel).replace(
+        "memref<?xf32>", "memref<8xf32>"
+    )
+    with pytest.raises(PassFailed, match=r"the launch of 'total' does not fit the kernel"):
+        compile_text(text)

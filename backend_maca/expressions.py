@@ -1,0 +1,162 @@
+"""What an op computes for its thread, as a C++ expression.
+
+Ops are those of ``subset.py``, which has been verified: nothing here refuses.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+from torch_mlir import ir
+
+from spikingbrain.backend_maca import vectors
+from spikingbrain.backend_maca.mlir import is_natural
+from spikingbrain.backend_maca.subset import (
+    BIT_OPS,
+    COMPARE_FLOATS,
+    COMPARE_INTS,
+    EXTREMES,
+    FLOAT_CALLS,
+    FLOAT_OPS,
+    SIGNED_OPS,
+    UNSIGNED_OPS,
+    WRAPPING_OPS,
+)
+from spikingbrain.backend_maca.types import STORAGE_ONLY, TYPES
+
+
+class Expressions:
+    """Writes expressions over values that have a text; ``needs`` collects headers, helpers and typedefs they use."""
+
+    def __init__(self) -> None:
+        self.text: dict[ir.Value, str] = {}
+        self.needs: set[str] = set()
+
+    def type_name(self, kind: ir.Type) -> str:
+        if isinstance(kind, ir.VectorType):
+            name, typedef = vectors.type_name(kind)
+            self.needs |= {typedef} - {""}
+            return name
+        self.needs |= {"f16": {"<maca_fp16.h>"}, "bf16": {"<maca_bfloat16.h>"}}.get(str(kind), set())
+        return TYPES[str(kind)][0]
+
+    def operand(self, value: ir.Value) -> str:
+        """Returns the text of a value as an operand: in parentheses unless it is one word or one call."""
+        text = self.text[value]
+        return text if re.fullmatch(r"\w+(\([^()]*\))?|\w[\w.+]*", text) else f"({text})"
+
+    def element(self, vector: ir.Value, position: int) -> str:
+        text = vectors.element(vector.type, self.text[vector], position)
+        self.needs |= {"sb_cast"} if text.startswith("sb_cast") else set()
+        return text
+
+    def vector(self, kind: ir.VectorType, elements: list[str]) -> str:
+        text = vectors.value(kind, elements)
+        self.needs |= {helper for helper in ("sb_pair", "sb_quad") if helper in text}
+        return text
+
+    def constant_text(self, of: ir.Type, value: float) -> str:
+        kind = str(of)
+        if kind == "i1":
+            return "true" if value else "false"
+        if kind in ("index", "i32", "i16", "i8"):
+            return str(value)
+        if kind == "i64":
+            return f"INT64_C({value})" if value > -(1 << 63) else "INT64_MIN"
+        if np.isnan(value) or np.isinf(value):
+            text = "NAN" if np.isnan(value) else "INFINITY" if value > 0 else "-INFINITY"
+        else:
+            text = str(value) if kind == "f64" else f"{np.float32(value)}f"
+        return f"{STORAGE_ONLY[kind][1]}({text})" if kind in STORAGE_ONLY else text
+
+    def expression(self, op: ir.Operation) -> str:
+        name, operands = op.name, [self.operand(v) for v in op.operands]
+        if name.startswith("vector.") or name == "ub.poison":
+            return self._vector_expression(op)
+        kind = str(op.operands[0].type) if len(op.operands) else ""
+        if name in FLOAT_OPS:
+            return FLOAT_OPS[name].format(*operands)
+        if name in FLOAT_CALLS:
+            call = FLOAT_CALLS[name] + ("f" if kind == "f32" else "")
+            return f"{call}({', '.join(self.text[v] for v in op.operands)})"
+        if name in WRAPPING_OPS:
+            words = [self._unsigned(kind, o) for o in operands]
+            return self._wrapping(kind, f" {WRAPPING_OPS[name]} ".join(words))
+        if name in SIGNED_OPS:
+            return self._narrow(kind, SIGNED_OPS[name].format(*operands))
+        if name in UNSIGNED_OPS and kind == "index" and all(map(is_natural, op.operands)):
+            return UNSIGNED_OPS[name].format(*operands)
+        if name in UNSIGNED_OPS:
+            words = [self._unsigned(kind, o, force=True) for o in operands]
+            return f"({TYPES[kind][0]})({UNSIGNED_OPS[name].format(*words)})"
+        if name in BIT_OPS:
+            return self._narrow(kind, f" {BIT_OPS[name][kind == 'i1']} ".join(operands))
+        if name == "arith.cmpi":
+            sign = COMPARE_INTS[op.attributes["predicate"].value]
+            words = [self._unsigned(kind, o, force=True) for o in operands] if sign[0] == "u" else operands
+            return " ".join([words[0], sign.lstrip("u"), words[1]])
+        if name == "arith.cmpf":
+            form: str = COMPARE_FLOATS[op.attributes["predicate"].value]
+            return form.format(*operands)
+        if name == "arith.select":
+            return "{} ? {} : {}".format(*operands)
+        if name in EXTREMES:
+            self.needs.add(EXTREMES[name])
+            return f"{EXTREMES[name]}({', '.join(self.text[v] for v in op.operands)})"
+        if name == "math.rsqrt":
+            f = "f" if kind == "f32" else ""
+            return f"1.0{f} / sqrt{f}({self.text[op.operands[0]]})"
+        if name == "math.ctpop":
+            suffix = "ll" if kind == "i64" else ""
+            return f"({TYPES[kind][0]})__popc{suffix}({self._unsigned(kind, operands[0], force=True)})"
+        if name == "arith.bitcast":
+            self.needs.add("sb_cast")
+            to, source = self.type_name(op.results[0].type), self.type_name(op.operands[0].type)
+            return f"sb_cast<{to}, {source}>({self.text[op.operands[0]]})"
+        return self._conversion(name, kind, str(op.results[0].type), operands[0])
+
+    def _vector_expression(self, op: ir.Operation) -> str:
+        kind = op.results[0].type
+        if op.name == "ub.poison":  # any value will do
+            plural = isinstance(kind, ir.VectorType)
+            return (
+                self.vector(kind, [self.constant_text(kind.element_type, 0)] * kind.shape[0])
+                if plural
+                else "0"
+            )
+        if op.name == "vector.extract":
+            return self.element(op.operands[0], op.attributes["static_position"][0])
+        if op.name == "vector.broadcast":
+            return self.vector(kind, [self.text[op.operands[0]]] * kind.shape[0])
+        if op.name == "vector.from_elements":
+            return self.vector(kind, [self.text[v] for v in op.operands])
+        self.needs.add("sb_cast")
+        return f"sb_cast<{self.type_name(kind)}>({self.text[op.operands[0]]})"
+
+    def _unsigned(self, kind: str, operand: str, *, force: bool = False) -> str:
+        plain = kind == "index" and not force
+        return operand if plain else f"(u{TYPES[kind][0]}){operand}"
+
+    def _wrapping(self, kind: str, text: str) -> str:
+        return text if kind == "index" else f"({TYPES[kind][0]})({text})"
+
+    def _narrow(self, kind: str, text: str) -> str:
+        return f"({TYPES[kind][0]})({text})" if kind in ("i8", "i16") else text
+
+    def _conversion(self, name: str, source: str, target: str, operand: str) -> str:
+        if name == "arith.extf" and source in STORAGE_ONLY:
+            text = f"{STORAGE_ONLY[source][0]}({operand})"
+            return text if target == "f32" else f"(double){text}"
+        if name == "arith.truncf" and target in STORAGE_ONLY:
+            return f"{STORAGE_ONLY[target][1]}({operand if source == 'f32' else f'(float){operand}'})"
+        if name == "arith.trunci" and target == "i1":
+            return f"({operand} & 1) != 0"
+        if source == "i1" and name in ("arith.extsi", "arith.sitofp", "arith.index_cast"):
+            return f"({TYPES[target][0]})(-(int){operand})"
+        if source == target or {source, target} == {"index", "i64"}:
+            return operand
+        if name == "arith.fptoui":
+            return f"({TYPES[target][0]})(u{TYPES[target][0]}){operand}"
+        unsigned = name in ("arith.extui", "arith.uitofp", "arith.index_castui") and source != "i1"
+        return f"({TYPES[target][0]}){self._unsigned(source, operand, force=True) if unsigned else operand}"
