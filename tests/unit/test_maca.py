@@ -349,7 +349,7 @@ module attributes {gpu.container_module} {
 
 def block_sum(barrier: str = "gpu.barrier", inside: str = "") -> str:
     code = MacaBackend().stages(MacaBackend().targets()[0].target)["maca"]
-    context = StageContext(MacaBackend().targets()[0].target, None, Path("."))
+    context = StageContext(MacaBackend().targets()[0].target, MacaBackend().options(), Path("."))
     text = GPU.replace("BARRIER", barrier).replace("INSIDE", inside)
     source: str = code(text, context)["kernels.maca"].decode()
     return source
