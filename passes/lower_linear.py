@@ -11,7 +11,6 @@ from torch_mlir.dialects import arith
 from spikingbrain.passes import linalg_build as build
 from spikingbrain.passes import torch_ir
 from spikingbrain.passes.base import PassContext
-from spikingbrain.passes.dialect import MULTIPLIES
 from spikingbrain.passes.kernels.linear import emit_linear
 from spikingbrain.passes.wave_kernels import linear as wave
 
@@ -40,7 +39,6 @@ class LowerLinear:
                     y = emit_linear(rows, weight, op.attributes["columns"].value, context.target, residual)
                 elif has_kernel:
                     y = wave.emit_linear(rows, weight, residual)
-                    y.owner.attributes[MULTIPLIES] = ir.UnitAttr.get()
                 else:
                     y = _product(rows, weight)
                 y = build.unflatten_leading(y, op.results[0].type, x)
