@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from spikingbrain.errors import CallError
+from spikingbrain.errors import OptionError
 
 # Op -> who provides it unless the user says otherwise: our kernels ("own") or the vendor's library.
 PROVIDERS = {"linear": "mcblas", "matmul": "mcblas"}
@@ -26,13 +26,16 @@ class MacaOptions:
     providers: str = ""
     resources: bool = False
 
+    def __post_init__(self) -> None:
+        self.choice()
+
     def choice(self) -> dict[str, str]:
-        """Returns the provider of each op. Raises CallError for a word that is not known."""
+        """Returns the provider of each op. Raises OptionError for a word that is not known."""
         chosen = dict(PROVIDERS)
         for part in filter(None, (p.strip() for p in self.providers.split(","))):
             op, _, provider = part.partition("=")
             if op not in PROVIDERS or provider not in KNOWN:
-                raise CallError(
+                raise OptionError(
                     f"providers: {part!r} is not understood",
                     hint=f"OP=PROVIDER, the op one of {', '.join(PROVIDERS)}, the provider one of {', '.join(KNOWN)}",
                 )

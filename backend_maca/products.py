@@ -99,8 +99,8 @@ def of_generic(generic: Generic) -> Product | None:
         return None
     if any(not _is_contiguous(v) for v in generic.operands):
         return None
-    axes = [_axes(m) for m in generic.maps]
-    if None in axes:
+    axes = [found for found in map(_axes, generic.maps) if found is not None]
+    if len(axes) != 3:
         return None
     a, b, c = axes
     loops = range(len(generic.parallel))
@@ -116,13 +116,13 @@ def of_generic(generic: Generic) -> Product | None:
         if c != [*batch, *columns, *rows]:
             return None
         a, b, rows, columns, operands = b, a, columns, rows, [operands[1], operands[0], operands[2]]
-    transposed = [_order(a, batch, rows, inner), _order(b, batch, inner, columns)]
-    if None in transposed:
+    first, second = _order(a, batch, rows, inner), _order(b, batch, inner, columns)
+    if first is None or second is None:
         return None
     lengths = [_length(*place[0]) for place in generic.places]
     sizes = [_together([lengths[i] for i in group]) for group in (rows, columns, inner, batch)]
     flags = (bool(batch), bool(batch))
-    return Product((operands[0], operands[1]), operands[2], (transposed[0], transposed[1]), flags, *sizes)
+    return Product((operands[0], operands[1]), operands[2], (first, second), flags, *sizes)
 
 
 def of_launch(op: ir.Operation, inputs: Sequence[ir.Value], result: ir.Value) -> Product:

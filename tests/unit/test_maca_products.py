@@ -16,7 +16,7 @@ from test_maca import Array, compile_text, load, needs_cxx, random, run
 from spikingbrain.backend_maca.blas import Blas, BlasError
 from spikingbrain.backend_maca.emulate import compiler
 from spikingbrain.backend_maca.plan import evaluate
-from spikingbrain.errors import CallError, MissingDependency
+from spikingbrain.errors import MissingDependency, OptionError
 
 BODIES = {
     "f32": "%p = arith.mulf %a, %v : f32\n %s = arith.addf %c, %p : f32\n linalg.yield %s : f32",
@@ -207,7 +207,8 @@ def test_a_projection_of_a_known_number_of_rows_is_one_or_the_other() -> None:
 @pytest.mark.parametrize("providers", ["linear", "conv=own", "linear=cublas"])
 def test_an_unknown_provider_is_named(providers: str) -> None:
     with pytest.raises(
-        CallError, match=r"is not understood\n  try: OP=PROVIDER, the op one of linear, matmul, the provider"
+        OptionError,
+        match=r"is not understood\n  try: OP=PROVIDER, the op one of linear, matmul, the provider",
     ):
         compile_text(text("mk,kn->mn", SIZES), providers=providers)
 
