@@ -13,7 +13,10 @@ from spikingbrain.backend_maca.triton.device import WARPS
 from spikingbrain.backend_maca.triton.dots import DOTS, tile
 from spikingbrain.errors import ShapeError
 
-LARGEST_HEAD = 256
+LARGEST_HEAD = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
+# Numbers in a block of queries: of those in float32 registers hold fewer, and the backward holds more such blocks at a time.
+FORWARD = {torch.float32: 2048, torch.bfloat16: 8192, torch.float16: 8192}
+BACKWARD = {torch.float32: 2048, torch.bfloat16: 4096, torch.float16: 4096}
 
 
 def window_attention(
@@ -26,7 +29,7 @@ def window_attention(
     ``scale``: D ** -0.5 if None. A query that sees nothing yields 0. Operands of dots have the dtype of q, sums are float32.
 
     Raises:
-        ShapeError: shapes or dtypes do not fit each other, or heads are larger than 256.
+        ShapeError: shapes or dtypes do not fit each other, or heads are larger than 256 (128 in float32).
     """
     _check(q, k, v, window, sinks)
     o: Tensor = _WindowAttention.apply(  # type: ignore[no-untyped-call]
@@ -48,20 +51,21 @@ def _check(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int) -> None:
             f"window_attention: dtypes {q.dtype}, {k.dtype}, {v.dtype}",
             why="they must be one of float32, bfloat16 and float16",
         )
-    if max(q.shape[3], v.shape[3]) > LARGEST_HEAD or min(window, sinks) < 0:
+    if max(q.shape[3], v.shape[3]) > LARGEST_HEAD[q.dtype] or min(window, sinks) < 0:
         raise ShapeError(
             f"window_attention: heads of {q.shape[3]} and {v.shape[3]}, window {window}, {sinks} sinks",
-            why=f"heads must be of at most {LARGEST_HEAD}, window and sinks not negative",
+            why=f"heads must be of at most {LARGEST_HEAD[q.dtype]}, window and sinks not negative",
         )
 
 
-def _launch(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, scale: float) -> tuple[list[Any], Any]:
-    """Returns what all three kernels are given: sizes, and blocks that fit 64 KiB of shared memory."""
+def _launch(
+    q: Tensor, v: Tensor, window: int, sinks: int, scale: float, numbers: int
+) -> tuple[list[Any], dict[str, Any]]:
+    """Returns what a kernel is given: sizes, and blocks of about so many ``numbers``."""
     _, steps, heads, size = q.shape
     _, keys, sources, values = v.shape
-    width, height = (tile(d, LARGEST_HEAD) for d in (size, values))
-    rows = 64 if max(width, height) * q.element_size() <= 256 else 32
-    rows = 16 if max(width, height) * q.element_size() > 512 else rows
+    width, height = (tile(d, LARGEST_HEAD[q.dtype]) for d in (size, values))
+    rows = min(64, max(16, numbers // max(width, height)))
     blocks = dict(
         DOT=DOTS[q.dtype], BM=rows, BN=min(rows, 32), BD=width, BE=height, num_warps=WARPS, num_stages=1
     )
@@ -76,7 +80,7 @@ class _WindowAttention(torch.autograd.Function):
         o = q.new_empty(batch, steps, heads, v.shape[3])
         sums = q.new_empty(batch, heads, steps, dtype=torch.float32)
         if o.numel():
-            sizes, blocks = _launch(q, k, v, window, sinks, scale)
+            sizes, blocks = _launch(q, v, window, sinks, scale, FORWARD[q.dtype])
             kernels.attend[-(-steps // blocks["BM"]), batch * heads](q, k, v, o, sums, *sizes, **blocks)
         ctx.save_for_backward(q, k, v, o, sums)
         ctx.options = (window, sinks, scale)
@@ -90,7 +94,7 @@ class _WindowAttention(torch.autograd.Function):
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         if o.numel():
             products = (o.float() * do.float()).sum(-1).transpose(1, 2).contiguous()
-            sizes, blocks = _launch(q, k, v, *ctx.options)
+            sizes, blocks = _launch(q, v, *ctx.options, BACKWARD[q.dtype])
             given = (q, k, v, do, sums, products)
             factor = ctx.options[2]
             kernels.attend_query_gradients[-(-steps // blocks["BM"]), batch * heads](

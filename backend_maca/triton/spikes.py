@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
+from spikingbrain.backend_maca.triton import spike_kernels as kernels
 from spikingbrain.backend_maca.triton.device import WARPS
-from spikingbrain.backend_maca.triton.spike_kernels import spike_gemm
+from spikingbrain.backend_maca.triton.dots import tile
 
-LIMIT = 2.0**22  # of the size of counts that three digits hold
+EXACT = 2**22  # counts below it are held in three digits
+LEAST = 32  # channels in a dot of bytes
 CHANNELS = 1 << 16  # so that a sum of products of bytes stays below 2^31
 
 
@@ -19,20 +20,32 @@ def spike_linear(
     """Returns threshold * (sum over groups of scale * (sum of counts * codes)) + bias, float32 [..., N].
 
     counts float32 [..., C] hold integers, threshold [...], codes int8 [N, C] in any order of memory, scale float32 [N, G], bias
-    [N]. Sums inside a group are exact, rounded once to float32, while counts are at most 4194304 in size; larger ones are
-    summed as floats are.
+    [N]. Sums inside a group are exact, rounded once to float32, in rows whose counts are below `EXACT` in size; in other rows
+    counts are rounded to that share of the largest. A row with NaN or infinity is NaN.
     """
     (outputs, channels), groups = codes.shape, scale.shape[1]
     s = counts.reshape(-1, channels).contiguous()
     y = s.new_empty(s.shape[0], outputs)
+    if not y.numel():
+        return y.view(*counts.shape[:-1], outputs)
+    factors, thresholds = s.new_empty(2, s.shape[0])
+    kernels.scale_rows[(s.shape[0],)](
+        s,
+        threshold.contiguous(),
+        factors,
+        thresholds,
+        channels,
+        BC=tile(channels, 1024),
+        num_warps=WARPS,
+        num_stages=1,
+    )
     group_size = channels // groups
-    # few rows: more of the weights at a time
-    rows = 16 if s.shape[0] <= 16 else 32 if s.shape[0] <= 32 else 64
-    tile = min(128 if rows == 16 else 64, max(32, triton.next_power_of_2(group_size)))
-    spike_gemm[-(-s.shape[0] // rows), -(-outputs // 64)](
-        s, threshold.reshape(-1).contiguous(), codes, scale.contiguous(), s if bias is None else bias.float(), y,
+    rows = tile(s.shape[0], 64)
+    kernels.spike_gemm[-(-s.shape[0] // rows), -(-outputs // 64)](
+        s, factors, thresholds, codes, scale.contiguous(), s if bias is None else bias.float().contiguous(), y,
         s.shape[0], channels, outputs, group_size, groups, codes.stride(0), codes.stride(1),
-        HAS_BIAS=bias is not None, LIMIT=LIMIT, BM=rows, BN=64, BC=tile, num_warps=WARPS, num_stages=1,
+        HAS_BIAS=bias is not None, BM=rows, BN=64, BC=max(LEAST, tile(group_size, 128 if rows == 16 else 64)),
+        num_warps=WARPS, num_stages=1,
     )  # fmt: skip
     return y.view(*counts.shape[:-1], outputs)
 

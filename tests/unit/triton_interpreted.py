@@ -96,7 +96,7 @@ def spike(case, counts, outputs, groups=1, bias=True, turned=False):
     else:
         same = torch.where(y.isnan(), exact.isnan(), y == exact)
         found[case] = {"different": float((~same).sum())}
-        beyond = counts.abs().amax(1) > spikes.LIMIT
+        beyond = ~(counts.abs().amax(1) < spikes.EXACT)
         if beyond.any():
             finite = exact[beyond].isfinite()
             found[case]["different"] = float((~same[~beyond]).sum())
@@ -127,13 +127,14 @@ def main() -> None:
     spike("bytes, weights turned", small, 33, turned=True, bias=False)
     large = torch.randint(-3, 4, (20, 300)).float()
     for row, (column, count) in enumerate(
-        [(7, 4194304), (299, -4194304), (0, 128), (1, -129), (2, 32896), (3, -40000)]
+        [(7, 4194303), (299, -4194303), (0, 128), (1, -129), (2, 32896), (3, -40000)]
     ):
         large[row, column] = count
     spike("counts outside int8", large, 20)
     spike("groups", torch.randint(-300, 300, (5, 96)).float(), 20, groups=4)
     clamped = torch.zeros(4, 64)
     clamped[0, 0], clamped[1, 2], clamped[2, 1], clamped[3, 1] = 1e30, 8388609, float("nan"), 77
+    clamped[1, 3] = -4194304
     spike("clamped thresholds", clamped, 8, bias=False)
     spike("no rows", small[:0], 5)
 
