@@ -28,8 +28,9 @@ from spikingbrain.passes.elementwise import (
     elements,
     emit,
 )
-from spikingbrain.passes.kernels.recurrence import blocks_of, size_of
+from spikingbrain.passes.kernels.recurrence import blocks_of
 from spikingbrain.passes.kernels.recurrence_base import Problem, problem_of
+from spikingbrain.passes.kernels.recurrence_launch import size_of
 from spikingbrain.passes.scan_axes import GENERIC
 from spikingbrain.target import Target
 
@@ -58,7 +59,7 @@ class FuseIntoRecurrence:
     behind: bool = True
 
     def run(self, module: ir.Module, context: PassContext) -> None:
-        if not context.target.vector_bits:
+        if not context.target.vector_bits and not context.target.wave_kernels:
             return
         for op in torch_ir.operations(module, RECURRENCE):
             try:

@@ -18,7 +18,7 @@ from spikingbrain.passes.kernels.recurrence_unfused import unfuse
 
 @dataclass(frozen=True)
 class LowerRecurrence:
-    """Lowers ``spikingbrain.linear_recurrence``: to the CPU kernel where the target has vectors, else to linalg by chunks.
+    """Lowers ``spikingbrain.linear_recurrence``: to the kernel where the target has vectors or waves, else to linalg by chunks.
 
     ``fused_recurrence`` as well, which is taken apart where there is no kernel for it.
 
@@ -41,8 +41,8 @@ class LowerRecurrence:
                 context.record(self, "lowered", op, f"apart: {refusal.what}")
                 unfuse(FusedRecurrence(op))
         for op in torch_ir.operations(module, "spikingbrain.linear_recurrence"):
-            why = "the target has no vector kernels"
-            if context.target.vector_bits:
+            why = "the target has no kernels"
+            if context.target.vector_bits or context.target.wave_kernels:
                 try:
                     context.record(self, "lowered", op, "kernel")
                     emit_recurrence_launch(op.opview, context.target)

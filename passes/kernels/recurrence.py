@@ -14,30 +14,29 @@ This module chooses between two schedules and replaces the op by a launch:
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
 from torch_mlir import ir
-from torch_mlir.dialects import func, tensor
 
 from spikingbrain.errors import UnsupportedOp
-from spikingbrain.passes.dialect_fused import OPERANDS, SUM, FusedRecurrence, Part, Read, linear
+from spikingbrain.passes.dialect_fused import OPERANDS, SUM, FusedRecurrence, Part, Read
 from spikingbrain.passes.kernels import recurrence_blocked, recurrence_sequential
-from spikingbrain.passes.kernels.builders import index, launch, size
-from spikingbrain.passes.kernels.recurrence_base import Operands, Problem, fused_problem_of, problem_of
-from spikingbrain.passes.kernels.recurrence_operands import Computed, Memory
+from spikingbrain.passes.kernels.builders import index
+from spikingbrain.passes.kernels.recurrence_base import Problem, fused_problem_of, problem_of
+from spikingbrain.passes.kernels.recurrence_launch import Result, cast, is_read_once, launch_kernel, size_of
+from spikingbrain.passes.wave_kernels import recurrence_blocks, recurrence_steps
 from spikingbrain.target import Target
 
 
-def emit_recurrence_launch(op: Any, target: Target) -> ir.Operation:
-    """Replaces a ``spikingbrain.linear_recurrence`` op by the launch of a kernel for ``target``; returns the launch.
+def emit_recurrence_launch(op: Any, target: Target) -> None:
+    """Replaces a ``spikingbrain.linear_recurrence`` op by the launch of a kernel for ``target``, or of two.
 
     The kernel function is created in the module unless an equal one exists. A state that nothing else reads is updated in
     place; any other, and zeros, the kernel writes to new memory first. (Two launches tied to one value are not safe: with
     dynamic sizes IREE 3.13 lets the second read what the first wrote; ``test_states_that_others_read`` fails if a state
     is tied regardless.) Raises UnsupportedOp, with the module
-    unchanged, when the target has no vectors or the op is of a kind that the kernels do not handle.
+    unchanged, when the target has neither vectors nor waves, or the op is of a kind that the kernels do not handle.
     """
     named = {name: value for name in OPERANDS if (value := getattr(op, name)) is not None}
     with op.operation.context:
@@ -45,12 +44,12 @@ def emit_recurrence_launch(op: Any, target: Target) -> ir.Operation:
     parts = [
         Part(name, [Read(value, of_bonus if name == "bonus" else None)]) for name, value in named.items()
     ]
-    return _emit(op.operation, problem_of(op), parts, op.state, target)
+    _emit(op.operation, problem_of(op), parts, op.state, target)
 
 
-def emit_fused_launch(fused: FusedRecurrence, target: Target) -> ir.Operation:
+def emit_fused_launch(fused: FusedRecurrence, target: Target) -> None:
     """Replaces a ``fused_recurrence`` op by the launch of a kernel, as ``emit_recurrence_launch`` does."""
-    return _emit(fused.op, fused_problem_of(fused), fused.parts, fused.state, target)
+    _emit(fused.op, fused_problem_of(fused), fused.parts, fused.state, target)
 
 
 def blocks_of(problem: Problem, target: Target) -> int:
@@ -60,17 +59,20 @@ def blocks_of(problem: Problem, target: Target) -> int:
 
 
 def _schedule(problem: Problem, target: Target) -> Any:
-    return _kind(problem).plan(problem, target)
+    return _kind(problem, target).plan(problem, target)
 
 
-def _kind(problem: Problem) -> Any:
+def _kind(problem: Problem, target: Target) -> Any:
+    """Returns the module of the kernels that serve a recurrence."""
+    if target.wave_kernels:
+        return recurrence_blocks if recurrence_blocks.serves(problem) else recurrence_steps
     return recurrence_sequential if problem.rank_one else recurrence_blocked
 
 
 def _emit(
     operation: ir.Operation, problem: Problem, parts: Sequence[Part], state: ir.Value | None, target: Target
-) -> ir.Operation:
-    schedule = _schedule(problem, target)
+) -> None:
+    kind, schedule = _kind(problem, target), _schedule(problem, target)
     if schedule.blocks(problem) > 1 and any(part.name == SUM for part in parts):
         raise UnsupportedOp(
             "no recurrence kernel that sums over rows of its outputs here",
@@ -78,105 +80,22 @@ def _emit(
             hint="the sums apart",
         )
     y, final = (r.type for r in operation.results)
-    inputs: list[ir.Value] = []
-    for read in (read for part in parts for read in part.reads):
-        if read.value not in inputs:
-            inputs.append(read.value)
-    in_place = state is not None and state not in inputs and _is_read_once(state)
-    with operation.context, operation.location:
-        with ir.InsertionPoint(operation):
-            reads = [(read.value, read.map) for part in parts for read in part.reads]
-            batch, time = (size_of(reads, y, axis) for axis in (0, 1))
-            if state is not None:
-                inputs.append(_as(state, final))
-        fresh = [y] if in_place else [y, final]
-        types = [ir.IndexType.get()] * 3 + [
-            ir.MemRefType.get(t.shape, t.element_type)
-            for t in map(ir.RankedTensorType, [*(v.type for v in inputs), *fresh])
-        ]
-        name = _kernel_name(problem, schedule, types, in_place, _text(parts, inputs))
-        module = _module_of(operation)
-        if name not in ir.SymbolTable(module):
-            with ir.InsertionPoint(module.regions[0].blocks[0]):
-                kernel = func.FuncOp(name, (types, []), visibility="private")
-            with ir.InsertionPoint(kernel.add_entry_block()):
-                workgroup, memrefs = list(kernel.arguments)[:3], list(kernel.arguments)[3:]
-                initial = memrefs[len(inputs) - 1] if state is not None else None
-                computed = [
-                    Computed(part, [Memory(memrefs[inputs.index(r.value)], r.map) for r in part.reads])
-                    for part in parts
-                ]
-                memory = [(m.memref, m.map) for c in computed for m in c.memory]
-                final_state = initial if in_place else memrefs[-1]
-                o = memrefs[len(inputs)]
-                operands = Operands(computed, o, final_state, initial, size_of(memory, y, 1))
-                _kind(problem).Kernel(problem, schedule, workgroup, operands).build()
-                func.ReturnOp([])
-        with ir.InsertionPoint(operation):
+    reads = [(read.value, read.map) for part in parts for read in part.reads]
+    in_place = state is not None and state not in [value for value, _ in reads] and is_read_once(state)
+    with operation.context, operation.location, ir.InsertionPoint(operation):
+        batch, time = (size_of(reads, y, axis) for axis in (0, 1))
+        if state is not None:
+            state = cast(state, final)
+        made = Result(final, [batch], in_place)
+        outputs = Result(y, [batch, time])
+        if kind is recurrence_blocks:
+            results = recurrence_blocks.launch(problem, schedule, parts, state, outputs, made)
+        else:
             grid = [index(schedule.blocks(problem)), index(problem.states), batch]
-            dynamic = ir.RankedTensorType(y).is_dynamic_dim
-            sizes = [s for axis, s in enumerate((batch, time)) if dynamic(axis)]
-            if not in_place and ir.RankedTensorType(final).is_dynamic_dim(0):
-                sizes.append(batch)
-            tied = [-1, len(inputs) - 1 if in_place else -1]
-            made = launch(name, [y, final], grid, inputs, sizes, tied)
-        for old, new in zip(operation.results, made.results, strict=True):
+            threads = schedule.threads if target.wave_kernels else 0
+            results = launch_kernel(
+                problem, schedule, kind.Kernel, parts, state, [outputs, made], grid, threads
+            )
+        for old, new in zip(operation.results, results, strict=True):
             old.replace_all_uses_with(new)
         operation.erase()
-    return made
-
-
-def _is_read_once(value: ir.Value) -> bool:
-    """Tells whether one op reads a value; its sizes may be asked for besides."""
-    readers = [use for use in value.uses if use.owner.operation.name != "tensor.dim"]
-    return len(readers) == 1
-
-
-def _as(value: ir.Value, kind: ir.Type) -> ir.Value:
-    return value if value.type == kind else tensor.CastOp(kind, value).result
-
-
-def size_of(reads: Sequence[tuple[ir.Value, ir.AffineMap | None]], y: ir.Type, axis: int) -> ir.Value:
-    """Returns the size of the batch (axis 0) or of time (1): static if anything tells, else that of a tensor that is read."""
-    ranked = ir.RankedTensorType(y)
-    if not ranked.is_dynamic_dim(axis):
-        return index(ranked.shape[axis])
-    unit = ([int(i == axis) for i in range(4)], 0)
-    found = []
-    for value, map_ in reads:
-        forms = [unit if i == axis else None for i in range(2)] if map_ is None else map(linear, map_.results)
-        found += [(value, at) for at, form in enumerate(forms) if form == unit]
-    known = [(v, at) for v, at in found if not ir.ShapedType(v.type).is_dynamic_dim(at)]
-    return size(*(known or found)[0])
-
-
-def _module_of(operation: ir.Operation) -> ir.Operation:
-    while operation.name != "builtin.module":
-        operation = operation.parent.operation
-    return operation
-
-
-def _text(parts: Sequence[Part], inputs: Sequence[ir.Value]) -> str:
-    """Returns what tells kernels apart that differ only in what they compute."""
-    read = [(part.name, [(inputs.index(r.value), str(r.map)) for r in part.reads]) for part in parts]
-    return f"{read} {[_body_text(part.body) for part in parts if part.body is not None]}"
-
-
-def _body_text(body: ir.Block) -> str:
-    """Returns what a block computes; printing it would number and verify the whole module, each time."""
-    numbers = {hash(argument): i for i, argument in enumerate(body.arguments)}
-    lines = []
-    for op in (view.operation for view in body.operations):
-        assert not len(op.regions), "bodies are scalar ops"
-        operands = [numbers[hash(value)] for value in op.operands]
-        attributes = [f"{name} = {op.attributes[name]}" for name in op.attributes]
-        lines.append(f"{op.name} {operands} {attributes} {[str(r.type) for r in op.results]}")
-        numbers |= {hash(r): len(numbers) + i for i, r in enumerate(op.results)}
-    return "; ".join(lines)
-
-
-def _kernel_name(problem: Problem, schedule: Any, types: list[ir.Type], in_place: bool, parts: str) -> str:
-    facts = f"{problem} {schedule} {in_place} {', '.join(map(str, types))} {parts}"
-    digest = hashlib.sha256(facts.encode()).hexdigest()[:10]
-    sizes = f"{problem.heads}x{problem.states}x{problem.key_size}x{problem.value_size}"
-    return f"recurrence_{sizes}_{digest}"

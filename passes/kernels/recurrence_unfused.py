@@ -21,7 +21,7 @@ from spikingbrain.passes.dialect_fused import (
     linear,
 )
 from spikingbrain.passes.kernels.bodies import inlined
-from spikingbrain.passes.kernels.recurrence import size_of
+from spikingbrain.passes.kernels.recurrence_launch import size_of
 from spikingbrain.passes.kernels.recurrence_operands import is_computed
 
 

@@ -40,20 +40,25 @@ def kernel(
 
     ``body(block, buffers)`` fills it, given the three block ids and the memrefs. ``threads`` is a multiple of 64.
     """
-    if threads % WAVE or not 0 < threads <= MAX_THREADS:
-        raise ValueError(f"a block has whole waves of {WAVE}, {MAX_THREADS} threads at most, not {threads}")
     module = root_module()
     if name in ir.SymbolTable(module.operation):
         return
     with ir.InsertionPoint.at_block_begin(module.regions[0].blocks[0]):
         types = [ir.IndexType.get()] * 3 + list(memrefs)
         function = func.FuncOp(name, (types, []), visibility="private")
-        function.attributes[THREADS] = ir.IntegerAttr.get(ir.IntegerType.get_signless(64), threads)
+        set_threads(function, threads)
         entry = function.add_entry_block()
     with ir.InsertionPoint(entry):
         arguments = list(entry.arguments)
         body(arguments[:3], arguments[3:])
         func.ReturnOp([])
+
+
+def set_threads(function: func.FuncOp, threads: int) -> None:
+    """Makes a function a wave kernel of blocks of so many threads."""
+    if threads % WAVE or not 0 < threads <= MAX_THREADS:
+        raise ValueError(f"a block has whole waves of {WAVE}, {MAX_THREADS} threads at most, not {threads}")
+    function.attributes[THREADS] = ir.IntegerAttr.get(ir.IntegerType.get_signless(64), threads)
 
 
 def memref_of(tensor_type: ir.Type) -> ir.MemRefType:

@@ -26,7 +26,6 @@ rt = pytest.importorskip("iree.runtime")
 
 Array = np.ndarray[Any, Any]
 WITHOUT_VECTORS = Target("portable", "cpu", "iree", "x86-64")
-STATES, GROUP, KEYS, VALUES = 2, 2, 4, 6
 LENGTHS = (
     0,
     1,
@@ -40,7 +39,7 @@ LENGTHS = (
 
 @dataclass(frozen=True)
 class Case:
-    """One member of the family of recurrences; sizes are those above, batch and time dynamic."""
+    """One member of the family of recurrences; ``sizes`` are states, queries of each, keys and values."""
 
     axis: str
     log: bool = True
@@ -50,32 +49,34 @@ class Case:
     reverse: bool = False
     state: bool = True
     element: str = "f32"
+    sizes: tuple[int, int, int, int] = (2, 2, 4, 6)
 
     def name(self) -> str:
         flags = ("log", "rank_one", "exclusive", "bonus", "reverse", "state")
-        return "_".join([self.axis, *(f for f in flags if getattr(self, f)), self.element])
+        sizes = "x".join(map(str, self.sizes))
+        return "_".join([self.axis, *(f for f in flags if getattr(self, f)), self.element, sizes])
 
     def shapes(self, b: Any, t: Any) -> dict[str, list[Any]]:
-        decay = {"none": None, "head": [], "key": [KEYS], "value": [VALUES]}[self.axis]
-        by_key = [b, t, STATES, KEYS]
-        found = {"q": [b, t, STATES * GROUP, KEYS], "k": by_key, "v": [b, t, STATES, VALUES]}
+        states, group, keys, values = self.sizes
+        decay = {"none": None, "head": [], "key": [keys], "value": [values]}[self.axis]
+        by_key = [b, t, states, keys]
+        found = {"q": [b, t, states * group, keys], "k": by_key, "v": [b, t, states, values]}
         if decay is not None:
-            found["decay"] = [b, t, STATES, *decay]
+            found["decay"] = [b, t, states, *decay]
         if self.rank_one:
             found |= {"erase": by_key, "predict": by_key}
         if self.bonus:
-            found["bonus"] = [STATES, KEYS]
+            found["bonus"] = [states, keys]
         if self.state:
-            found["state"] = [b, STATES, KEYS, VALUES]
+            found["state"] = [b, states, keys, values]
         return found
 
     def function(self, b: Any = "?", t: Any = "?") -> str:
         """Returns a function of the op alone."""
         shapes = self.shapes(b, t)
         type_ = lambda sizes: f"tensor<{'x'.join(map(str, [*sizes, self.element]))}>"  # noqa: E731
-        results = ", ".join(
-            map(type_, ([b, t, STATES * GROUP, VALUES], [b, STATES, KEYS, VALUES])),
-        )
+        states, group, keys, values = self.sizes
+        results = ", ".join(map(type_, ([b, t, states * group, values], [b, states, keys, values])))
         order = ["q", "k", "v", "decay", "erase", "predict", "bonus", "state"]
         segments = ", ".join(str(int(n in shapes)) for n in order)
         flags = ", ".join(
@@ -111,7 +112,7 @@ class Case:
                 found["decay"] = np.clip(found["decay"], -1.2, 1.2)
                 found["decay"][reset] = 0
         if self.rank_one:
-            found["erase"] = -rng.uniform(0, 1.5, (b, t, STATES, 1)).astype(dtype) * found["k"]
+            found["erase"] = -rng.uniform(0, 1.5, (b, t, self.sizes[0], 1)).astype(dtype) * found["k"]
             found["predict"] = found["k"] + 0.1 * found["predict"]
         return found
 
@@ -119,8 +120,9 @@ class Case:
         """Computes the op as its docstring says it, one step at a time, in float64."""
         x = {n: v.astype(np.float64) for n, v in operands.items()}
         b, t, heads, _ = x["q"].shape
-        state = x.get("state", np.zeros((b, STATES, KEYS, VALUES)))
-        out = np.zeros((b, t, heads, VALUES))
+        states, group, keys, values = self.sizes
+        state = x.get("state", np.zeros((b, states, keys, values)))
+        out = np.zeros((b, t, heads, values))
         for i in range(t - 1, -1, -1) if self.reverse else range(t):
             before, k, v = state, x["k"][:, i], x["v"][:, i]
             if "decay" in x:
@@ -131,11 +133,11 @@ class Case:
                 predicted = np.einsum("bsk,bskv->bsv", x["predict"][:, i], before)
                 state = state + x["erase"][:, i][..., None] * predicted[:, :, None]
             state = state + k[..., None] * v[:, :, None]
-            q = x["q"][:, i].reshape(b, STATES, GROUP, KEYS)
+            q = x["q"][:, i].reshape(b, states, group, keys)
             read = np.einsum("bsgk,bskv->bsgv", q, before if self.exclusive else state)
             if self.bonus:
                 read += np.einsum("bsgk,sk,bsk->bsg", q, x["bonus"], k)[..., None] * v[:, :, None]
-            out[:, i] = read.reshape(b, heads, VALUES)
+            out[:, i] = read.reshape(b, heads, values)
         return out, state
 
     def check(self, call: Any, lengths: Sequence[int] = LENGTHS) -> None:

@@ -1,0 +1,86 @@
+"""The wave kernels of linear recurrences over many tokens: products of 16 x 16 tiles, in two launches.
+
+Time is cut into chunks, these into blocks of 16 steps. The first launch, ``Entering``, moves the state through the blocks, a tile
+of 16 x 16 entries in the registers of a wave, and keeps what enters each chunk. The second, ``Outputs``, answers the queries of
+all chunks and heads at once. With E the product of a block's decays up to a step, H that of those after it, A that of all:
+
+    o = (q E ... ) S + sum over earlier blocks ((q E ...) (k H)^T) v + (triangle of the block itself) v
+
+where ``...`` are the products A of the blocks between. A block's own triangle needs the quotient of two such products,
+``q_i E_i (k_j H_j) / A``. Where a channel's products leave the range in which that is exact (a decay of 0 always does),
+the channel counts as 0 there, and each pair of steps multiplies its decays one by one. Nothing else is ever divided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch_mlir import ir
+
+from spikingbrain.passes.dialect_fused import Part
+from spikingbrain.passes.kernels.builders import (
+    ceil_div,
+    index,
+)
+from spikingbrain.passes.kernels.recurrence_base import Problem
+from spikingbrain.passes.kernels.recurrence_launch import Result, launch_kernel
+from spikingbrain.passes.wave_kernels.builders import (
+    SHARED_BYTES,
+    TILE,
+    WAVE,
+)
+from spikingbrain.passes.wave_kernels.recurrence_entering import Entering
+from spikingbrain.passes.wave_kernels.recurrence_outputs import PAD, Outputs
+from spikingbrain.passes.wave_kernels.recurrence_tiles import Schedule
+from spikingbrain.target import Target
+
+LONGEST_CHUNK = 64
+MOST_WAVES = 4  # of a block of the first launch: tiles beside each other
+MOST_KEYS = 256  # a query's row in the registers of four lanes
+
+
+def serves(problem: Problem) -> bool:
+    """Tells whether a recurrence is one for tiles: long enough, of steps that no step before makes unknown, and not too wide."""
+    is_long = problem.time is None or problem.time >= TILE
+    simple = not problem.rank_one and problem.decay_axis != "value"
+    return is_long and simple and problem.key_size <= MOST_KEYS
+
+
+def plan(problem: Problem, target: Target) -> Schedule:
+    """Returns the schedule for a recurrence that tiles serve."""
+    rows = -(-problem.key_size // TILE) * TILE
+    part_bytes = 4 * (TILE * (rows + PAD) + 2 * rows)
+    chunk = TILE * min(LONGEST_CHUNK // TILE, SHARED_BYTES // part_bytes)
+    if problem.time is not None:
+        chunk = min(chunk, -(-problem.time // TILE) * TILE)
+    return Schedule(chunk, rows, min(MOST_WAVES, -(-problem.value_size // TILE)))
+
+
+def launch(
+    problem: Problem,
+    schedule: Schedule,
+    parts: Sequence[Part],
+    state: ir.Value | None,
+    y: Result,
+    final: Result,
+) -> list[ir.Value]:
+    """Emits both launches at the insertion point; returns the outputs and the final state."""
+    batch, time = y.sizes
+    chunks = ceil_div(time, schedule.chunk)
+    sizes = list(ir.RankedTensorType(final.type).shape)
+    count = ir.ShapedType.get_dynamic_size() if problem.time is None else -(-problem.time // schedule.chunk)
+    kind = ir.RankedTensorType.get([sizes[0], count, *sizes[1:]], ir.F32Type.get())
+    tiles = schedule.rows // TILE * -(-problem.value_size // (schedule.waves * TILE))
+    entering, last = launch_kernel(
+        problem,
+        schedule,
+        Entering,
+        parts,
+        state,
+        [Result(kind, [batch, chunks]), final],
+        [index(tiles), index(problem.states), batch],
+        schedule.waves * WAVE,
+    )
+    grid = [chunks, index(problem.heads), batch]
+    (o,) = launch_kernel(problem, schedule, Outputs, parts, entering, [y], grid, schedule.parts * WAVE)
+    return [o, last]

@@ -1,0 +1,81 @@
+"""The wave kernels of linear recurrences against a loop over time, on the MACA emulator in three orders of threads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from test_lower_recurrence import Array, Case
+from test_maca import compile_text, load, needs_cxx
+from torch_mlir import ir
+
+from spikingbrain.backend_maca.emulate import ORDERS
+from spikingbrain.passes import dialect, pipeline
+from spikingbrain.passes.base import PassContext
+from spikingbrain.passes.lower_recurrence import LowerRecurrence
+from spikingbrain.target import Target
+
+pytestmark = needs_cxx
+WAVES = Target("maca-emulator", "gpu", "maca", "maca", wave_width=64, wave_kernels=True)
+FEW, MANY = (0, 1, 9), (0, 1, 16, 37, 150)
+
+
+def compiled(text: str) -> Any:
+    """Returns the program of a module whose recurrences became kernels."""
+    with dialect.load(), ir.Location.unknown():
+        module, context = ir.Module.parse(text), PassContext(WAVES)
+        pipeline.run([LowerRecurrence()], module, context)
+        assert [r.reason for r in context.records] == ["kernel"]
+        pipeline.clean(module)
+        return load(compile_text(str(module)))
+
+
+def check(case: Case, lengths: tuple[int, ...], time: Any = "?") -> None:
+    program = compiled(case.function(t=time))
+
+    def call(*operands: Array) -> list[Array]:
+        results = []
+        for order in ORDERS:
+            program.kernels.order = order
+            results.append(program.call(case.name(), [program.to_device(x) for x in operands]))
+        for other in results[1:]:
+            for a, b in zip(results[0], other, strict=True):
+                np.testing.assert_array_equal(a, b)
+        return results[0]
+
+    case.check(call, lengths)
+
+
+STEPS = [
+    Case("key", rank_one=True),
+    Case("head", rank_one=True, exclusive=True, reverse=True, state=False, sizes=(1, 3, 18, 33)),
+    Case("value", log=False, exclusive=True, bonus=True, sizes=(1, 2, 5, 80)),
+    Case("none", rank_one=True, sizes=(1, 1, 300, 7)),
+]
+TILES = [
+    Case("key", sizes=(2, 2, 20, 24)),
+    Case("key", log=False, exclusive=True, bonus=True, reverse=True, sizes=(1, 3, 33, 17)),
+    Case("head", reverse=True, state=False, sizes=(2, 1, 16, 70)),
+    Case("head", log=False, exclusive=True, sizes=(1, 2, 5, 16)),
+    Case("none", sizes=(1, 1, 200, 3)),
+]
+
+
+@pytest.mark.parametrize("case", STEPS, ids=Case.name)
+def test_steps_equal_a_loop(case: Case) -> None:
+    check(case, FEW)
+
+
+@pytest.mark.parametrize("case", TILES, ids=Case.name)
+def test_tiles_equal_a_loop(case: Case) -> None:
+    check(case, MANY)
+
+
+def test_one_token_takes_one_launch() -> None:
+    case = Case("key", sizes=(2, 7, 32, 32))
+    check(case, (1,), time=1)
+    launches = compiled(case.function(t=1)).plan["entries"][case.name()]["launches"]
+    assert (
+        sum("recurrence" in launch["kernel"] for launch in launches) == 1
+    )  # beside it: a copy of what a caller gave
