@@ -284,7 +284,7 @@ const char* source_line(const void* caller) {  // filled in by runtime.py, which
   return text;
 }
 
-void outside(const char* at, size_t size, bool write, const void* caller) {
+__attribute__((noinline)) void outside(const char* at, size_t size, bool write, const void* caller) {
   unsigned nearest = 0;
   int64_t distance = INT64_MAX;
   for (unsigned i = 0; i < m.buffer_count; ++i) {
@@ -305,18 +305,23 @@ bool races(const Writer& writer, bool shared) {
   return writer.thread != m.running->number && writer.barriers == (m.meeting.round & kBarriers);
 }
 
-void report_race(const Writer& w, bool shared, bool write, const void* caller) {
+__attribute__((noinline)) void report_race(const Writer& w, bool shared, bool write, const void* caller) {
   const char* owner = w.block == m.block_number ? "the block" : "another block";
   fail("%s %s %s memory that thread %u of %s has written, without a barrier between them", source_line(caller),
        write ? "writes" : "reads", shared ? "shared" : "global", unsigned(w.thread), owner);
 }
 
-void note_write(Buffer& buffer, bool shared, const char* at, size_t size, const void* caller) {
-  if (buffer.writers_bytes < buffer.bytes) {
-    free(buffer.writers);
-    buffer.writers = static_cast<Writer*>(calloc(buffer.bytes, sizeof(Writer)));
-    buffer.writers_bytes = buffer.bytes;
-  }
+__attribute__((noinline)) void make_writers(Buffer& buffer) {
+  free(buffer.writers);
+  buffer.writers = static_cast<Writer*>(calloc(buffer.bytes, sizeof(Writer)));
+  buffer.writers_bytes = buffer.bytes;
+}
+
+// The sizes below are constants where they are called often, so these are compiled once for each.
+#define SB_EACH_SIZE inline __attribute__((always_inline))
+
+SB_EACH_SIZE void note_write(Buffer& buffer, bool shared, const char* at, size_t size, const void* caller) {
+  if (buffer.writers_bytes < buffer.bytes) make_writers(buffer);
   buffer.last_written = m.block_number;
   const Writer self = {m.block_number, m.meeting.round & kBarriers, m.running->number};
   Writer* writers = buffer.writers + (at - buffer.start);
@@ -326,7 +331,7 @@ void note_write(Buffer& buffer, bool shared, const char* at, size_t size, const 
   }
 }
 
-void note_read(Buffer& buffer, bool shared, char* at, size_t size, const void* caller) {
+SB_EACH_SIZE void note_read(Buffer& buffer, bool shared, char* at, size_t size, const void* caller) {
   const bool none_written = buffer.last_written < m.first_block;
   if (none_written && !shared) return;
   const size_t start = at - buffer.start;
@@ -338,8 +343,7 @@ void note_read(Buffer& buffer, bool shared, char* at, size_t size, const void* c
   }
 }
 
-Buffer* find(const char* at, size_t size) {
-  if (holds(*m.recent, at, size)) return m.recent;
+__attribute__((noinline)) Buffer* find(const char* at, size_t size) {
   if (holds(m.shared, at, size)) return m.recent = &m.shared;
   if (holds(m.dynamic, at, size)) return m.recent = &m.dynamic;
   for (unsigned i = 0; i < m.buffer_count; ++i)
@@ -347,8 +351,8 @@ Buffer* find(const char* at, size_t size) {
   return nullptr;
 }
 
-inline void access(char* at, size_t size, bool write, const void* caller) {
-  Buffer* found = find(at, size);
+SB_EACH_SIZE void access(char* at, size_t size, bool write, const void* caller) {
+  Buffer* found = holds(*m.recent, at, size) ? m.recent : find(at, size);
   if (found) {
     const bool shared = found == &m.shared || found == &m.dynamic;
     return write ? note_write(*found, shared, at, size, caller) : note_read(*found, shared, at, size, caller);
@@ -370,32 +374,31 @@ float from_bits(uint32_t bits) {
 }
 
 // Element ``k`` of what a lane holds of X or Y.
-template <class T>
-T element(sb_mma_kind kind, uint64_t held, int k) {
-  switch (kind) {
-    case SB_MMA_I8: return T(int8_t(held >> 8 * k));
-    case SB_MMA_F16: return T(from_half(uint16_t(held >> 16 * k)));
-    case SB_MMA_BF16: return T(from_bits(uint32_t(held >> 16 * k) << 16));
-    case SB_MMA_TF32: return T(from_bits(uint32_t(held >> 32 * k) & 0xffffe000));  // 10 bits are kept
-    case SB_MMA_F32: return T(from_bits(uint32_t(held)));
-    case SB_MMA_F64: break;
+template <sb_mma_kind kind>
+auto element(uint64_t held, int k) {
+  if constexpr (kind == SB_MMA_I8) return int(int8_t(held >> 8 * k));
+  if constexpr (kind == SB_MMA_F16) return from_half(uint16_t(held >> 16 * k));
+  if constexpr (kind == SB_MMA_BF16) return from_bits(uint32_t(held >> 16 * k) << 16);
+  if constexpr (kind == SB_MMA_TF32) return from_bits(uint32_t(held >> 32 * k) & 0xffffe000);  // 10 bits are kept
+  if constexpr (kind == SB_MMA_F32) return from_bits(uint32_t(held));
+  if constexpr (kind == SB_MMA_F64) {
+    double wide;
+    memcpy(&wide, &held, 8);
+    return wide;
   }
-  double wide;
-  memcpy(&wide, &held, 8);
-  return T(wide);
 }
 
 // A lane's four values of D are rows 4 * (lane / 16) + v of column lane % 16; X and Y have rows lane % 16, and columns
 // in order of lane / 16. Sums run in order of k: the order in the hardware is not documented.
-template <class T>
-void multiply(sb_mma_kind kind, const Slot* slots, int held, void* c) {
-  T sums[4];
+template <sb_mma_kind kind, int held>
+void multiply(const Slot* slots, void* c) {
+  decltype(element<kind>(0, 0)) sums[4];
   memcpy(sums, c, sizeof sums);
   const int lane = m.running->number % kWave, column = lane % 16, first = 4 * (lane / 16);
   for (int quarter = 0; quarter < 4; ++quarter)
     for (int k = 0; k < held; ++k) {
-      const T y = element<T>(kind, slots[16 * quarter + column].y, k);
-      for (int v = 0; v < 4; ++v) sums[v] += element<T>(kind, slots[16 * quarter + first + v].x, k) * y;
+      const auto y = element<kind>(slots[16 * quarter + column].y, k);
+      for (int v = 0; v < 4; ++v) sums[v] += element<kind>(slots[16 * quarter + first + v].x, k) * y;
     }
   memcpy(c, sums, sizeof sums);
 }
@@ -437,12 +440,12 @@ unsigned long long sb_ballot(unsigned long long mask, int predicate, int line) {
 void sb_mma(sb_mma_kind kind, uint64_t x, uint64_t y, void* c, int line) {
   const Slot* slots = exchange("__builtin_mxc_mma", line, x, y);
   switch (kind) {
-    case SB_MMA_I8: return multiply<int>(kind, slots, 4, c);
-    case SB_MMA_F16:
-    case SB_MMA_BF16: return multiply<float>(kind, slots, 4, c);
-    case SB_MMA_TF32: return multiply<float>(kind, slots, 2, c);
-    case SB_MMA_F32: return multiply<float>(kind, slots, 1, c);
-    case SB_MMA_F64: return multiply<double>(kind, slots, 1, c);
+    case SB_MMA_I8: return multiply<SB_MMA_I8, 4>(slots, c);
+    case SB_MMA_F16: return multiply<SB_MMA_F16, 4>(slots, c);
+    case SB_MMA_BF16: return multiply<SB_MMA_BF16, 4>(slots, c);
+    case SB_MMA_TF32: return multiply<SB_MMA_TF32, 2>(slots, c);
+    case SB_MMA_F32: return multiply<SB_MMA_F32, 1>(slots, c);
+    case SB_MMA_F64: return multiply<SB_MMA_F64, 1>(slots, c);
   }
 }
 
