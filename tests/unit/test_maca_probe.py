@@ -81,15 +81,15 @@ def test_a_failure_turns_a_feature_off_and_warns(
         return {s.target.name: s.target.wave_kernels for s in backend.MacaBackend().targets()}
 
     assert probe.kept() is None
-    assert wave_kernels() == {"maca": True, "maca-emulator": True}
+    assert all(wave_kernels().values())
     probe.keep("a card", wrong_device)
-    assert wave_kernels() == {"maca": False, "maca-emulator": True}
+    assert [name for name, on in wave_kernels().items() if not on] == ["maca"]
     assert probe.kept() == ("a card", wrong_device)
     assert "a card failed the probe of: votes of 64 lanes, matrix instruction, i8" in caplog.text
     assert "kernels scheduled by hand are off" in caplog.text
     harmless = [f for f in wrong_device if "off" not in f.consequence]
     probe.keep("a card", harmless)
-    assert harmless and wave_kernels() == {"maca": True, "maca-emulator": True}
+    assert harmless and all(wave_kernels().values())
 
 
 class Card:
