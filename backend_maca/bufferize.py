@@ -32,7 +32,7 @@ def bufferize(text: str) -> str:
                     where=source_of(op.location),
                     hint="lower it to linalg before this backend",
                 )
-            if op.name.startswith(("tm_tensor.", "scf.")) and not _in_body(op):
+            if op.name.startswith("tm_tensor.") and not _in_body(op):
                 raise UnsupportedOp(
                     f"'{op.name}' has no kernel for MetaX GPUs",
                     where=source_of(op.location),

@@ -13,11 +13,12 @@ from torch_mlir import ir
 from torch_mlir.dialects import arith, memref
 
 from spikingbrain.backend_maca import products
+from spikingbrain.backend_maca.expand import expand
 from spikingbrain.backend_maca.forms import for_each, launch, thread_form, wave_form
 from spikingbrain.backend_maca.generic import BLOCK, WAVE, Generic
 from spikingbrain.backend_maca.index import index, negated, product, size
 from spikingbrain.backend_maca.launches import GRID_RANK, LAUNCH, outline_launches
-from spikingbrain.backend_maca.mlir import functions, nested, parse, run_passes
+from spikingbrain.backend_maca.mlir import functions, host_ops, nested, parse, run_passes
 from spikingbrain.passes import dialect
 from spikingbrain.passes.dialect import MULTIPLIES
 
@@ -44,14 +45,15 @@ def build_kernels(text: str, choice: Mapping[str, str]) -> str:
     """
     with dialect.load() as context:
         module = parse(text, context)
+        with ir.Location.unknown():
+            expand(module)
         names: dict[str, int] = {}
         for function in functions(module):
             if choice["matmul"] == "mcblas":
-                for view in list(function.regions[0].blocks[0].operations):
-                    if view.operation.name == "linalg.generic":
-                        _build_product(view.operation, names)
-            for view in list(function.regions[0].blocks[0].operations):
-                op = view.operation
+                for op in host_ops(function):
+                    if op.name == "linalg.generic":
+                        _build_product(op, names)
+            for op in host_ops(function):
                 if op.name == "memref.copy":
                     _build_copy(op, names)
                 elif op.name == "linalg.generic":

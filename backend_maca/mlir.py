@@ -125,3 +125,14 @@ def functions(module: ir.Module) -> list[ir.Operation]:
     """Returns the entry points: functions with a body that are no hand-scheduled kernels."""
     found = [view.operation for view in module.body.operations if view.operation.name == "func.func"]
     return [f for f in found if len(f.regions[0].blocks) and THREADS not in f.attributes]
+
+
+def host_ops(root: ir.Operation) -> list[ir.Operation]:
+    """Returns the operations that run between kernels: a function's own and those of its loops and branches."""
+    found = []
+    for region in root.regions:
+        for view in region.blocks[0].operations if len(region.blocks) else ():
+            found.append(view.operation)
+            if view.operation.name in ("scf.for", "scf.if", "scf.while"):
+                found += host_ops(view.operation)
+    return found

@@ -1,14 +1,25 @@
 """The launch plan: what the host does to run an entry point, as JSON.
 
 A plan names the buffers of an entry (inputs, weights, constants, temporaries), the checks on their sizes, the
-kernel launches in order, and which buffers are results. A size is a number or a formula over the sizes of the
-inputs: ``["dim", buffer, axis]`` or ``[operation, operand, ...]`` with the operations of ``OPERATIONS``.
+steps in order (``launches``), and which buffers are results. A size is a number or a formula over the sizes of the
+inputs: ``["dim", buffer, axis]``, ``["value", n]`` for a value of the host, such as the counter of a loop, or
+``[operation, operand, ...]`` with the operations of ``OPERATIONS``. A step is one of
+
+- ``{"kernel": name, "grid": sizes, "arguments": [{"buffer": n} or {"value": size}]}``, an
+  argument that is no int64 with its ``"dtype"``;
+- ``{"library": function, ...}``, a matrix product;
+- ``{"loop": value, "from": size, "to": size, "by": size, "steps": steps}``: the counter is that value of the host;
+- ``{"while": condition, "before": steps, "steps": steps}``: before, and if the condition holds, steps, and again;
+- ``{"if": condition, "then": steps, "else": steps}``;
+- ``{"read": value, "buffer": n, "at": sizes}``: the host waits for one element of a buffer;
+- ``{"set": [[value, size], ...]}``, all at once;
+- ``{"check": condition, "message": text}``.
 """
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import reduce
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
@@ -21,7 +32,7 @@ if TYPE_CHECKING:
 
     from spikingbrain.backend_maca.printer import Kernel
 
-FORMAT = 1
+FORMAT = 2
 Size: TypeAlias = int | list[Any]
 
 OPERATIONS: dict[str, Callable[..., int]] = {
@@ -60,6 +71,15 @@ HOST_OPS = {
     "arith.andi": "and",
     "arith.ori": "or",
 }
+VIEWS = ("memref.expand_shape", "memref.collapse_shape", "memref.cast", "memref.subview")
+FLOAT_PREDICATES = {
+    1: "eq",
+    2: "gt",
+    3: "ge",
+    4: "lt",
+    5: "le",
+    13: "ne",
+}  # Python's comparisons treat NaN alike
 PREDICATES = ["eq", "ne", "lt", "le", "gt", "ge"]
 DTYPES = {
     "f64": "float64",
@@ -74,14 +94,24 @@ DTYPES = {
 }
 
 
-def evaluate(size: Size, shapes: Mapping[int, Sequence[int]]) -> int:
-    """Returns the value of a formula, given the shapes of the input buffers."""
-    if isinstance(size, int):
+def evaluate(size: Size, shapes: Mapping[int, Sequence[int]], values: Mapping[int, int] | None = None) -> int:
+    """Returns the value of a formula, given the shapes of the input buffers and the values of the host."""
+    if not isinstance(size, list):
         return size
     name, *operands = size
     if name == "dim":
         return int(shapes[operands[0]][operands[1]])
-    return OPERATIONS[name](*(evaluate(o, shapes) for o in operands))
+    if name == "value":
+        return (values or {})[operands[0]]
+    return OPERATIONS[name](*(evaluate(o, shapes, values) for o in operands))
+
+
+def every_step(steps: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """Yields the steps of a plan and those nested in them."""
+    for step in steps:
+        yield step
+        for inner in ("before", "steps", "then", "else"):
+            yield from every_step(step.get(inner, ()))
 
 
 def build_plan(module: ir.Module, kernels: Mapping[str, Kernel], target: str) -> dict[str, Any]:
@@ -99,8 +129,9 @@ def providers(plan: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     """Returns for every entry how many steps each provider has; a product whose rows decide counts for both."""
     counts: dict[str, dict[str, int]] = {}
     for name, entry in plan["entries"].items():
-        calls = sum("library" in step for step in entry["launches"])
-        counts[name] = {"own": len(entry["launches"]) - calls, "mcblas": calls}
+        steps = list(every_step(entry["launches"]))
+        calls, own = (sum(kind in step for step in steps) for kind in ("library", "kernel"))
+        counts[name] = {"own": own, "mcblas": calls}
     return counts
 
 
@@ -113,15 +144,15 @@ class _Entry:
         self.sizes: dict[ir.Value, Size] = {}
         self.memrefs: dict[ir.Value, tuple[int, list[Size]]] = {}
         self.checks: list[list[Any]] = []
-        self.launches: list[dict[str, Any]] = []
+        self.launches: list[dict[str, Any]] = []  # where steps are added: those of the entry or of a loop
+        self.depth = self.values = 0
         self.outputs: list[dict[str, Any]] = []
 
     def plan(self) -> dict[str, Any]:
         entry = self.function.regions[0].blocks[0]
         for argument, attributes in zip(entry.arguments, self.function.opview.arg_attrs, strict=True):
             self._add_argument(argument, attributes)
-        for view in entry.operations:
-            self._add(view.operation)
+        self._add_all(entry)
         return {
             "buffers": self.buffers,
             "checks": self.checks,
@@ -159,34 +190,158 @@ class _Entry:
             why=why,
         )
 
+    def _add_all(self, block: ir.Block) -> None:
+        for view in block.operations:
+            self._add(view.operation)
+
     def _add(self, op: ir.Operation) -> None:
         name = op.name
-        if name == "arith.constant":
-            self.sizes[op.results[0]] = int(op.attributes["value"].value)
-        elif name == "memref.dim":
-            self.sizes[op.results[0]] = self._shape_of(op)[self._known(op, 1)]
-        elif name in HOST_OPS:
-            self.sizes[op.results[0]] = [HOST_OPS[name], *(self._known_size(op, v) for v in op.operands)]
-        elif name in ("arith.index_cast", "arith.extui"):
-            self.sizes[op.results[0]] = self._known_size(op, op.operands[0])
-        elif name == "arith.cmpi" and op.attributes["predicate"].value < len(PREDICATES):
-            predicate = PREDICATES[op.attributes["predicate"].value]
-            self.sizes[op.results[0]] = [predicate, *(self._known_size(op, v) for v in op.operands)]
-        elif name == "cf.assert":
-            self.checks.append([self._known_size(op, op.operands[0]), op.attributes["msg"].value])
-        elif name == "memref.alloc":
-            sizes = iter([self._known_size(op, v) for v in op.operands])
-            self._add_buffer(op.results[0], {"role": "temporary"}, lambda _: next(sizes))
-        elif name in ("memref.expand_shape", "memref.collapse_shape", "memref.cast", "memref.subview"):
+        special: dict[str, Callable[[ir.Operation], None]] = {
+            "cf.assert": self._add_check,
+            "gpu.launch_func": self._add_launch,
+            "maca.product": self._add_product,
+            "memref.alloc": self._add_alloc,
+            "memref.load": self._add_read,
+            "scf.for": self._add_for,
+            "scf.if": self._add_if,
+            "scf.while": self._add_while,
+        }
+        if name in special:
+            special[name](op)
+        elif name in VIEWS:
             self._add_view(op)
-        elif name == "gpu.launch_func":
-            self._add_launch(op)
-        elif name == "maca.product":
-            self._add_product(op)
+        elif name in ("scf.yield", "scf.condition"):
+            return
         elif name == "func.return":
             self.outputs = [dict(zip(("buffer", "shape"), self.memrefs[v], strict=True)) for v in op.operands]
+        elif name == "memref.dim":
+            self.sizes[op.results[0]] = self._shape_of(op)[self._known(op, 1)]
         else:
-            self._refuse(op, "the host only computes sizes and launches kernels")
+            self.sizes[op.results[0]] = self._formula(op)
+
+    def _formula(self, op: ir.Operation) -> Size:
+        """Returns what the host computes for a scalar op."""
+        name = op.name
+        if name == "arith.constant":
+            value = op.attributes["value"].value
+            return float(value) if isinstance(value, float) else int(value)  # type: ignore[return-value]
+        if name in HOST_OPS:
+            return [HOST_OPS[name], *(self._known_size(op, v) for v in op.operands)]
+        if name in ("arith.index_cast", "arith.extui", "arith.extsi", "arith.extf"):
+            size = self._known_size(op, op.operands[0])
+            signed = name == "arith.extsi" and str(op.operands[0].type) == "i1"
+            return ["sub", 0, size] if signed else size
+        predicate = op.attributes["predicate"].value if "predicate" in op.attributes else 0
+        if name == "arith.cmpi" and predicate < len(PREDICATES):
+            return [PREDICATES[predicate], *(self._known_size(op, v) for v in op.operands)]
+        if name == "arith.cmpf" and predicate in FLOAT_PREDICATES:
+            return [FLOAT_PREDICATES[predicate], *(self._known_size(op, v) for v in op.operands)]
+        self._refuse(op, "the host only computes sizes and launches kernels")
+
+    def _add_check(self, op: ir.Operation) -> None:
+        condition, message = self._known_size(op, op.operands[0]), op.attributes["msg"].value
+        if self.depth or _has_value(condition):
+            self.launches.append({"check": condition, "message": message})
+        else:
+            self.checks.append([condition, message])
+
+    def _add_alloc(self, op: ir.Operation) -> None:
+        sizes = iter([self._known_size(op, v) for v in op.operands])
+        self._add_buffer(op.results[0], {"role": "temporary"}, lambda _: next(sizes))
+
+    # Control flow.
+
+    def _new_value(self) -> int:
+        self.values += 1
+        return self.values - 1
+
+    def _add_read(self, op: ir.Operation) -> None:
+        number = self._new_value()
+        buffer, shape = self.memrefs[op.operands[0]]
+        at = [self._known_size(op, v) for v in list(op.operands)[1:]]
+        self.sizes[op.results[0]] = ["value", number]
+        self.launches.append({"read": number, "buffer": buffer, "shape": shape, "at": at})
+
+    def _block(self, block: ir.Block) -> list[dict[str, Any]]:
+        """Returns the steps of a nested block."""
+        outer, self.launches = self.launches, []
+        self.depth += 1
+        self._add_all(block)
+        self.depth -= 1
+        steps, self.launches = self.launches, outer
+        return steps
+
+    def _slots(
+        self, op: ir.Operation, given: Sequence[ir.Value], *places: Sequence[ir.Value]
+    ) -> list[int | None]:
+        """Gives every carried scalar a value of the host; a carried buffer is the same one all along."""
+        slots: list[int | None] = []
+        for value, *same in zip(given, *places, strict=True):
+            if value in self.memrefs:
+                slots.append(None)
+                for other in same:
+                    self.memrefs[other] = self.memrefs[value]
+            else:
+                slots.append(self._new_value())
+                for other in same:
+                    self.sizes[other] = ["value", slots[-1]]
+        return slots
+
+    def _set(
+        self,
+        op: ir.Operation,
+        slots: Sequence[int | None],
+        values: Sequence[ir.Value],
+        home: Sequence[ir.Value],
+    ) -> dict[str, Any]:
+        """Returns the step that carries values on; buffers must be those that were carried in."""
+        pairs = []
+        for slot, value, first in zip(slots, values, home, strict=True):
+            if slot is not None:
+                pairs.append([slot, self._known_size(op, value)])
+            elif self.memrefs[value][0] != self.memrefs[first][0]:
+                self._refuse(op, "a loop hands on another buffer than it was given")
+        return {"set": pairs}
+
+    def _add_for(self, op: ir.Operation) -> None:
+        low, high, step, *initial = op.operands
+        body = op.regions[0].blocks[0]
+        counter, *carried = body.arguments
+        slots = self._slots(op, initial, carried, list(op.results))
+        self.launches.append(self._set(op, slots, initial, initial))
+        number = self._new_value()
+        self.sizes[counter] = ["value", number]
+        bounds = [self._known_size(op, v) for v in (low, high, step)]
+        steps = self._block(body)
+        steps.append(self._set(op, slots, _terminator(body), carried))
+        self.launches.append(
+            {"loop": number, "from": bounds[0], "to": bounds[1], "by": bounds[2], "steps": steps}
+        )
+
+    def _add_while(self, op: ir.Operation) -> None:
+        before, after = (region.blocks[0] for region in op.regions)
+        initial = list(op.operands)
+        slots = self._slots(op, initial, list(before.arguments))
+        self.launches.append(self._set(op, slots, initial, initial))
+        first = self._block(before)
+        condition, *passed = _terminator(before)
+        onward = self._slots(op, passed, list(after.arguments), list(op.results))
+        first.append(self._set(op, onward, passed, passed))
+        steps = self._block(after)
+        steps.append(self._set(op, slots, _terminator(after), list(before.arguments)))
+        self.launches.append({"while": self._known_size(op, condition), "before": first, "steps": steps})
+
+    def _add_if(self, op: ir.Operation) -> None:
+        blocks = [region.blocks[0] for region in op.regions if len(region.blocks)]
+        condition = self._known_size(op, op.operands[0])
+        made = [self._block(block) for block in blocks]
+        results = list(op.results)
+        if results:
+            ends = [_terminator(block) for block in blocks]
+            slots = self._slots(op, ends[0], results)
+            for steps, values in zip(made, ends, strict=True):
+                steps.append(self._set(op, slots, values, ends[0]))
+        self.launches.append({"if": condition, "then": made[0], "else": made[1] if len(made) > 1 else []})
 
     def _shape_of(self, op: ir.Operation) -> list[Size]:
         return self.memrefs[op.operands[0]][1]
@@ -239,7 +394,9 @@ class _Entry:
                 buffer, shape = self.memrefs[value]
                 arguments.append({"buffer": buffer} if axis is None else {"value": shape[axis]})
             else:
-                arguments.append({"value": self._known_size(op, value)})
+                kind = str(value.type)
+                other = {} if kind in ("index", "i64") else {"dtype": DTYPES[kind]}
+                arguments.append({"value": self._known_size(op, value), **other})
         self._check_aliases(op, kernel, operands)
         self.launches.append({"kernel": kernel.name, "grid": grid, "arguments": arguments})
 
@@ -277,3 +434,12 @@ class _Entry:
         passed = [self.memrefs[v][0] if v in self.memrefs else -1 for v in operands]
         if any(passed.count(passed[number]) > 1 for number in kernel.written):
             self._refuse(op, "it would write a buffer that it also reads under another shape")
+
+
+def _terminator(block: ir.Block) -> list[ir.Value]:
+    *_, last = block.operations
+    return list(last.operation.operands)
+
+
+def _has_value(size: Size) -> bool:
+    return isinstance(size, list) and (size[0] == "value" or any(map(_has_value, size[1:])))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from spikingbrain.backend_maca.machine import Buffer, Emulator, Launch, Machine, Product, Steps
-from spikingbrain.backend_maca.plan import FORMAT, evaluate
+from spikingbrain.backend_maca.plan import FORMAT
+from spikingbrain.backend_maca.resolve import Read, Resolver, reads
 from spikingbrain.errors import CallError, CorruptArtifact, NewerFormat
 
 Array = np.ndarray[Any, Any]
@@ -41,6 +43,7 @@ class Program:
         self.borrow, self.lend = machine.borrow, machine.lend
         self._kept: dict[str, Buffer] = {}
         self.fixed = {name: self._fixed(entry, weights) for name, entry in plan["entries"].items()}
+        self._static = {name: not reads(plan, name) for name in plan["entries"]}
         self._steps: dict[str, dict[Any, Steps]] = {name: {} for name in plan["entries"]}
 
     @property
@@ -72,11 +75,19 @@ class Program:
                 raise CallError(f"{what} is a {type(argument).__name__}", hint=machine.hint)
             _check(argument, plan["buffers"][i], what)
             buffers[i] = machine.argument(argument)
-        steps = self._resolved(entry, {i: tuple(buffers[i].shape) for i in inputs})
+        shapes = {i: tuple(buffers[i].shape) for i in inputs}
+        if self._static[entry]:
+            steps = self._resolved(entry, shapes)
+            self._run(steps, plan, buffers)
+            outputs = steps.outputs
+        else:
+            outputs = self._run_reading(entry, shapes, buffers)
+        return [_view(buffers[i], shape) for i, shape in outputs]
+
+    def _run(self, steps: Steps, plan: Mapping[str, Any], buffers: dict[int, Buffer]) -> None:
         for i, shape in steps.temporaries.items():
-            buffers[i] = machine.unwritten(_storage(plan["buffers"][i]["dtype"]), shape)
-        machine.run(steps, buffers)
-        return [buffers[i].reshape(shape) for i, shape in steps.outputs]
+            buffers[i] = self.machine.unwritten(_storage(plan["buffers"][i]["dtype"]), shape)
+        self.machine.run(steps, buffers)
 
     def _resolved(self, entry: str, shapes: Mapping[int, tuple[int, ...]]) -> Steps:
         """Returns what to do for arguments of these shapes; raises CallError if they do not fit together."""
@@ -84,8 +95,30 @@ class Program:
         if key not in kept:
             if len(kept) >= KEPT_SHAPES:
                 kept.clear()
-            kept[key] = resolve(self.plan, entry, shapes)
+            resolver = Resolver(self.plan, entry, shapes)
+            steps = list(resolver.steps())
+            kept[key] = _steps(resolver, steps, set(), last=True)  # type: ignore[arg-type]
         return kept[key]
+
+    def _run_reading(
+        self, entry: str, shapes: Mapping[int, tuple[int, ...]], buffers: dict[int, Buffer]
+    ) -> Sequence[tuple[int, tuple[int, ...]]]:
+        """Runs steps up to each element that the host reads, then goes on with it; returns the results' places."""
+        resolver, plan = Resolver(self.plan, entry, shapes), self.plan["entries"][entry]
+        walk, found = resolver.steps(), None
+        while True:
+            steps: list[Launch | Product] = []
+            try:
+                step = walk.send(found)
+                while not isinstance(step, Read):
+                    steps.append(step)
+                    step = next(walk)
+            except StopIteration:
+                made = _steps(resolver, steps, set(buffers), last=True)
+                self._run(made, plan, buffers)
+                return made.outputs
+            self._run(_steps(resolver, steps, set(buffers)), plan, buffers)
+            found = self.machine.to_host(_view(buffers[step.buffer], step.shape))[step.at].item()
 
     def _fixed(self, entry: Mapping[str, Any], weights: Mapping[str, Array]) -> dict[int, Buffer]:
         """Returns the buffers that no call changes: weights and constants."""
@@ -108,39 +141,22 @@ class Program:
         return fixed
 
 
-def resolve(plan: Mapping[str, Any], entry: str, shapes: Mapping[int, tuple[int, ...]]) -> Steps:
-    """Returns an entry point's steps with all sizes computed; raises CallError where shapes do not fit together."""
-    host = plan["entries"][entry]
+def _steps(resolver: Resolver, steps: list[Launch | Product], known: set[int], last: bool = False) -> Steps:
+    """Returns steps with the shapes of the buffers that are new in them, and the results after the last ones."""
+    used = [i for s in steps for i in (s.buffers if isinstance(s, Product) else (a for a, _ in s.arguments))]
+    outputs = resolver.outputs() if last else []
+    new = dict.fromkeys(i for i in [*used, *(i for i, _ in outputs)] if i is not None and i not in known)
+    records = resolver.host["buffers"]
+    temporaries = {i: resolver.shape(i) for i in new if records[i]["role"] == "temporary"}
+    return Steps(resolver.entry, temporaries, steps, outputs)
 
-    def value(size: Any) -> int:
-        return evaluate(size, shapes)
 
-    def sizes(of: Sequence[Any]) -> tuple[int, ...]:
-        return tuple(map(value, of))
-
-    for formula, message in host["checks"]:
-        if not value(formula):
-            raise CallError(f"arguments of '{entry}' do not fit together", why=message)
-    buffers = enumerate(host["buffers"])
-    temporaries = {i: sizes(b["shape"]) for i, b in buffers if b["role"] == "temporary"}
-    steps: list[Launch | Product] = []
-    for step in host["launches"]:
-        if "library" in step:
-            known = {name: list(sizes(step[name])) for name in ("sizes", "leading", "strides")}
-            product = {**step, **known, "batch": value(step["batch"])}
-            steps.append(Product(product, tuple(a["buffer"] for a in step["arguments"])))
-            continue
-        grid, kernel = sizes(step["grid"]), plan["kernels"][step["kernel"]]
-        if 0 in grid:
-            continue
-        arguments = [
-            (a["buffer"], None) if "buffer" in a else (None, value(a["value"])) for a in step["arguments"]
-        ]
-        steps.append(
-            Launch(step["kernel"], grid, kernel["threads"], kernel["dynamic_bytes"], tuple(arguments))
-        )
-    outputs = [(o["buffer"], sizes(o["shape"])) for o in host["outputs"]]
-    return Steps(entry, temporaries, steps, outputs)
+def _view(buffer: Buffer, shape: Sequence[int]) -> Buffer:
+    """Returns the beginning of a buffer in another shape."""
+    count = math.prod(shape)
+    if count == math.prod(buffer.shape):
+        return buffer.reshape(shape)
+    return buffer.reshape(-1)[:count].reshape(shape)
 
 
 def _storage(dtype: str) -> np.dtype[Any]:

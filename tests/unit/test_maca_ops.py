@@ -157,3 +157,104 @@ def test_scattered_updates_are_applied_in_order_and_those_outside_dropped(
             wanted[row] += update
     np.testing.assert_array_equal(y, wanted)
     np.testing.assert_array_equal(x, kept)
+
+
+LOOPS = """
+#v = affine_map<(i) -> (i)>
+func.func public @main(%x: tensor<?x5xf32>, %s: tensor<5xf32>, %t: tensor<5xf32>)
+    -> (tensor<5xf32>, tensor<5xf32>, tensor<?x5xf32>) {
+  %c0 = arith.constant 0 : index
+  %c1 = arith.constant 1 : index
+  %n = tensor.dim %x, %c0 : tensor<?x5xf32>
+  %e = tensor.empty(%n) : tensor<?x5xf32>
+  %r:3 = scf.for %i = %c0 to %n step %c1 iter_args(%a = %s, %b = %t, %ys = %e)
+      -> (tensor<5xf32>, tensor<5xf32>, tensor<?x5xf32>) {
+    %row = tensor.extract_slice %x[%i, 0] [1, 5] [1, 1] : tensor<?x5xf32> to tensor<5xf32>
+    %o = tensor.empty() : tensor<5xf32>
+    %h = linalg.generic {indexing_maps = [#v, #v, #v, #v], iterator_types = ["parallel"]}
+        ins(%a, %b, %row : tensor<5xf32>, tensor<5xf32>, tensor<5xf32>) outs(%o : tensor<5xf32>) {
+      ^bb0(%p: f32, %q: f32, %z: f32, %u: f32):
+        %0 = arith.mulf %p, %q : f32
+        %1 = arith.addf %0, %z : f32
+        linalg.yield %1 : f32
+    } -> tensor<5xf32>
+    %w = tensor.insert_slice %h into %ys[%i, 0] [1, 5] [1, 1] : tensor<5xf32> into tensor<?x5xf32>
+    scf.yield %h, %a, %w : tensor<5xf32>, tensor<5xf32>, tensor<?x5xf32>
+  }
+  return %r#0, %r#1, %r#2 : tensor<5xf32>, tensor<5xf32>, tensor<?x5xf32>
+}"""
+
+
+def test_a_loop_over_time_carries_tensors_and_stacks_rows() -> None:
+    loaded = program(LOOPS)
+    for steps in (0, 1, 6):
+        x = np.random.default_rng(0).standard_normal((steps, 5), np.float32)
+        a, b = np.random.default_rng(1).standard_normal((2, 5), np.float32)
+        found = run(loaded, x, a, b)
+        rows = []
+        for row in x:
+            a, b = a * b + row, a  # what the loop swaps
+            rows.append(a)
+        for got, wanted in zip(found, (a, b, np.float32(rows).reshape(-1, 5)), strict=True):
+            np.testing.assert_array_equal(got, wanted)
+
+
+WHILE = """
+#v = affine_map<(i) -> (i)>
+#s = affine_map<(i) -> ()>
+func.func public @main(%x: tensor<4xf32>) -> (tensor<4xf32>, tensor<i64>) {
+  %limit = arith.constant 100.0 : f32
+  %zero = arith.constant 0.0 : f32
+  %one = arith.constant 1 : i64
+  %start = arith.constant 0 : i64
+  %r:2 = scf.while (%a = %x, %k = %start) : (tensor<4xf32>, i64) -> (tensor<4xf32>, i64) {
+    %e = tensor.empty() : tensor<f32>
+    %f = linalg.fill ins(%zero : f32) outs(%e : tensor<f32>) -> tensor<f32>
+    %m = linalg.generic {indexing_maps = [#v, #s], iterator_types = ["reduction"]}
+        ins(%a : tensor<4xf32>) outs(%f : tensor<f32>) {
+      ^bb0(%p: f32, %o: f32):
+        %0 = arith.maximumf %p, %o : f32
+        linalg.yield %0 : f32
+    } -> tensor<f32>
+    %largest = tensor.extract %m[] : tensor<f32>
+    %go = arith.cmpf olt, %largest, %limit : f32
+    scf.condition(%go) %a, %k : tensor<4xf32>, i64
+  } do {
+  ^bb0(%a: tensor<4xf32>, %k: i64):
+    %o = tensor.empty() : tensor<4xf32>
+    %d = linalg.generic {indexing_maps = [#v, #v], iterator_types = ["parallel"]}
+        ins(%a : tensor<4xf32>) outs(%o : tensor<4xf32>) {
+      ^bb0(%p: f32, %u: f32):
+        %0 = arith.addf %p, %p : f32
+        linalg.yield %0 : f32
+    } -> tensor<4xf32>
+    %next = arith.addi %k, %one : i64
+    scf.yield %d, %next : tensor<4xf32>, i64
+  }
+  %odd = arith.remsi %r#1, %two : i64
+  %is = arith.cmpi eq, %odd, %one : i64
+  %two = arith.constant 2 : i64
+  %c = tensor.from_elements %r#1 : tensor<i64>
+  %branch = scf.if %is -> (tensor<4xf32>) {
+    scf.yield %x : tensor<4xf32>
+  } else {
+    scf.yield %r#0 : tensor<4xf32>
+  }
+  return %branch, %c : tensor<4xf32>, tensor<i64>
+}""".replace(
+    """  %two = arith.constant 2 : i64
+  %c = """,
+    "  %c = ",
+).replace("  %start =", "  %two = arith.constant 2 : i64\n  %start =")
+
+
+def test_the_host_reads_what_a_condition_needs() -> None:
+    loaded = program(WHILE)
+    for first in (3.0, 1.0, 200.0):
+        x = np.float32([first, 0.5, -7, 0])
+        value, count = x.copy(), 0
+        while value.max() < 100:
+            value, count = value + value, count + 1
+        result, turns = run(loaded, x)
+        assert turns == count
+        np.testing.assert_array_equal(result, x if count % 2 else value)
