@@ -25,6 +25,26 @@ from spikingbrain.backend_maca.subset import (
 )
 from spikingbrain.backend_maca.types import STORAGE_ONLY, TYPES
 
+# How strongly a text holds together: a word or a call, a product, a sum, anything else.
+WORD, PRODUCT, SUM, ANYTHING = 3, 2, 1, 0
+# Op on indices or floats -> its own binding, and the least of its operands. What C++ adds from the left, ops add so too.
+BINDING = {
+    "arith.addf": (SUM, SUM, PRODUCT),
+    "arith.subf": (SUM, SUM, PRODUCT),
+    "arith.mulf": (PRODUCT, PRODUCT, WORD),
+    "arith.divf": (PRODUCT, PRODUCT, WORD),
+    "arith.addi": (SUM, SUM, SUM),  # integers may be added in any order
+    "arith.subi": (SUM, SUM, PRODUCT),
+    "arith.muli": (PRODUCT, PRODUCT, WORD),
+    "arith.divsi": (PRODUCT, PRODUCT, WORD),
+    "arith.remsi": (PRODUCT, PRODUCT, WORD),
+    "arith.divui": (PRODUCT, PRODUCT, WORD),
+    "arith.remui": (PRODUCT, PRODUCT, WORD),
+    "arith.cmpi": (ANYTHING, SUM, SUM),
+    "arith.cmpf": (ANYTHING, SUM, SUM),
+    "math.rsqrt": (PRODUCT, ANYTHING),
+}
+
 
 class Expressions:
     """Writes expressions over values that have a text; ``needs`` collects headers, helpers and typedefs they use."""
@@ -41,10 +61,23 @@ class Expressions:
         self.needs |= {"f16": {"<maca_fp16.h>"}, "bf16": {"<maca_bfloat16.h>"}}.get(str(kind), set())
         return TYPES[str(kind)][0]
 
-    def operand(self, value: ir.Value) -> str:
-        """Returns the text of a value as an operand: in parentheses unless it is one word or one call."""
+    def operand(self, value: ir.Value, least: int = WORD) -> str:
+        """Returns the text of a value as an operand: in parentheses if it binds less than ``least``."""
         text = self.text[value]
-        return text if re.fullmatch(r"\w+(\([^()]*\))?|\w[\w.+]*", text) else f"({text})"
+        return text if self.binding(value) >= least else f"({text})"
+
+    def binding(self, value: ir.Value) -> int:
+        """Returns how strongly the text of a value holds together."""
+        if re.fullmatch(r"\w+(\([^()]*\))?|\w[\w.+]*", self.text[value]):
+            return WORD
+        op = value.owner
+        if isinstance(op, ir.Block) or str(value.type) not in ("index", "f32", "f64"):
+            return ANYTHING
+        if op.name in FLOAT_CALLS or op.name in EXTREMES:
+            return WORD
+        if not _agrees_with_signed(op):
+            return ANYTHING
+        return BINDING.get(op.name, (ANYTHING,))[0]
 
     def element(self, vector: ir.Value, position: int) -> str:
         text = vectors.element(vector.type, self.text[vector], position)
@@ -71,10 +104,14 @@ class Expressions:
         return f"{STORAGE_ONLY[kind][1]}({text})" if kind in STORAGE_ONLY else text
 
     def expression(self, op: ir.Operation) -> str:
-        name, operands = op.name, [self.operand(v) for v in op.operands]
+        name = op.name
         if name.startswith("vector.") or name == "ub.poison":
             return self._vector_expression(op)
         kind = str(op.operands[0].type) if len(op.operands) else ""
+        plain = kind in ("f32", "f64") or (kind == "index" and _agrees_with_signed(op))
+        _, *least = BINDING.get(name, (ANYTHING,)) if plain else (ANYTHING,)
+        least = least or [WORD] * len(op.operands)
+        operands = [self.operand(v, n) for v, n in zip(op.operands, least, strict=True)]
         if name in FLOAT_OPS:
             return FLOAT_OPS[name].format(*operands)
         if name in FLOAT_CALLS:
@@ -85,7 +122,7 @@ class Expressions:
             return self._wrapping(kind, f" {WRAPPING_OPS[name]} ".join(words))
         if name in SIGNED_OPS:
             return self._narrow(kind, SIGNED_OPS[name].format(*operands))
-        if name in UNSIGNED_OPS and kind == "index" and all(map(is_natural, op.operands)):
+        if name in UNSIGNED_OPS and plain:
             return UNSIGNED_OPS[name].format(*operands)
         if name in UNSIGNED_OPS:
             words = [self._unsigned(kind, o, force=True) for o in operands]
@@ -94,7 +131,8 @@ class Expressions:
             return self._narrow(kind, f" {BIT_OPS[name][kind == 'i1']} ".join(operands))
         if name == "arith.cmpi":
             sign = COMPARE_INTS[op.attributes["predicate"].value]
-            words = [self._unsigned(kind, o, force=True) for o in operands] if sign[0] == "u" else operands
+            casts = sign[0] == "u" and not plain
+            words = [self._unsigned(kind, o, force=True) for o in operands] if casts else operands
             return " ".join([words[0], sign.lstrip("u"), words[1]])
         if name == "arith.cmpf":
             form: str = COMPARE_FLOATS[op.attributes["predicate"].value]
@@ -160,3 +198,9 @@ class Expressions:
             return f"({TYPES[target][0]})(u{TYPES[target][0]}){operand}"
         unsigned = name in ("arith.extui", "arith.uitofp", "arith.index_castui") and source != "i1"
         return f"({TYPES[target][0]}){self._unsigned(source, operand, force=True) if unsigned else operand}"
+
+
+def _agrees_with_signed(op: ir.Operation) -> bool:
+    """Tells whether signed arithmetic gives what an op on indices means: it is signed, or nothing is negative."""
+    compares = op.name == "arith.cmpi" and COMPARE_INTS[op.attributes["predicate"].value][0] == "u"
+    return not (compares or op.name in UNSIGNED_OPS) or all(map(is_natural, op.operands))

@@ -16,7 +16,7 @@ import numpy as np
 from torch_mlir import ir
 
 from spikingbrain.backend_maca import vectors
-from spikingbrain.backend_maca.expressions import Expressions
+from spikingbrain.backend_maca.expressions import PRODUCT, SUM, WORD, Expressions
 from spikingbrain.backend_maca.mlir import constant, is_shared, nested, source_of, sources_of
 from spikingbrain.backend_maca.subset import (
     MAX_UNROLLED,
@@ -272,14 +272,16 @@ class _Printer(Expressions):
 
     def _element(self, buffer: ir.Value, at: list[ir.Value]) -> str:
         """Returns the access to one element of a row-major buffer."""
-        index = ""
+        index, binding = "0", WORD
         for axis, value in enumerate(at):
-            if not index or index == "0":
-                index = self.text[value]
-            else:
-                index = index if re.fullmatch(r"\w+", index) or " " not in index else f"({index})"
-                index = f"{index} * {self._size(buffer, axis)} + {self.operand(value)}"
-        return f"{self.text[buffer]}[{index or '0'}]"
+            if index == "0":
+                index, binding = self.text[value], self.binding(value)
+                continue
+            row = index if binding >= PRODUCT else f"({index})"
+            index, binding = f"{row} * {self._size(buffer, axis)}", PRODUCT
+            if self.text[value] != "0":
+                index, binding = f"{index} + {self.operand(value, SUM)}", SUM
+        return f"{self.text[buffer]}[{index}]"
 
     def _size(self, buffer: ir.Value, axis: int | float | None) -> str:
         axis = int(axis or 0)
