@@ -33,6 +33,7 @@ MAX_STATIC_BYTES = (
 )  # what goes beyond is asked for at the launch; stand-ins for the device need the rest
 SHARED_ALIGNMENT = 16
 MAX_PLACES = 8  # lines of the model that a kernel's comment lists
+MAX_LINE = 100  # of a list of parameters; a longer one has a line for each
 INLINE_LENGTH = 60  # a value used once is written where it is used, up to this many characters
 
 _EXTREME = """\
@@ -82,7 +83,10 @@ class Kernel:
     def text(self) -> str:
         more = [f"and {len(self.places) - MAX_PLACES} more"] if len(self.places) > MAX_PLACES else []
         comment = "".join(f"// {place}\n" for place in [*self.places[:MAX_PLACES], *more])
-        head = f'extern "C" __global__ void __launch_bounds__({self.threads})\n{self.name}({self.parameters})'
+        parameters = self.parameters
+        if len(parameters) > MAX_LINE:
+            parameters = "\n    " + parameters.replace(", ", ",\n    ")
+        head = f'extern "C" __global__ void __launch_bounds__({self.threads})\n{self.name}({parameters})'
         return f"{comment}{head} {{\n{self.body}}}\n"
 
 
@@ -135,6 +139,7 @@ class _Printer(Expressions):
         self.stored = self._stored()
         self.unrolled = _indices_of_registers(function)
         self.static_bytes = self.dynamic_bytes = 0
+        self.following: ir.Operation | None = None  # the op behind the one that is printed
 
     def print(self) -> Kernel:
         arguments = list(self.entry.arguments)
@@ -216,28 +221,39 @@ class _Printer(Expressions):
         return self.text[value]
 
     def _define(self, value: ir.Value, text: str, *, pure: bool = True) -> None:
-        uses = list(value.uses)
-        if not uses and pure:
+        """Gives a value a text: the expression itself where it may stand in the place of its use, else a name."""
+        if pure and not list(value.uses):
             return
-        vector = isinstance(value.type, ir.VectorType)  # its elements are reached by its name
-        if (
-            pure
-            and not vector
-            and len(uses) == 1
-            and uses[0].owner.operation.block == value.owner.operation.block
-        ):
-            repeated = uses[0].owner.operation.name == "scf.for"  # a bound is evaluated in every round
-            if len(text) <= INLINE_LENGTH and not repeated:
-                self.text[value] = text
-                return
+        if self._stays_in_place(value, text) if pure else self._is_taken_at_once(value, text):
+            self.text[value] = text
+            return
         kind = self.type_name(value.type)
         self._line(f"const {kind} {self._new(value, 'i' if str(value.type) == 'index' else 'v')} = {text};")
+
+    def _stays_in_place(self, value: ir.Value, text: str) -> bool:
+        if isinstance(value.type, ir.VectorType):
+            return False  # its elements are reached by its name
+        if re.fullmatch(r"\w+\[\d+\]", text):
+            return True  # an element of a vector is as good as a name
+        users = [use.owner.operation for use in value.uses]
+        same_block = len(users) == 1 and users[0].block == value.owner.operation.block
+        # a loop evaluates its bound in every round
+        return same_block and len(text) <= INLINE_LENGTH and users[0].name != "scf.for"
+
+    def _is_taken_at_once(self, value: ir.Value, text: str) -> bool:
+        """Tells whether the next statement, and nothing else, takes what was read from memory or other lanes."""
+        users = [use.owner.operation for use in value.uses]
+        takes = (
+            len(users) == 1 and users[0] == self.following and users[0].name in ("scf.yield", "memref.store")
+        )
+        return takes and len(text) <= INLINE_LENGTH
 
     # Statements.
 
     def _block(self, block: ir.Block) -> None:
-        for view in block.operations:
-            self._op(view.operation)
+        operations = [view.operation for view in block.operations]
+        for op, self.following in zip(operations, [*operations[1:], None], strict=True):
+            self._op(op)
 
     def _op(self, op: ir.Operation) -> None:
         name = op.name
