@@ -116,8 +116,9 @@ def every_step(steps: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]
 
 def build_plan(module: ir.Module, kernels: Mapping[str, Kernel], target: str) -> dict[str, Any]:
     """Returns the plan of a module whose functions only compute sizes and launch ``kernels``."""
-    functions = [v.operation for v in module.body.operations if v.operation.name == "func.func"]
-    entries = {f.attributes["sym_name"].value: _Entry(f, kernels).plan() for f in functions}
+    from spikingbrain.backend_maca.mlir import functions
+
+    entries = {f.attributes["sym_name"].value: _Entry(f, kernels).plan() for f in functions(module)}
     used = {
         k.name: {"threads": k.threads, "shared_bytes": k.shared_bytes, "dynamic_bytes": k.dynamic_bytes}
         for k in kernels.values()
