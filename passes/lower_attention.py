@@ -15,7 +15,7 @@ from spikingbrain.passes.kernels.attention import emit_attention_launch
 
 @dataclass(frozen=True)
 class LowerAttention:
-    """Lowers ``spikingbrain.attention``: to the CPU kernel where the target has vectors, else to linalg.
+    """Lowers ``spikingbrain.attention``: to the kernel where the target has vectors or waves, else to linalg.
 
     In: our dialect. Out: ``spikingbrain_control.launch`` and kernel functions, or linalg.
     """
@@ -25,8 +25,8 @@ class LowerAttention:
     def run(self, module: ir.Module, context: PassContext) -> None:
         for op in torch_ir.operations(module, "spikingbrain.attention"):
             view = op.opview
-            why = "the target has no vector kernels"
-            if context.target.vector_bits:
+            why = "the target has no kernels"
+            if context.target.vector_bits or context.target.wave_kernels:
                 try:
                     context.record(self, "lowered", op, "kernel")
                     emit_attention_launch(view, context.target)

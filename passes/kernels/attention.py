@@ -33,6 +33,7 @@ from spikingbrain.passes.kernels.attention_bounds import MAX_POSITION, SHORT, em
 from spikingbrain.passes.kernels.attention_decode import DecodeKernel, key_heads_per_workgroup
 from spikingbrain.passes.kernels.attention_prefill import PrefillKernel, scratch_bytes
 from spikingbrain.passes.kernels.builders import ceil_div, converts_halves, has_fma, index, launch, mul, size
+from spikingbrain.passes.wave_kernels.attention import launch_attention
 from spikingbrain.target import Target
 
 ROW_LIMIT = 64  # more query rows per block gained nothing
@@ -75,7 +76,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class _Problem:
+class Problem:
     """The static facts of an attention op."""
 
     heads: int
@@ -92,21 +93,26 @@ class _Problem:
         return self.heads // self.key_heads
 
 
-def emit_attention_launch(op: Any, target: Target) -> ir.Operation:
-    """Replaces a ``spikingbrain.attention`` op by the launch of a kernel for ``target``; returns the launch.
+def emit_attention_launch(op: Any, target: Target) -> None:
+    """Replaces a ``spikingbrain.attention`` op by the launch of a kernel for ``target``, or of two.
 
     The kernel function is created at the end of the module unless an equal one exists. Values in empty cache
-    slots must be finite. Raises UnsupportedOp, with the module unchanged, when the target has no vectors or the
+    slots must be finite. Raises UnsupportedOp, with the module unchanged, when the target has neither vectors nor waves, or the
     op is of a kind that the kernels do not handle; ``attention_portable`` then does.
     """
     problem = _problem_of(op, target)
+    operation = op.operation
+    if target.wave_kernels:
+        with operation.context, operation.location, ir.InsertionPoint(operation):
+            op.out.replace_all_uses_with(launch_attention(op, problem, segments_of(op)[::-1]))
+            operation.erase()
+        return
     schedule = plan(
         problem.heads, problem.key_heads, problem.head_size, target, problem.time, problem.narrow_keys
     )
     decode = problem.time == 1 and schedule.decode_key_heads > 0
     # The cache holds the older tokens: visiting it first changes the running maximum less often.
     segments = segments_of(op)[::-1]
-    operation = op.operation
     module = operation
     while module.name != "builtin.module":
         module = module.parent.operation
@@ -137,7 +143,6 @@ def emit_attention_launch(op: Any, target: Target) -> ir.Operation:
         result = launch(name, op.out.type, grid, inputs, sizes)
         op.out.replace_all_uses_with(result.result)
         operation.erase()
-    return result
 
 
 def segments_of(op: Any) -> list[Segment]:
@@ -227,12 +232,12 @@ def plan(
     )
 
 
-def _problem_of(op: Any, target: Target) -> _Problem:
+def _problem_of(op: Any, target: Target) -> Problem:
     query, keys = (ir.RankedTensorType(v.type) for v in (op.query, op.keys))
     stored = [v for v in (op.keys, op.values, op.cache_keys, op.cache_values) if v is not None]
     types = [query, *(ir.RankedTensorType(v.type) for v in stored)]
     elements = [str(t.element_type) for t in types]
-    known = ["f32", "bf16", "i8", *(["f16"] if converts_halves(target) else [])]
+    known = ["f32", "bf16", "i8", *(["f16"] if target.wave_kernels or converts_halves(target) else [])]
     if elements[0] != "f32" or any(element not in known for element in elements):
         raise UnsupportedOp(
             "no attention kernel for these element types",
@@ -241,7 +246,7 @@ def _problem_of(op: Any, target: Target) -> _Problem:
         )
     if any(t.is_dynamic_dim(axis) for t in types for axis in (2, 3)):
         raise UnsupportedOp("no attention kernel for a dynamic number or size of heads", hint="static sizes")
-    return _Problem(
+    return Problem(
         heads=query.shape[2],
         key_heads=keys.shape[2],
         head_size=query.shape[3],
@@ -257,7 +262,7 @@ def _problem_of(op: Any, target: Target) -> _Problem:
     )
 
 
-def _kernel_name(problem: _Problem, schedule: Schedule, types: Sequence[ir.Type], decode: bool) -> str:
+def _kernel_name(problem: Problem, schedule: Schedule, types: Sequence[ir.Type], decode: bool) -> str:
     facts = f"{problem} {schedule} {', '.join(map(str, types))}"
     digest = hashlib.sha256(facts.encode()).hexdigest()[:10]
     kind = "decode" if decode else "prefill"

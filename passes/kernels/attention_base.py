@@ -41,7 +41,7 @@ from spikingbrain.passes.kernels.builders import (
 )
 
 if TYPE_CHECKING:
-    from spikingbrain.passes.kernels.attention import Schedule, _Problem
+    from spikingbrain.passes.kernels.attention import Problem, Schedule
 
 SCRATCH_BYTES = 32 << 10  # IREE allows a dispatch 32 KB of stack unless told otherwise
 
@@ -125,7 +125,7 @@ class AttentionKernel:
 
     def __init__(
         self,
-        problem: _Problem,
+        problem: Problem,
         schedule: Schedule,
         arguments: Sequence[ir.Value],
         segments: Sequence[Segment],

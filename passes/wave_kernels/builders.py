@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from torch_mlir import ir
 from torch_mlir.dialects import arith, func, gpu, memref, scf, vector
 
-from spikingbrain.passes.kernels.builders import Index, f32, i32, i32_type, index, root_module
+from spikingbrain.passes.kernels.builders import Index, compare, f32, i32, i32_type, index, root_module
 
 WAVE = 64  # lanes of a wave
 TILE = 16  # rows and columns of what a matrix instruction works on
@@ -95,6 +95,13 @@ def over_lanes(
         value = combine(value, from_lane_xor(value, distance))
         distance //= 2
     return value
+
+
+def any_lane(condition: ir.Value) -> ir.Value:
+    """Returns whether a condition holds in some lane of the wave; the same for all of them."""
+    i64 = ir.IntegerType.get_signless(64)
+    votes = gpu.BallotOp(i64, condition).result
+    return compare("ne", votes, arith.constant(i64, 0))
 
 
 # Memory
