@@ -476,6 +476,18 @@ def test_a_write_outside_a_buffer_is_caught() -> None:
 
 
 @needs_cxx
+def test_a_temporary_that_nobody_has_written_is_not_a_number() -> None:
+    code = compile_text(gemv(5, 200))  # a fill, then sums on top of it
+    plan = json.loads(code["plan.json"])
+    launches = plan["entries"]["main"]["launches"]
+    assert launches[0]["kernel"] == "fill_0"
+    del launches[0]
+    broken = {**code, "plan.json": json.dumps(plan).encode()}
+    (result,) = load(broken, {KEY: random(5, 200)}).call("main", [random(2, 200)])
+    assert np.isnan(result).all()
+
+
+@needs_cxx
 def test_source_that_does_not_compile_is_reported() -> None:
     with pytest.raises(SpikingBrainError, match=r"do not compile\n  because: .*error"):
         build("#include <mc_runtime.h>\nnonsense;", [])
