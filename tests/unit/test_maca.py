@@ -54,7 +54,11 @@ def run(
     text: str, *arguments: Array, weights: Mapping[str, Array] | None = None, entry: str = "main"
 ) -> Array:
     """Compiles and runs; all thread orders must agree bit for bit."""
-    program = load(compile_text(text), weights)
+    return in_every_order(load(compile_text(text), weights), entry, *arguments)
+
+
+def in_every_order(program: Any, entry: str, *arguments: Array) -> Array:
+    """Runs an entry point in all thread orders, which must agree bit for bit."""
     results = []
     for order in ORDERS:
         program.kernels.order = order

@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 
 pytest.importorskip("torch_mlir")
 
-from test_maca import Array, compile_text, load, needs_cxx, random, run
+from test_maca import Array, compile_text, in_every_order, load, needs_cxx, random
 
 from spikingbrain.errors import UnsupportedOp
 
 
 def scheduled(
-    body: str, inputs: str, result: str, grid: tuple[int, int, int] = (1, 1, 1), threads: int = 64
+    body: str,
+    inputs: str,
+    result: str,
+    grid: tuple[int, int, int] = (1, 1, 1),
+    threads: int = 64,
+    name: str = "main",
 ) -> str:
-    """Returns a module that launches one kernel; ``%in0``, ``%in1``, ... and ``%out`` are its memrefs."""
+    """Returns functions that launch one kernel; ``%in0``, ``%in1``, ... and ``%out`` are its memrefs."""
     kinds = [kind.strip() for kind in inputs.split(";")]
     memrefs = ", ".join(f"%in{i}: memref<{kind}>" for i, kind in enumerate(kinds))
     tensors = ", ".join(f"%in{i}: tensor<{kind}>" for i, kind in enumerate(kinds))
     types = ", ".join(f"tensor<{kind}>" for kind in kinds)
     names = ", ".join(f"%in{i}" for i in range(len(kinds)))
-    declared = {name: text for name, text in BUILTINS.items() if name in body}
-    return (
-        "".join(declared.values())
-        + f"""
-    func.func private @feature(%bx: index, %by: index, %bz: index, {memrefs}, %out: memref<{result}>)
+    declared = "".join(text for builtin, text in BUILTINS.items() if builtin in body)
+    return f"""
+    {declared}
+    func.func private @{name}_kernel(%bx: index, %by: index, %bz: index, {memrefs}, %out: memref<{result}>)
         attributes {{spikingbrain.threads = {threads} : i64}} {{
       %c0 = arith.constant 0 : index
       %c1 = arith.constant 1 : index
@@ -40,16 +45,34 @@ def scheduled(
       {body}
       return
     }}
-    func.func public @main({tensors}) -> tensor<{result}> {{
+    func.func public @{name}({tensors}) -> tensor<{result}> {{
       %x = arith.constant {grid[0]} : index
       %y = arith.constant {grid[1]} : index
       %z = arith.constant {grid[2]} : index
-      %0 = "spikingbrain_control.launch"(%x, %y, %z, {names}) {{callee = @feature, tied = [-1]}}
+      %0 = "spikingbrain_control.launch"(%x, %y, %z, {names}) {{callee = @{name}_kernel, tied = [-1]}}
         : (index, index, index, {types}) -> tensor<{result}> loc("model.py":7:3)
       return %0 : tensor<{result}>
     }}
     """
-    )
+
+
+CASES: dict[str, str] = {}  # all kernels that run, compiled together
+
+
+def case(name: str, *arguments: Any, **options: Any) -> str:
+    """Adds a kernel that runs; returns its module, to look at the source of it alone."""
+    CASES[name] = scheduled(*arguments, **options, name=name)
+    return CASES[name]
+
+
+@pytest.fixture(scope="module")
+def feature() -> Callable[..., Array]:
+    """Returns a function that runs a case in all thread orders, given its name and arguments."""
+    text = "".join(CASES.values())
+    for declaration in BUILTINS.values():
+        text = text.replace(declaration, "")
+    program = load(compile_text("".join(BUILTINS.values()) + text))
+    return lambda name, *arguments: in_every_order(program, name, *arguments)
 
 
 BUILTINS = {
@@ -77,37 +100,45 @@ REVERSED_BLOCK = f"""
 """
 
 
+case("reversed", REVERSED_BLOCK, "192xf32", "192xf32", (3, 1, 1))
+
+
 @needs_cxx
-def test_shared_memory_and_barriers() -> None:
+def test_shared_memory_and_barriers(feature: Callable[..., Array]) -> None:
     x = random(192)
-    got = run(scheduled(REVERSED_BLOCK, "192xf32", "192xf32", (3, 1, 1)), x)
+    got = feature("reversed", x)
     np.testing.assert_array_equal(got, x.reshape(3, 64)[:, ::-1].reshape(-1))
 
 
-@needs_cxx
-def test_shared_memory_beyond_the_static_limit_is_asked_for_at_the_launch() -> None:
-    """36 KiB are static; the second array is dynamic."""
-    text = (
-        REVERSED_BLOCK.replace("memref<64xf32, #", "memref<9216xf32, #")
-        + f"""
+DYNAMIC = case(
+    "dynamic",
+    REVERSED_BLOCK.replace("memref<64xf32, #", "memref<9216xf32, #")
+    + f"""
       %d = memref.alloca() : memref<64xf32, {SHARED}>
       memref.store %r, %d[%t] : memref<64xf32, {SHARED}>
       gpu.barrier
       %back = memref.load %d[%mirror] : memref<64xf32, {SHARED}>
       memref.store %back, %out[%i] : memref<192xf32>
-    """
-    )
-    text, x = scheduled(text, "192xf32", "192xf32", (3, 1, 1)), random(192)
-    np.testing.assert_array_equal(run(text, x), x)
-    assert "SB_DYNAMIC_SHARED(uint8_t, dynamic);" in compile_text(text)["kernels.maca"].decode()
-    with pytest.raises(UnsupportedOp, match="66560 bytes asked for, 65536 there"):
-        compile_text(text.replace("memref<64xf32, #", "memref<7424xf32, #"))
+    """,
+    *("192xf32", "192xf32", (3, 1, 1)),
+)
 
 
 @needs_cxx
-def test_arrays_of_a_thread_and_unrolled_loops() -> None:
-    """Each thread sums eight numbers in an array of its own, from the last to the first."""
-    body = """
+def test_shared_memory_beyond_the_static_limit_is_asked_for_at_the_launch(
+    feature: Callable[..., Array],
+) -> None:
+    """36 KiB are static; the second array is dynamic."""
+    x = random(192)
+    np.testing.assert_array_equal(feature("dynamic", x), x)
+    assert "SB_DYNAMIC_SHARED(uint8_t, dynamic);" in compile_text(DYNAMIC)["kernels.maca"].decode()
+    with pytest.raises(UnsupportedOp, match="66560 bytes asked for, 65536 there"):
+        compile_text(DYNAMIC.replace("memref<64xf32, #", "memref<7424xf32, #"))
+
+
+REGISTERS = case(
+    "registers",
+    """
       %own = memref.alloca() : memref<2x4xf32>
       scf.for %a = %c0 to %c2 step %c1 {
         scf.for %b = %c0 to %c4 step %c1 {
@@ -128,14 +159,20 @@ def test_arrays_of_a_thread_and_unrolled_loops() -> None:
         scf.yield %n : f32
       }
       memref.store %sum, %out[%t] : memref<64xf32>
-    """
+    """,
+    *("64x8xf32", "64xf32"),
+)
+
+
+@needs_cxx
+def test_arrays_of_a_thread_and_unrolled_loops(feature: Callable[..., Array]) -> None:
+    """Each thread sums eight numbers in an array of its own, from the last to the first."""
     x = random(64, 8)
-    text = scheduled(body, "64x8xf32", "64xf32")
     want = np.zeros(64, np.float32)
     for k in reversed(range(8)):
         want += x[:, k]
-    np.testing.assert_array_equal(run(text, x), want)
-    assert compile_text(text)["kernels.maca"].decode().count("#pragma unroll") == 3
+    np.testing.assert_array_equal(feature("registers", x), want)
+    assert compile_text(REGISTERS)["kernels.maca"].decode().count("#pragma unroll") == 3
 
 
 COPY_VECTORS = """
@@ -147,29 +184,35 @@ COPY_VECTORS = """
 """
 
 
+COPIES = {
+    columns: case(
+        f"copy{columns}", COPY_VECTORS.replace("IN", f"3x{columns}"), *[f"3x{columns}xf32"] * 2, (3, 1, 1)
+    )
+    for columns in (256, 257)
+}
+
+
 @needs_cxx
 @pytest.mark.parametrize(
     ("columns", "helpers"), [(256, ["sb_load", "sb_store"]), (257, ["sb_gather", "sb_scatter"])]
 )
-def test_vectors_are_loaded_whole_where_they_are_aligned(columns: int, helpers: list[str]) -> None:
-    kind = f"3x{columns}"
-    text = scheduled(COPY_VECTORS.replace("IN", kind), f"{kind}xf32", f"{kind}xf32", (3, 1, 1))
+def test_vectors_are_loaded_whole_where_they_are_aligned(
+    feature: Callable[..., Array], columns: int, helpers: list[str]
+) -> None:
     x = random(3, columns)
-    got = run(text, x)[:, :256]
+    got = feature(f"copy{columns}", x)[:, :256]
     np.testing.assert_array_equal(got, x[:, :256].reshape(3, 64, 4)[:, :, ::-1].reshape(3, 256))
-    source = compile_text(text)["kernels.maca"].decode()
+    source = compile_text(COPIES[columns])["kernels.maca"].decode()
     assert all(
         f"  {helper}<" in source or f" {helper}<" in source or f"  {helper}(" in source for helper in helpers
     )
 
 
 @needs_cxx
-def test_arguments_that_are_not_aligned_are_copied() -> None:
+def test_arguments_that_are_not_aligned_are_copied(feature: Callable[..., Array]) -> None:
     x = random(3 * 256 + 1)[1:].reshape(3, 256)
-    text = scheduled(COPY_VECTORS.replace("IN", "3x256"), "3x256xf32", "3x256xf32", (3, 1, 1))
-    program = load(compile_text(text))
-    (got,) = program.call("main", [x])
     assert x.ctypes.data % 16
+    got = feature("copy256", x)
     np.testing.assert_array_equal(got, x.reshape(3, 64, 4)[:, :, ::-1].reshape(3, 256))
 
 
@@ -189,46 +232,55 @@ def packed(kind: str, lanes: int) -> str:
     """
 
 
+NARROW = [
+    *(("i8", "int8", 4), ("i8", "int8", 16), ("i16", "int16", 4), ("f16", "float16", 8)),
+    *(("bf16", "uint16", 8), ("bf16", "uint16", 2), ("i32", "int32", 1), ("i64", "int64", 2)),
+    ("f64", "float64", 2),
+]
+for _kind, _, _lanes in NARROW:
+    _body = packed(_kind, _lanes) if _lanes > 1 else packed(_kind, _lanes).split("%w =")[0]
+    case(f"packed_{_kind}_{_lanes}", _body, *[f"64x{_lanes}x{_kind}"] * 2)
+
+
 @needs_cxx
-@pytest.mark.parametrize(
-    ("kind", "dtype", "lanes"),
-    [
-        *(("i8", "int8", 4), ("i8", "int8", 16), ("i16", "int16", 4), ("f16", "float16", 8)),
-        *(("bf16", "uint16", 8), ("bf16", "uint16", 2), ("i32", "int32", 1), ("i64", "int64", 2)),
-        ("f64", "float64", 2),
-    ],
-)
-def test_narrow_elements_are_packed_in_words(kind: str, dtype: str, lanes: int) -> None:
+@pytest.mark.parametrize(("kind", "dtype", "lanes"), NARROW)
+def test_narrow_elements_are_packed_in_words(
+    feature: Callable[..., Array], kind: str, dtype: str, lanes: int
+) -> None:
     raw = np.random.default_rng(1).integers(0, 256, (64, lanes * np.dtype(dtype).itemsize), np.uint8)
     x = raw.view(dtype)
     want = x[:, ::-1].copy()
     if lanes > 1:
         want[:, 1] = x[:, -1]
-    body = packed(kind, lanes) if lanes > 1 else packed(kind, lanes).split("%w =")[0]
-    got = run(scheduled(body, f"64x{lanes}x{kind}", f"64x{lanes}x{kind}"), x)
+    got = feature(f"packed_{kind}_{lanes}", x)
     np.testing.assert_array_equal(got.view(np.uint8), want.view(np.uint8))
 
 
-@needs_cxx
-def test_vectors_change_their_type_but_not_their_bits() -> None:
-    body = """
+case(
+    "bits",
+    """
       %v = vector.load %in0[%t, %c0] : memref<64x16xi8>, vector<16xi8>
       %w = vector.bitcast %v : vector<16xi8> to vector<4xi32>
       %one = arith.constant dense<[1, 2, 3, -4]> : vector<4xi32>
       %flag = arith.cmpi ult, %t, %c8 : index
       %s = arith.select %flag, %one, %w : vector<4xi32>
       vector.store %s, %out[%t, %c0] : memref<64x4xi32>, vector<4xi32>
-    """
-    x = np.random.default_rng(1).integers(-128, 128, (64, 16)).astype(np.int8)
-    want = x.view(np.int32).copy()
-    want[:8] = [1, 2, 3, -4]
-    np.testing.assert_array_equal(run(scheduled(body, "64x16xi8", "64x4xi32"), x), want)
+    """,
+    *("64x16xi8", "64x4xi32"),
+)
 
 
 @needs_cxx
-def test_while_loops_stop_where_each_thread_wants() -> None:
-    """Counts the steps of the Collatz sequence down to 1."""
-    body = """
+def test_vectors_change_their_type_but_not_their_bits(feature: Callable[..., Array]) -> None:
+    x = np.random.default_rng(1).integers(-128, 128, (64, 16)).astype(np.int8)
+    want = x.view(np.int32).copy()
+    want[:8] = [1, 2, 3, -4]
+    np.testing.assert_array_equal(feature("bits", x), want)
+
+
+case(
+    "steps",
+    """
       %start = memref.load %in0[%t] : memref<64xi32>
       %zero = arith.constant 0 : i32
       %one = arith.constant 1 : i32
@@ -249,20 +301,26 @@ def test_while_loops_stop_where_each_thread_wants() -> None:
       }
       %sum = arith.addi %steps, %end : i32
       memref.store %sum, %out[%t] : memref<64xi32>
-    """
+    """,
+    *("64xi32", "64xi32"),
+)
+
+
+@needs_cxx
+def test_while_loops_stop_where_each_thread_wants(feature: Callable[..., Array]) -> None:
+    """Counts the steps of the Collatz sequence down to 1."""
 
     def steps(n: int) -> int:
         return 0 if n <= 1 else 1 + steps(3 * n + 1 if n % 2 else n // 2)
 
     x = np.arange(64, dtype=np.int32)
     want = [steps(int(n)) + min(int(n), 1) for n in x]
-    np.testing.assert_array_equal(run(scheduled(body, "64xi32", "64xi32"), x), want)
+    np.testing.assert_array_equal(feature("steps", x), want)
 
 
-@needs_cxx
-def test_votes_bits_and_casts() -> None:
-    """The float's bits, plus the number of lanes of the wave whose float is negative."""
-    body = """
+case(
+    "votes",
+    """
       %v = memref.load %in0[%t] : memref<128xf32>
       %zero = arith.constant 0.0 : f32
       %negative = arith.cmpf olt, %v, %zero : f32
@@ -276,18 +334,26 @@ def test_votes_bits_and_casts() -> None:
       %a = arith.addi %narrow, %bits : i32
       %r = arith.addi %a, %few : i32
       memref.store %r, %out[%t] : memref<128xi32>
-    """
+    """,
+    *("128xf32", "128xi32"),
+    threads=128,
+)
+
+
+@needs_cxx
+def test_votes_bits_and_casts(feature: Callable[..., Array]) -> None:
+    """The float's bits, plus the number of lanes of the wave whose float is negative."""
     x = random(128)
     bits = x.view(np.int32)
     ones = np.array([bin(int(b)).count("1") for b in x.view(np.uint32)])
     want = bits + (x < 0).reshape(2, 64).sum(1).repeat(64) + np.minimum(ones, 12)
-    got = run(scheduled(body, "128xf32", "128xi32", threads=128), x)
+    got = feature("votes", x)
     np.testing.assert_array_equal(got, want.astype(np.int32))
 
 
-@needs_cxx
-def test_blocks_have_three_axes() -> None:
-    body = """
+case(
+    "axes",
+    """
       %width = gpu.grid_dim x
       %height = gpu.grid_dim y
       %a = arith.muli %bz, %height : index
@@ -298,9 +364,15 @@ def test_blocks_have_three_axes() -> None:
       %n = arith.index_castui %block : index to i32
       %r = arith.addi %v, %n : i32
       memref.store %r, %out[%bz, %by, %bx, %t] : memref<2x3x4x64xi32>
-    """
+    """,
+    *("64xi32", "2x3x4x64xi32", (4, 3, 2)),
+)
+
+
+@needs_cxx
+def test_blocks_have_three_axes(feature: Callable[..., Array]) -> None:
     x = np.arange(64, dtype=np.int32)
-    got = run(scheduled(body, "64xi32", "2x3x4x64xi32", (4, 3, 2)), x)
+    got = feature("axes", x)
     np.testing.assert_array_equal(got, np.arange(24).reshape(2, 3, 4, 1) + x)
 
 
@@ -349,20 +421,23 @@ def operands(kind: str, k: int, cast: str = "") -> str:
     return loads
 
 
-@needs_cxx
-@pytest.mark.parametrize("kind", ["i8", "f16", "bf16", "f32"])
-def test_matrix_builtins(kind: str) -> None:
-    """Twice the product of tiles whose entries are small integers, so that every type is exact."""
+def tile_case(kind: str) -> str:
     k = 4 if kind == "f32" else 16
     operand = {"i8": "i32", "f32": "f32"}.get(kind, f"vector<4x{kind}>")
     element = "i32" if kind == "i8" else "f32"
-    body = tile(
-        operands(kind, k, "i32" if kind == "i8" else ""),
-        f"__builtin_mxc_mma_16x16x{k}{kind}",
-        operand,
-        element,
-        k,
-    )
+    loads = operands(kind, k, "i32" if kind == "i8" else "")
+    body = tile(loads, f"__builtin_mxc_mma_16x16x{k}{kind}", operand, element, k)
+    return case(f"tile_{kind}", body, f"16x{k}x{kind}; 16x{k}x{kind}", f"16x16x{element}")
+
+
+TILES = {kind: tile_case(kind) for kind in ("i8", "f16", "bf16", "f32")}
+
+
+@needs_cxx
+@pytest.mark.parametrize("kind", TILES)
+def test_matrix_builtins(feature: Callable[..., Array], kind: str) -> None:
+    """Twice the product of tiles whose entries are small integers, so that every type is exact."""
+    k = 4 if kind == "f32" else 16
     generator = np.random.default_rng(3)
     x, y = (generator.integers(-9, 10, (16, k)) for _ in range(2))
 
@@ -371,14 +446,11 @@ def test_matrix_builtins(kind: str) -> None:
             return (a.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
         return a.astype({"i8": np.int8, "f16": np.float16, "f32": np.float32}[kind])
 
-    text = scheduled(body, f"16x{k}x{kind}; 16x{k}x{kind}", f"16x16x{element}")
-    np.testing.assert_array_equal(run(text, stored(x), stored(y)), 2 * x @ y.T)
+    np.testing.assert_array_equal(feature(f"tile_{kind}", stored(x), stored(y)), 2 * x @ y.T)
 
 
 def test_golden_source_of_a_scheduled_kernel(golden: Callable[[str, str], None]) -> None:
-    body = tile(operands("bf16", 16), "__builtin_mxc_mma_16x16x16bf16", "vector<4xbf16>", "f32", 16)
-    text = scheduled(body, "16x16xbf16; 16x16xbf16", "16x16xf32")
-    golden("maca/scheduled.maca", compile_text(text)["kernels.maca"].decode())
+    golden("maca/scheduled.maca", compile_text(TILES["bf16"])["kernels.maca"].decode())
 
 
 ARRAY = "%own = memref.alloca() : memref<8xf32>\n%zero = arith.constant 0.0 : f32\n"
@@ -491,9 +563,14 @@ COLLECT = """
 """
 
 
+for _name, _body in UNIFORM.items():
+    case(_name.replace(" ", "_"), _body.replace("COLLECT", COLLECT), *["192xf32"] * 2, threads=128)
+
+
 @needs_cxx
 @pytest.mark.parametrize("name", UNIFORM)
-def test_collectives_stand_where_threads_surely_come_together(name: str) -> None:
-    body = UNIFORM[name].replace("COLLECT", COLLECT)
-    got = run(scheduled(body, "192xf32", "192xf32", threads=128), np.full(192, 2, np.float32))
+def test_collectives_stand_where_threads_surely_come_together(
+    feature: Callable[..., Array], name: str
+) -> None:
+    got = feature(name.replace(" ", "_"), np.full(192, 2, np.float32))
     np.testing.assert_array_equal(got[:64], np.full(64, 255, np.float32))
