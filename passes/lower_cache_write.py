@@ -19,7 +19,7 @@ _EQUAL, _SIGNED_GREATER_EQUAL = 0, 5  # arith.cmpi predicates
 class LowerCacheWrite:
     """Lowers ``spikingbrain.cache_write``.
 
-    In: our dialect. Out: a launch whose result is tied to the cache (with vector kernels), or linalg that makes the
+    In: our dialect. Out: a launch whose result is tied to the cache (where the target has kernels), or linalg that makes the
     whole new cache. The write is moved behind every other use of the cache in its block, so that it can happen in place.
     """
 
@@ -33,10 +33,15 @@ class LowerCacheWrite:
                     from spikingbrain.passes.kernels.cache_write import emit_cache_write
 
                     value = emit_cache_write(*op.operands)
+                elif context.target.wave_kernels:
+                    from spikingbrain.passes.wave_kernels.cache_write import emit_cache_write
+
+                    value = emit_cache_write(*op.operands)
                 else:
                     value = _dense(*op.operands)
             op.results[0].replace_all_uses_with(value)
-            context.record(self, "lowered", op, "kernel" if context.target.vector_bits else "linalg")
+            has_kernel = context.target.vector_bits or context.target.wave_kernels
+            context.record(self, "lowered", op, "kernel" if has_kernel else "linalg")
             op.erase()
 
 

@@ -1,0 +1,52 @@
+"""The wave kernel of cache writes against a loop over rows, on the MACA emulator in three orders of threads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from test_maca import compile_text, load, needs_cxx
+from test_wave_recurrence import WAVES
+from torch_mlir import ir
+
+from spikingbrain.backend_maca.emulate import ORDERS
+from spikingbrain.passes import dialect, pipeline
+from spikingbrain.passes.base import PassContext
+from spikingbrain.passes.lower_cache_write import LowerCacheWrite
+
+pytestmark = needs_cxx
+BITS = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16, "i8": np.int8, "i64": np.int64}
+
+
+def compiled(row: tuple[int, ...], element: str) -> Any:
+    tail = "".join(f"x{n}" for n in row)
+    cache, rows = (f"tensor<?x?{tail}x{element}>" for _ in range(2))
+    text = (
+        f"func.func @main(%c: {cache}, %r: {rows}, %s: tensor<?x?xi64>) -> {cache} {{\n"
+        f'%n = "spikingbrain.cache_write"(%c, %r, %s) : ({cache}, {rows}, tensor<?x?xi64>) -> {cache}\n'
+        f"return %n : {cache}\n}}"
+    )
+    with dialect.load(), ir.Location.unknown():
+        module, context = ir.Module.parse(text), PassContext(WAVES)
+        pipeline.run([LowerCacheWrite()], module, context)
+        assert [r.reason for r in context.records] == ["kernel"]
+        return load(compile_text(str(module)))
+
+
+@pytest.mark.parametrize(
+    ("row", "element"), [((3, 5), "f32"), ((2, 64), "bf16"), ((), "i64"), ((4, 33), "i8"), ((7,), "f16")]
+)
+def test_later_rows_stay_and_slots_outside_are_dropped(row: tuple[int, ...], element: str) -> None:
+    program, rng = compiled(row, element), np.random.default_rng(0)
+    for slots_count, time in [(9, 4), (5, 200), (1, 1), (6, 0), (0, 3)]:
+        cache, rows = (rng.integers(-99, 99, (2, n, *row)).astype(BITS[element]) for n in (slots_count, time))
+        slots = rng.integers(-1, slots_count + 1, (2, time))
+        expected = cache.copy()
+        for b, t in np.ndindex(*slots.shape):
+            if 0 <= slots[b, t] < slots_count:
+                expected[b, slots[b, t]] = rows[b, t]
+        for order in ORDERS:
+            program.kernels.order = order
+            (got,) = program.call("main", [program.to_device(x) for x in (cache, rows, slots)])
+            np.testing.assert_array_equal(np.array(got).view(expected.dtype), expected)
