@@ -161,7 +161,7 @@ class Kernels:
         arrays = [a for a in arguments if isinstance(a, np.ndarray)]
         if any(isinstance(a, ctypes.c_void_p) for a in arguments):
             arrays = []
-        extents = (_Extent * max(1, len(arrays)))(*((a.ctypes.data, a.nbytes) for a in arrays))
+        extents = (_Extent * max(1, len(arrays)))(*(_Extent(a.ctypes.data, a.nbytes) for a in arrays))
         values = [ctypes.c_void_p(a.ctypes.data) if isinstance(a, np.ndarray) else a for a in arguments]
         addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
         sizes = [(ctypes.c_uint * 3)(*three) for three in (grid, block)]

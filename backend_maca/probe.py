@@ -121,11 +121,10 @@ def _stored(values: Array, kernel: str) -> Array:
 
 def _rounding(launch: Launcher) -> str:
     """Rounds values in the middle of two neighbours, just beside, and at the ends of the range."""
-    base = np.float32([1, 1.5, 3, 2.0**-10, 2.0**-20, 300, 65519, 65520, 3.0e38])
-    bits = base.view(np.uint32)[:, None] + np.uint32(
-        [0, 0x0FFF, 0x1000, 0x1001, 0x7FFF, 0x8000, 0x8001, 0x18000]
-    )
-    x = np.concatenate([s * bits.view(np.float32).ravel() for s in (np.float32(1), np.float32(-1))])
+    base = np.array([1, 1.5, 3, 2.0**-10, 2.0**-20, 300, 65519, 65520, 3.0e38], np.float32)
+    beside = np.array([0, 0x0FFF, 0x1000, 0x1001, 0x7FFF, 0x8000, 0x8001, 0x18000], np.uint32)
+    positive = (base.view(np.uint32)[:, None] + beside).view(np.float32).ravel()
+    x = np.concatenate([positive, -positive])
     brain, narrow = np.zeros(x.size, np.uint16), np.zeros(x.size, np.uint16)
     launch("probe_rounding", 64, 0, [x, brain, narrow, x.size])
     with np.errstate(over="ignore"):
