@@ -21,7 +21,7 @@ def multiply(step: Mapping[str, Any], buffers: Sequence[Array], evaluate: Callab
     strides, batch = [evaluate(size) for size in step["strides"]], evaluate(step["batch"])
     if not m or not n:
         return
-    x, y, c = (buffer.reshape(-1) for buffer in buffers)
+    x, y, c = (_bits(buffer.reshape(-1)) for buffer in buffers)
     for i in range(batch):
         from_x, from_y, from_c = (stride * i for stride in strides)
         # A column-major matrix is the transpose of the row-major one in the same memory.
@@ -39,6 +39,11 @@ def _rows(memory: Array, shape: tuple[int, int], leading: int, transposed: bool,
     rows, columns = shape[::-1] if transposed else shape
     matrix = _widened(memory[: rows * leading].reshape(rows, leading)[:, :columns], dtype)
     return matrix.T if transposed else matrix
+
+
+def _bits(memory: Array) -> Array:
+    """Returns bfloat16 of ml_dtypes, which weights may come in, as its 16 bits."""
+    return memory.view(np.uint16) if memory.dtype.name == "bfloat16" else memory
 
 
 def _widened(values: Array, dtype: str) -> Array:

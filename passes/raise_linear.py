@@ -10,11 +10,12 @@ from torch_mlir import ir
 from spikingbrain.passes import torch_ir
 from spikingbrain.passes.base import PassContext
 from spikingbrain.passes.casts import builtin_type, from_builtin, to_builtin
+from spikingbrain.target import Target
 
 
 @dataclass(frozen=True)
 class RaiseLinear:
-    """Raises float32 projections whose weight is a stored matrix, so that the weight can be packed once.
+    """Raises projections whose weight is a stored matrix: of float32, and of 16 bits where the target has kernels for them.
 
     In: torch dialect. Out: ``spikingbrain.linear`` between ``torch_c`` casts; a bias stays a torch add.
     Not handled: other element types and weights computed by the model (upstream lowers those).
@@ -24,7 +25,7 @@ class RaiseLinear:
 
     def run(self, module: ir.Module, context: PassContext) -> None:
         for op in torch_ir.operations(module, "torch.aten.linear"):
-            reason = _refusal(op)
+            reason = _refusal(op, context.target)
             if reason:
                 context.record(self, "refused", op, reason)
                 continue
@@ -33,7 +34,7 @@ class RaiseLinear:
             op.erase()
 
 
-def _refusal(op: ir.Operation) -> str:
+def _refusal(op: ir.Operation, target: Target) -> str:
     x, weight, _ = op.operands
     shape = torch_ir.shape(weight)
     cast = torch_ir.defining(weight, "torch_c.from_builtin_tensor")
@@ -41,8 +42,10 @@ def _refusal(op: ir.Operation) -> str:
         return "the weight is computed by the model, not stored"
     if shape is None or len(shape) != 2 or torch_ir.shape(x) is None or not torch_ir.shape(x):
         return "the weight is not a matrix or the input has no rank"
-    if {torch_ir.element_type(x), torch_ir.element_type(weight)} != {"f32"}:
-        return f"element type {torch_ir.element_type(weight)}; only f32 is packed"
+    kinds = {torch_ir.element_type(x), torch_ir.element_type(weight)}
+    if kinds not in ([{"f32"}, {"f16"}, {"bf16"}] if target.wave_kernels else [{"f32"}]):
+        known = "only f32, f16 and bf16 have kernels" if target.wave_kernels else "only f32 is packed"
+        return f"element type {torch_ir.element_type(weight)}; {known}"
     return ""
 
 

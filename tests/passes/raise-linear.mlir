@@ -1,4 +1,5 @@
 // RUN: spikingbrain opt -p raise-linear %s | filecheck %s
+// RUN: spikingbrain opt -p raise-linear --target maca %s | filecheck %s --check-prefix=WAVES
 // RUN: spikingbrain opt -p raise-linear --verify-diagnostics %s
 
 !x = !torch.vtensor<[1,?,4],f32>
@@ -58,9 +59,11 @@ func.func @vector(%x: !x) -> !torch.vtensor<[1,?],f32> {
   return %y : !torch.vtensor<[1,?],f32>
 }
 
-// Half precision has no kernel yet.
+// Half precision has kernels on targets with waves only.
 // CHECK-LABEL: func.func @half(
 // CHECK-NOT:     spikingbrain.linear
+// WAVES-LABEL: func.func @half(
+// WAVES:         "spikingbrain.linear"(%{{.+}}, %{{.+}}) {columns = 6 : i64} : (tensor<1x4xf16>, tensor<6x4xf16>) -> tensor<1x6xf16>
 func.func @half(%x: !torch.vtensor<[1,4],f16>) -> !torch.vtensor<[1,6],f16> {
   %none = torch.constant.none
   %stored = "spikingbrain.parameter"() {sources = ["q.weight"], recipe = []} : () -> tensor<6x4xf16>

@@ -1,5 +1,6 @@
 // RUN: spikingbrain opt -p spike-to-int --target riscv64 %s | filecheck %s
 // RUN: spikingbrain opt -p spike-to-int --clean --target x86-64-v3 %s | filecheck %s --check-prefix=WORDS
+// RUN: spikingbrain opt -p spike-to-int --clean --target maca %s | filecheck %s --check-prefix=WAVES
 
 // Without vector kernels: products of counts and codes in i32, sums of them in i64, floats only outside.
 // CHECK-LABEL: func.func @portable(
@@ -55,6 +56,15 @@ func.func @vector(%x: tensor<8xf32>) -> (tensor<8xf32>, tensor<f32>) {
 // WORDS:         "spikingbrain_control.launch"({{.*}}%[[C2]]#4, %[[W4]], {{.*}}callee = @[[I4]]
 // WORDS-NOT:     linalg.generic
 // WORDS:         return {{.*}}, %[[V]]
+//
+// Waves multiply bytes by the matrix instruction; one encoder serves both, and groups of 32 channels are too small for them.
+// WAVES:         __builtin_mxc_mma_16x16x16i8
+// WAVES-LABEL: func.func @stored(
+// WAVES:         %[[C:[0-9]+]]:5 = "spikingbrain_control.launch"({{.*}}callee = @spike_encode_k64_128_
+// WAVES:         %[[W:.+]] = "spikingbrain.parameter"() {recipe = ["pack_dot lanes=16 vectors=1 width=16 offset=0 multiple=4", "words"], sources = ["w"]} : () -> tensor<3x4x64xi32>
+// WAVES:         "spikingbrain_control.launch"({{.*}}%[[C]]#0, %[[C]]#1, %[[C]]#2, %[[C]]#3, %[[C]]#4, %[[W]], {{.*}}callee = @spike_linear_i8_l128_k64_g1_n40_m_bias
+// WAVES:         linalg.generic
+// WAVES:         return
 func.func @stored(%x: tensor<1x?x64xf32>) -> (tensor<1x?x40xf32>, tensor<1x?x20xf32>, tensor<1x?xf32>) {
   %counts, %threshold = "spikingbrain.spike_encode"(%x) {k = 3.0 : f64, lower = 1.0e-5 : f64, upper = 1.0e4 : f64}
       : (tensor<1x?x64xf32>) -> (tensor<1x?x64xf32>, tensor<1x?xf32>)
