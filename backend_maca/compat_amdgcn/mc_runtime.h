@@ -82,6 +82,7 @@ __device__ __forceinline__ void __syncwarp(unsigned long long) { __builtin_amdgc
 __device__ __forceinline__ unsigned long long __ballot_sync(unsigned long long, int predicate) {
   return __builtin_amdgcn_uicmp(predicate, 0, 33);  // not equal
 }
+__device__ __forceinline__ int __popc(unsigned bits) { return __builtin_popcount(bits); }
 __device__ __forceinline__ int __popcll(unsigned long long bits) { return __builtin_popcountll(bits); }
 template <class T>
 __device__ __forceinline__ T __shfl_xor_sync(unsigned long long, T value, int distance, int = 64) {

@@ -31,6 +31,7 @@ extern "C" __global__ void __launch_bounds__(128) rest(const half* __restrict__ 
   sums = __builtin_mxc_mma_16x16x16bf16(halves, halves, sums);
   sums = __builtin_mxc_mma_16x16x4f32(v, v, sums);
   counts = __builtin_mxc_mma_16x16x16i8(thread, thread, counts);
+  counts[3] += __popc(thread);
   y[blockIdx.x * 128 + thread] = __float2bfloat16(shared[127 - thread] + __popcll(votes) + sums[0] + counts[3]);
 }
 """
@@ -44,7 +45,7 @@ def only_where_installed(toolchain: Toolchain) -> None:
 @pytest.mark.parametrize("toolchain", TOOLCHAINS, ids=lambda t: t.arch)
 def test_the_golden_sources_compile(toolchain: Toolchain) -> None:
     only_where_installed(toolchain)
-    texts = [p.read_text() for p in sorted(GOLDEN.glob("*.maca"))] + [REST]
+    texts = [p.read_text() for p in sorted(GOLDEN.glob("*.maca"))] + [REST, every_function()]
     source = "".join(f"#include <{name}>\n" for name in HEADS)
     source += "".join(f"namespace golden{i} {{\n{text}}}\n" for i, text in enumerate(texts))
     found = compile_kernels(source, toolchain)
@@ -53,6 +54,25 @@ def test_the_golden_sources_compile(toolchain: Toolchain) -> None:
     rest = next(usage for usage in found if usage.kernel == "rest")
     scratch = 0 if toolchain.arch == "gfx90a" else 15 * 64 * 8  # of the waves that are made of two warps
     assert rest.shared_bytes == 128 * 4 + scratch
+
+
+def every_function() -> str:
+    """A kernel that calls every function of mathematics that the printer may call, in float and in double."""
+    pytest.importorskip("torch_mlir")
+    from spikingbrain.backend_maca.subset import FLOAT_CALLS
+
+    operands = dict.fromkeys(["pow", "fmod", "fmax", "fmin", "copysign"], "x, y") | {"fma": "x, y, x"}
+    body = "".join(
+        f"  y += {name}SUFFIX({operands.get(name, 'x')});\n" for name in sorted(set(FLOAT_CALLS.values()))
+    )
+    kernel = """extern "C" __global__ void __launch_bounds__(64) all_of_TYPE(const TYPE* in, TYPE* out) {
+  const TYPE x = in[threadIdx.x];
+  TYPE y = 1;
+BODY  out[threadIdx.x] = signbit(y) ? NAN : INFINITY - y;
+}
+""".replace("BODY", body)
+    kinds = [("float", "f"), ("double", "")]
+    return "".join(kernel.replace("SUFFIX", suffix).replace("TYPE", kind) for kind, suffix in kinds)
 
 
 @pytest.mark.parametrize("toolchain", TOOLCHAINS[1:], ids=lambda t: t.arch)
