@@ -30,7 +30,10 @@ FLOAT_OPS = {
     "arith.divf": "{0} / {1}",
     "arith.negf": "-{0}",
 }
-_SAME_NAME = "ceil copysign cos erf exp exp2 expm1 floor fma log log1p log2 round sin sqrt tanh trunc"
+_SAME_NAME = (
+    "acos acosh asin asinh atan atan2 atanh cbrt ceil copysign cos cosh erf erfc exp exp2 expm1 floor fma"
+    " log log10 log1p log2 round sin sinh sqrt tan tanh trunc"
+)
 FLOAT_CALLS = {f"math.{name}": name for name in _SAME_NAME.split()} | {
     "math.absf": "fabs",
     "math.powf": "pow",

@@ -125,6 +125,24 @@ __device__ __forceinline__ float erff(float x) {
   const float t = 1.0f / (1.0f + 0.47047f * fabsf(x));  // Abramowitz and Stegun 7.1.25
   return copysignf(1.0f - t * (0.3480242f + t * (-0.0958798f + t * 0.7478556f)) * expf(-x * x), x);
 }
+__device__ __forceinline__ float erfcf(float x) { return 1.0f - erff(x); }
+__device__ __forceinline__ float log10f(float x) { return log2f(x) * 0.301029996f; }
+__device__ __forceinline__ float cbrtf(float x) { return copysignf(exp2f(log2f(fabsf(x)) / 3.0f), x); }
+__device__ __forceinline__ float tanf(float x) { return sinf(x) / cosf(x); }
+__device__ __forceinline__ float sinhf(float x) { return 0.5f * (expf(x) - expf(-x)); }
+__device__ __forceinline__ float coshf(float x) { return 0.5f * (expf(x) + expf(-x)); }
+__device__ __forceinline__ float asinhf(float x) { return logf(x + __builtin_sqrtf(x * x + 1.0f)); }
+__device__ __forceinline__ float acoshf(float x) { return logf(x + __builtin_sqrtf(x * x - 1.0f)); }
+__device__ __forceinline__ float atanhf(float x) { return 0.5f * logf((1.0f + x) / (1.0f - x)); }
+__device__ __forceinline__ float atanf(float x) {
+  const float y = fminf(fabsf(x), 1.0f / fabsf(x)), small = y / (1.0f + 0.28f * y * y);
+  return copysignf(fabsf(x) > 1.0f ? 1.57079633f - small : small, x);
+}
+__device__ __forceinline__ float atan2f(float y, float x) {
+  return x > 0.0f ? atanf(y / x) : copysignf(3.14159265f, y) + atanf(y / x);
+}
+__device__ __forceinline__ float asinf(float x) { return atan2f(x, __builtin_sqrtf(1.0f - x * x)); }
+__device__ __forceinline__ float acosf(float x) { return 1.57079633f - asinf(x); }
 // In double, what kernels rarely use goes through float.
 #define SB_NARROW(name) \
   __device__ __forceinline__ double name(double x) { return name##f((float)x); }
@@ -138,5 +156,18 @@ SB_NARROW(sin)
 SB_NARROW(cos)
 SB_NARROW(tanh)
 SB_NARROW(erf)
+SB_NARROW(erfc)
+SB_NARROW(log10)
+SB_NARROW(cbrt)
+SB_NARROW(tan)
+SB_NARROW(sinh)
+SB_NARROW(cosh)
+SB_NARROW(asin)
+SB_NARROW(acos)
+SB_NARROW(atan)
+SB_NARROW(asinh)
+SB_NARROW(acosh)
+SB_NARROW(atanh)
+__device__ __forceinline__ double atan2(double y, double x) { return atan2f((float)y, (float)x); }
 __device__ __forceinline__ double pow(double x, double y) { return powf((float)x, (float)y); }
 __device__ __forceinline__ double fmod(double x, double y) { return x - trunc(x / y) * y; }

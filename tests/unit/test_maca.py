@@ -305,13 +305,13 @@ def test_equal_kernels_are_printed_once() -> None:
 
 
 def test_an_op_outside_the_subset_is_refused_by_name_and_place() -> None:
-    text = unary("%r = math.atan %a : f32", "f32", "f32").replace(
-        "f32\n    linalg", 'f32 loc("model.py":5:0)\n linalg'
+    text = unary("%r = math.cttz %a : i32", "i32", "i32").replace(
+        "i32\n    linalg", 'i32 loc("model.py":5:0)\n linalg'
     )
     with pytest.raises(UnsupportedOp) as refused:
         compile_text(text)
     assert str(refused.value) == (
-        "'math.atan' has no form in MACA C++\n"
+        "'math.cttz' has no form in MACA C++\n"
         "  at: model.py:5\n"
         "  because: it is outside the printed subset\n"
         "  try: docs/maca.md lists the subset; lower the op to it, or keep this part off the 'maca' target"

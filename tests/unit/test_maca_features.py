@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -349,6 +350,58 @@ def test_votes_bits_and_casts(feature: Callable[..., Array]) -> None:
     want = bits + (x < 0).reshape(2, 64).sum(1).repeat(64) + np.minimum(ones, 12)
     got = feature("votes", x)
     np.testing.assert_array_equal(got, want.astype(np.int32))
+
+
+# Name in MLIR -> a function of numpy's, and what the argument in (0, 1) is multiplied by.
+MATHS: dict[str, tuple[Callable[[Array], Array], float]] = {
+    **{
+        name: (getattr(np, name), 1.0)
+        for name in ("ceil", "floor", "trunc", "expm1", "log1p", "cbrt", "sqrt")
+    },
+    **{name: (getattr(np, f"arc{name[1:]}"), 1.0) for name in ("acos", "asin", "atan", "asinh", "atanh")},
+    **{
+        name: (getattr(np, name), 30.0)
+        for name in ("sin", "cos", "tan", "sinh", "cosh", "tanh", "exp", "exp2")
+    },
+    **{name: (getattr(np, name), 1e6) for name in ("log", "log2", "log10")},
+    "acosh": (lambda x: np.arccosh(1 + x), 1.0),
+    "erf": (np.vectorize(math.erf), 3.0),
+    "erfc": (np.vectorize(math.erfc), 3.0),
+    "rsqrt": (lambda x: 1 / np.sqrt(x), 9.0),
+    "absf": (np.abs, -2.0),
+    "roundeven": (np.round, 9.0),
+}
+
+
+def maths(kind: str) -> str:
+    body = f"%v = memref.load %in0[%t] : memref<64x{kind}>\n%one = arith.constant 1.0 : {kind}\n"
+    for row, (name, (_, factor)) in enumerate(MATHS.items()):
+        add = f"arith.addf %s{row}, %one" if name == "acosh" else f"arith.mulf %s{row}, %one"
+        body += f"""
+          %f{row} = arith.constant {factor} : {kind}
+          %s{row} = arith.mulf %v, %f{row} : {kind}
+          %a{row} = {add} : {kind}
+          %r{row} = math.{name} %a{row} : {kind}
+          %c{row}r = arith.constant {row} : index
+          memref.store %r{row}, %out[%c{row}r, %t] : memref<{len(MATHS)}x64x{kind}>
+        """
+    return body
+
+
+for _kind in ("f32", "f64"):
+    case(f"maths_{_kind}", maths(_kind), f"64x{_kind}", f"{len(MATHS)}x64x{_kind}")
+
+
+@needs_cxx
+@pytest.mark.parametrize(("kind", "dtype", "bound"), [("f32", np.float32, 4e-6), ("f64", np.float64, 1e-13)])
+def test_functions_of_mathematics(feature: Callable[..., Array], kind: str, dtype: Any, bound: float) -> None:
+    """Arguments are rounded as the kernel rounds them; the bound is on the error over 1 + the value."""
+    x = np.random.default_rng(2).uniform(0.01, 0.99, 64).astype(dtype)
+    got = feature(f"maths_{kind}", x)
+    for name, row in zip(MATHS, got, strict=True):
+        function, factor = MATHS[name]
+        want = function((x * dtype(factor)).astype(np.float64))
+        np.testing.assert_array_less(np.abs(row - want) / (1 + np.abs(want)), bound, err_msg=name)
 
 
 case(
