@@ -22,6 +22,9 @@
 #include <ucontext.h>
 #endif
 
+extern char __ehdr_start[] __attribute__((visibility("hidden")));  // this library, from its head to its end
+extern char _end[] __attribute__((visibility("hidden")));
+
 namespace {
 
 constexpr unsigned kWave = 64, kMaxThreads = 1024, kMaxBuffers = 64, kBarriers = (1 << 22) - 1;
@@ -357,7 +360,9 @@ SB_EACH_SIZE void access(char* at, size_t size, bool write, const void* caller) 
     const bool shared = found == &m.shared || found == &m.dynamic;
     return write ? note_write(*found, shared, at, size, caller) : note_read(*found, shared, at, size, caller);
   }
-  if (m.buffer_count && size_t(at - m.stacks) >= kMaxThreads * kStack) outside(at, size, write, caller);
+  const bool own = size_t(at - m.stacks) < kMaxThreads * kStack;
+  const bool constant = !write && at >= __ehdr_start && at < _end;  // tables that compilers make
+  if (m.buffer_count && !own && !constant) outside(at, size, write, caller);
 }
 
 float from_half(uint16_t bits) {
@@ -518,6 +523,20 @@ SB_ACCESSES(8)
 SB_ACCESSES(16)
 void __tsan_read_range(void* at, size_t size) { access(static_cast<char*>(at), size, false, __builtin_return_address(0)); }
 void __tsan_write_range(void* at, size_t size) { access(static_cast<char*>(at), size, true, __builtin_return_address(0)); }
+void* __tsan_memset(void* to, int byte, size_t size) {
+  access(static_cast<char*>(to), size, true, __builtin_return_address(0));
+  return memset(to, byte, size);
+}
+void* __tsan_memmove(void* to, const void* from, size_t size) {
+  access(static_cast<char*>(const_cast<void*>(from)), size, false, __builtin_return_address(0));
+  access(static_cast<char*>(to), size, true, __builtin_return_address(0));
+  return memmove(to, from, size);
+}
+void* __tsan_memcpy(void* to, const void* from, size_t size) {
+  access(static_cast<char*>(const_cast<void*>(from)), size, false, __builtin_return_address(0));
+  access(static_cast<char*>(to), size, true, __builtin_return_address(0));
+  return memcpy(to, from, size);
+}
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}

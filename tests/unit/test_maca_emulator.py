@@ -187,6 +187,10 @@ FAULTS = {
 WRONG = {
     "no barrier, in forward order": ("__syncthreads();", ""),
     "a butterfly over 32 lanes": ("int d = 32", "int d = 16"),
+    "registers that nobody has written": (
+        "// EARLY",
+        "float own[4];\n own[thread % 4] = sum;\n sum = own[thread / 64];",
+    ),
     "shared memory that nobody has written": ("if (thread % 64 == 0)", "if (thread == 0)"),
 }
 
@@ -219,6 +223,11 @@ def test_a_broken_rule_is_reported(name: str, broken: Path) -> None:
 def test_a_habit_of_other_machines_shows(name: str, broken: Path) -> None:
     wrong = launch(broken, f"total_{len(FAULTS) + list(WRONG).index(name)}", "forward")
     assert wrong.all()  # not-a-number is not zero
+
+
+def test_a_table_of_constants_may_be_read() -> None:
+    table = "const float table[5] = {0.5f, 0.25f, 0.125f, 2.5f, 1.5f};\n sum += table[thread % 5] - table[thread % 5];"
+    assert not launch(build(TOTAL.replace("// EARLY", table), ["total"]), "total", "forward").any()
 
 
 def test_unwritten_memory_is_not_a_number() -> None:
