@@ -19,6 +19,7 @@ from spikingbrain.backend_maca.subset import (
     EXTREMES,
     FLOAT_CALLS,
     FLOAT_OPS,
+    LARGER_AND_SMALLER,
     SIGNED_OPS,
     UNSIGNED_OPS,
     WRAPPING_OPS,
@@ -51,6 +52,7 @@ class Expressions:
 
     def __init__(self) -> None:
         self.text: dict[ir.Value, str] = {}
+        self._unsigned_text: dict[ir.Value, str] = {}  # of integers that wrap: the sum or product in the cast
         self.needs: set[str] = set()
 
     def type_name(self, kind: ir.Type) -> str:
@@ -75,6 +77,8 @@ class Expressions:
             return ANYTHING
         if op.name in FLOAT_CALLS or op.name in EXTREMES:
             return WORD
+        if op.name in LARGER_AND_SMALLER:
+            return WORD if _agrees_with_signed(op) else ANYTHING
         if not _agrees_with_signed(op):
             return ANYTHING
         return BINDING.get(op.name, (ANYTHING,))[0]
@@ -118,21 +122,28 @@ class Expressions:
             call = FLOAT_CALLS[name] + ("f" if kind == "f32" else "")
             return f"{call}({', '.join(self.text[v] for v in op.operands)})"
         if name in WRAPPING_OPS:
-            words = [self._unsigned(kind, o) for o in operands]
-            return self._wrapping(kind, f" {WRAPPING_OPS[name]} ".join(words))
+            if kind == "index":
+                return f" {WRAPPING_OPS[name]} ".join(operands)
+            text = f" {WRAPPING_OPS[name]} ".join(
+                map(self._unsigned_operand, op.operands, BINDING.get(name, (0, 3, 3))[1:])
+            )
+            self._unsigned_text[op.results[0]] = text
+            return f"({TYPES[kind][0]})({text})"
+        if name in LARGER_AND_SMALLER:
+            return self._compared(op, kind, plain)
         if name in SIGNED_OPS:
             return self._narrow(kind, SIGNED_OPS[name].format(*operands))
         if name in UNSIGNED_OPS and plain:
             return UNSIGNED_OPS[name].format(*operands)
         if name in UNSIGNED_OPS:
-            words = [self._unsigned(kind, o, force=True) for o in operands]
+            words = [self._unsigned(kind, o) for o in operands]
             return f"({TYPES[kind][0]})({UNSIGNED_OPS[name].format(*words)})"
         if name in BIT_OPS:
             return self._narrow(kind, f" {BIT_OPS[name][kind == 'i1']} ".join(operands))
         if name == "arith.cmpi":
             sign = COMPARE_INTS[op.attributes["predicate"].value]
             casts = sign[0] == "u" and not plain
-            words = [self._unsigned(kind, o, force=True) for o in operands] if casts else operands
+            words = [self._unsigned(kind, o) for o in operands] if casts else operands
             return " ".join([words[0], sign.lstrip("u"), words[1]])
         if name == "arith.cmpf":
             form: str = COMPARE_FLOATS[op.attributes["predicate"].value]
@@ -147,7 +158,7 @@ class Expressions:
             return f"1.0{f} / sqrt{f}({self.text[op.operands[0]]})"
         if name == "math.ctpop":
             suffix = "ll" if kind == "i64" else ""
-            return f"({TYPES[kind][0]})__popc{suffix}({self._unsigned(kind, operands[0], force=True)})"
+            return f"({TYPES[kind][0]})__popc{suffix}({self._unsigned(kind, operands[0])})"
         if name == "arith.bitcast":
             self.needs.add("sb_cast")
             to, source = self.type_name(op.results[0].type), self.type_name(op.operands[0].type)
@@ -172,12 +183,26 @@ class Expressions:
         self.needs.add("sb_cast")
         return f"sb_cast<{self.type_name(kind)}>({self.text[op.operands[0]]})"
 
-    def _unsigned(self, kind: str, operand: str, *, force: bool = False) -> str:
-        plain = kind == "index" and not force
-        return operand if plain else f"(u{TYPES[kind][0]}){operand}"
+    def _unsigned(self, kind: str, operand: str) -> str:
+        return f"{operand}u" if kind == "i32" and operand.isdecimal() else f"(u{TYPES[kind][0]}){operand}"
 
-    def _wrapping(self, kind: str, text: str) -> str:
-        return text if kind == "index" else f"({TYPES[kind][0]})({text})"
+    def _unsigned_operand(self, value: ir.Value, least: int) -> str:
+        """Returns an operand of arithmetic that wraps: what was cast back for its own sake is not cast again."""
+        kind, text = str(value.type), self.text[value]
+        inner = self._unsigned_text.get(value)
+        if inner is not None and text == f"({TYPES[kind][0]})({inner})":
+            return inner if BINDING.get(value.owner.name, (ANYTHING,))[0] >= least else f"({inner})"
+        # narrow types are computed in 32 bits: C++ would widen them to int, which must not overflow
+        wide = "i32" if kind in ("i8", "i16") else kind
+        return self._unsigned(wide, self.operand(value))
+
+    def _compared(self, op: ir.Operation, kind: str, plain: bool) -> str:
+        self.needs.add(LARGER_AND_SMALLER[op.name])
+        call = "{}<{}>({}, {})"
+        unsigned = op.name.endswith("ui") and not plain
+        word = f"u{TYPES[kind][0]}" if unsigned else TYPES[kind][0]
+        text = call.format(LARGER_AND_SMALLER[op.name], word, *(self.text[v] for v in op.operands))
+        return f"({TYPES[kind][0]}){text}" if unsigned else text
 
     def _narrow(self, kind: str, text: str) -> str:
         return f"({TYPES[kind][0]})({text})" if kind in ("i8", "i16") else text
@@ -197,10 +222,11 @@ class Expressions:
         if name == "arith.fptoui":
             return f"({TYPES[target][0]})(u{TYPES[target][0]}){operand}"
         unsigned = name in ("arith.extui", "arith.uitofp", "arith.index_castui") and source != "i1"
-        return f"({TYPES[target][0]}){self._unsigned(source, operand, force=True) if unsigned else operand}"
+        return f"({TYPES[target][0]}){self._unsigned(source, operand) if unsigned else operand}"
 
 
 def _agrees_with_signed(op: ir.Operation) -> bool:
     """Tells whether signed arithmetic gives what an op on indices means: it is signed, or nothing is negative."""
     compares = op.name == "arith.cmpi" and COMPARE_INTS[op.attributes["predicate"].value][0] == "u"
-    return not (compares or op.name in UNSIGNED_OPS) or all(map(is_natural, op.operands))
+    unsigned = op.name in UNSIGNED_OPS or op.name in ("arith.maxui", "arith.minui")
+    return not (compares or unsigned) or all(map(is_natural, op.operands))

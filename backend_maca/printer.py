@@ -38,9 +38,16 @@ INLINE_LENGTH = 60  # a value used once is written where it is used, up to this 
 
 _EXTREME = """\
 // Propagates NaN and orders zeros, as the model's {word} does.
-static __device__ __forceinline__ float sb_{word}(float a, float b) {{
+template <class T>
+static __device__ __forceinline__ T sb_{word}(T a, T b) {{
   if (a != a || b != b) return a + b;
   return a == b ? (signbit(a) ? {zeros}) : (a {sign} b ? a : b);
+}}
+"""
+_COMPARED = """\
+template <class T>
+static __device__ __forceinline__ T sb_{word}(T a, T b) {{
+  return a {sign} b ? a : b;
 }}
 """
 PRELUDE = {
@@ -50,6 +57,8 @@ PRELUDE = {
     "SB_CHECK": "#ifndef SB_CHECK  // for the emulator\n#define SB_CHECK(condition, message)\n#endif\n",
     "sb_maximum": _EXTREME.format(word="maximum", zeros="b : a", sign=">"),
     "sb_minimum": _EXTREME.format(word="minimum", zeros="a : b", sign="<"),
+    "sb_larger": _COMPARED.format(word="larger", sign=">"),
+    "sb_smaller": _COMPARED.format(word="smaller", sign="<"),
     "SB_DYNAMIC_SHARED": """\
 #ifndef SB_DYNAMIC_SHARED  // shared memory whose size the launch tells
 #define SB_DYNAMIC_SHARED(type, name) extern __shared__ __attribute__((aligned(16))) type name[]

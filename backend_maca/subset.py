@@ -49,15 +49,17 @@ SIGNED_OPS = {
     "arith.divsi": "{0} / {1}",
     "arith.remsi": "{0} % {1}",
     "arith.shrsi": "{0} >> {1}",
-    "arith.maxsi": "{0} > {1} ? {0} : {1}",
-    "arith.minsi": "{0} < {1} ? {0} : {1}",
 }
 UNSIGNED_OPS = {
     "arith.divui": "{0} / {1}",
     "arith.remui": "{0} % {1}",
     "arith.shrui": "{0} >> {1}",
-    "arith.maxui": "{0} > {1} ? {0} : {1}",
-    "arith.minui": "{0} < {1} ? {0} : {1}",
+}
+LARGER_AND_SMALLER = {
+    "arith.maxsi": "sb_larger",
+    "arith.minsi": "sb_smaller",
+    "arith.maxui": "sb_larger",
+    "arith.minui": "sb_smaller",
 }
 BIT_OPS = {"arith.andi": ("&", "&&"), "arith.ori": ("|", "||"), "arith.xori": ("^", "!=")}  # integers, i1
 # By the number of the predicate; a leading u compares as unsigned.
@@ -112,7 +114,8 @@ OTHERS = [
     *("arith.cmpi", "arith.cmpf", "math.rsqrt", "math.ctpop"),
     *("gpu.block_id", "gpu.grid_dim", "gpu.thread_id", "gpu.return", "cf.assert"),
 ]
-_TABLES = (FLOAT_OPS, FLOAT_CALLS, EXTREMES, WRAPPING_OPS, SIGNED_OPS, UNSIGNED_OPS, BIT_OPS)
+_INTEGER_TABLES = (WRAPPING_OPS, SIGNED_OPS, UNSIGNED_OPS, LARGER_AND_SMALLER)
+_TABLES = (FLOAT_OPS, FLOAT_CALLS, EXTREMES, *_INTEGER_TABLES, BIT_OPS)
 SUBSET = frozenset([*CONVERSIONS, *MOVES, *VECTOR_OPS, *COLLECTIVES, *OTHERS]).union(*_TABLES)
 
 
@@ -154,11 +157,11 @@ def _verify_types(op: ir.Operation) -> None:
         if str(kind) in STORAGE_ONLY and op.name not in stores:
             _refuse(op, f"{kind} is for storage; extend to f32 first")
     first = str(op.operands[0].type) if len(op.operands) else ""
-    allowed = {"f32", "f64"} if op.name in FLOAT_CALLS or op.name == "math.rsqrt" else {"f32"}
-    if (op.name in FLOAT_CALLS or op.name in EXTREMES or op.name == "math.rsqrt") and first not in allowed:
-        _refuse(op, f"it works on {' or '.join(sorted(allowed))}, not {first}")
+    functions = op.name in FLOAT_CALLS or op.name in EXTREMES or op.name == "math.rsqrt"
+    if functions and first not in ("f32", "f64"):
+        _refuse(op, f"it works on f32 or f64, not {first}")
     orders = op.name == "arith.cmpi" and op.attributes["predicate"].value > 1
-    if first == "i1" and (orders or op.name in {*WRAPPING_OPS, *SIGNED_OPS, *UNSIGNED_OPS}):
+    if first == "i1" and (orders or any(op.name in table for table in _INTEGER_TABLES)):
         _refuse(op, "i1 has no arithmetic and no order")
 
 

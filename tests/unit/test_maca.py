@@ -244,10 +244,12 @@ def test_integers_wrap_and_compare_as_in_mlir() -> None:
 
 
 @needs_cxx
-def test_maximum_propagates_nan() -> None:
-    x = np.array([np.nan, -1, 2, -0.0, np.inf], np.float32)
-    got = run(unary("%z = arith.constant 0.0 : f32\n %r = arith.maximumf %a, %z : f32", "f32", "f32"), x)
-    np.testing.assert_array_equal(got, np.maximum(x, np.float32(0)))
+@pytest.mark.parametrize(("kind", "dtype"), [("f32", np.float32), ("f64", np.float64)])
+def test_maximum_propagates_nan(kind: str, dtype: Any) -> None:
+    x = np.array([np.nan, -1, 2, -0.0, np.inf], dtype)
+    body = f"%z = arith.constant 0.0 : {kind}\n %r = arith.maximumf %a, %z : {kind}"
+    got = run(unary(body, kind, kind), x)
+    np.testing.assert_array_equal(got, np.maximum(x, dtype(0)))
     assert not np.signbit(got[3])
 
 

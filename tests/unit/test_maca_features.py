@@ -502,8 +502,11 @@ def test_matrix_builtins(feature: Callable[..., Array], kind: str) -> None:
     np.testing.assert_array_equal(feature(f"tile_{kind}", stored(x), stored(y)), 2 * x @ y.T)
 
 
-def test_golden_source_of_a_scheduled_kernel(golden: Callable[[str, str], None]) -> None:
-    golden("maca/scheduled.maca", compile_text(TILES["bf16"])["kernels.maca"].decode())
+@pytest.mark.parametrize(
+    "name", ["tile_bf16", "dynamic", "registers", "copy256", "packed_bf16_8", "steps", "votes"]
+)
+def test_golden_source_of_scheduled_kernels(name: str, golden: Callable[[str, str], None]) -> None:
+    golden(f"maca/{name}.maca", compile_text(CASES[name])["kernels.maca"].decode())
 
 
 ARRAY = "%own = memref.alloca() : memref<8xf32>\n%zero = arith.constant 0.0 : f32\n"
