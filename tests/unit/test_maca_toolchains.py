@@ -61,7 +61,9 @@ def every_function() -> str:
     pytest.importorskip("torch_mlir")
     from spikingbrain.backend_maca.subset import FLOAT_CALLS
 
-    operands = dict.fromkeys(["pow", "fmod", "fmax", "fmin", "copysign"], "x, y") | {"fma": "x, y, x"}
+    operands = dict.fromkeys(["atan2", "pow", "fmod", "fmax", "fmin", "copysign"], "x, y") | {
+        "fma": "x, y, x"
+    }
     body = "".join(
         f"  y += {name}SUFFIX({operands.get(name, 'x')});\n" for name in sorted(set(FLOAT_CALLS.values()))
     )
