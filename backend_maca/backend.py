@@ -14,7 +14,7 @@ import numpy as np
 from spikingbrain.backend import Executable, Stage, StageContext, TargetStatus
 from spikingbrain.backend_maca import mxcc, probe, toolchains
 from spikingbrain.backend_maca.options import MacaOptions
-from spikingbrain.errors import CorruptArtifact, MissingDependency, TargetError
+from spikingbrain.errors import CorruptArtifact, MissingDependency, SpikingBrainError
 from spikingbrain.target import Target
 
 
@@ -28,9 +28,10 @@ def _target(name: str) -> Target:
         cpu="xcore1000",
         wave_width=64,
         shared_bytes=64 << 10,
-        wave_kernels=emulator or probe.hand_scheduled(),
+        wave_kernels=name != "maca" or probe.hand_scheduled(),
         l2_bytes=8 << 20,
         host_memory=emulator,
+        accepts=frozenset({"maca", "maca-emulator"}) - {name},
     )
 
 
@@ -41,16 +42,16 @@ class MacaBackend:
     options: type = MacaOptions
 
     def targets(self) -> list[TargetStatus]:
-        """Returns the device target, which compiles to source only, and the emulator."""
+        """Returns MetaX cards, NVIDIA cards for the same source, and the emulator."""
         from spikingbrain.backend_maca.emulate import compiler
 
         found = shutil.which(compiler()) is not None
-        device = "source only: nothing here launches on a device; target 'maca-emulator' runs the same source"
         emulator = (
             "a checking emulator on the CPU, slow" if found else f"needs the C++ compiler '{compiler()}'"
         )
         return [
-            TargetStatus(_target("maca"), compiles=True, runs=False, note=device),
+            _card("maca", "compiles to source, with mxcc to native code"),
+            _card("maca-cuda", "the same source for an NVIDIA card, by nvcc"),
             TargetStatus(_target("maca-emulator"), compiles=True, runs=found, note=emulator),
         ]
 
@@ -72,20 +73,31 @@ class MacaBackend:
         manifest: Mapping[str, Any],
         weights: Mapping[str, np.ndarray[Any, Any]],
     ) -> Executable:
-        """Compiles the kernels for the emulator and returns the program."""
-        from spikingbrain.backend_maca.runtime import emulated
+        """Returns the program on the machine that ``manifest["device"]`` names, else on the plan's own target."""
+        from spikingbrain.backend_maca import runtime
 
         missing = [name for name in ("kernels.maca", "plan.json") if name not in code]
         if missing:
             raise CorruptArtifact(f"the artifact has no {' and no '.join(missing)}")
         plan = json.loads(bytes(code["plan.json"]))
-        if plan["target"] == "maca":
-            raise TargetError(
-                "code for target 'maca' cannot run here",
-                why="nothing here launches on a MetaX device",
-                hint="compile for target 'maca-emulator', which runs the same source",
-            )
-        return emulated(bytes(code["kernels.maca"]).decode(), plan, weights)
+        device = manifest.get("device") or plan["target"]
+        if device == "maca-emulator":
+            return runtime.emulated(bytes(code["kernels.maca"]).decode(), plan, weights)
+        from spikingbrain.backend_maca.device import open_card
+
+        return runtime.Program(plan, weights, open_card(device, code, plan))
+
+
+def _card(name: str, does: str) -> TargetStatus:
+    """Returns whether cards of a kind are here, by asking their runtime."""
+    from spikingbrain.backend_maca.driver import open_driver
+
+    try:
+        driver = open_driver(name)
+        note, runs = f"{driver.device_name()}; {does}", True
+    except SpikingBrainError as error:
+        note, runs = f"{does}; {error.what}", False
+    return TargetStatus(_target(name), compiles=True, runs=runs, note=note)
 
 
 def _need_compiler_packages() -> None:

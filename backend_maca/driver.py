@@ -59,7 +59,7 @@ class Driver:
         try:
             function = getattr(self._library, symbol)
         except AttributeError:
-            raise DeviceError(
+            raise MissingDependency(
                 f"{self._path} has no function {symbol}", hint="update the driver and the runtime of the card"
             ) from None
         function.restype, function.argtypes = ctypes.c_int, [_LETTERS[letter] for letter in takes]
@@ -183,10 +183,12 @@ class Driver:
         stream: int,
         arguments: Sequence[int],
         packed_end: int | None,
+        widths: Sequence[int] = (),
     ) -> None:
-        """Puts a kernel into a stream; each argument has 8 bytes, an address or an int64.
+        """Puts a kernel into a stream; of each argument as many low bytes count as ``widths`` says, all 8 without it.
 
-        ``packed_end`` None passes their addresses (``void**``); else they go in one buffer, in a list that ends with it.
+        ``packed_end`` None passes their addresses (``void**``); else they go in one buffer, each aligned to its width, in a
+        list that ends with it.
         """
         values = (ctypes.c_int64 * max(1, len(arguments)))(*arguments)
         sizes = (*grid, *block, shared_bytes, stream)
@@ -195,9 +197,12 @@ class Driver:
             addresses = (ctypes.c_void_p * len(values))(*(first + 8 * i for i in range(len(values))))
             self.call("launch", function, *sizes, addresses, None)
             return
-        size = ctypes.c_size_t(8 * len(arguments))
+        packed = bytearray()
+        for value, width in zip(values, widths or [8] * len(arguments), strict=True):
+            packed += bytes(-len(packed) % width) + (value & ((1 << 8 * width) - 1)).to_bytes(width, "little")
+        buffer, size = ctypes.create_string_buffer(bytes(packed), len(packed)), ctypes.c_size_t(len(packed))
         extra = (ctypes.c_void_p * 6)(
-            _BUFFER, ctypes.addressof(values), _SIZE, ctypes.addressof(size), packed_end, _END
+            _BUFFER, ctypes.addressof(buffer), _SIZE, ctypes.addressof(size), packed_end, _END
         )
         self.call("launch", function, *sizes, None, extra)
 
@@ -207,7 +212,9 @@ class Driver:
 
     def end_capture(self, stream: int) -> int:
         """Returns what was noted, ready to be launched."""
-        graph = self._made("end_capture", stream)
+        place = ctypes.c_void_p()
+        self.call("end_capture", stream, ctypes.byref(place))
+        graph = place.value or 0
         try:
             return self._instantiate(graph)
         finally:
@@ -298,7 +305,6 @@ class CudaDriver(Driver):
     functions: ClassVar[dict[str, tuple[str, str]]] = {
         "init": ("cuInit", "u"),
         "count": ("cuDeviceGetCount", "p"),
-        "device": ("cuDeviceGet", "pi"),
         "attribute": ("cuDeviceGetAttribute", "pii"),
         "context": ("cuDevicePrimaryCtxRetain", "pi"),
         "bind": ("cuCtxSetCurrent", "p"),
@@ -392,6 +398,14 @@ def maca_library() -> tuple[str, str]:
         if library.is_file():
             return str(library), prefix
     return "libmcruntime.so", "mc"
+
+
+def blas_library(driver: Driver) -> tuple[str, str]:
+    """Returns the path of the matrix library that belongs to a runtime, and the prefix of its names."""
+    if isinstance(driver, CudaDriver):
+        return "libcublas.so", "cublas"
+    library, prefix = maca_library()
+    return str(Path(library).with_name(f"lib{prefix}blas.so")), f"{prefix}blas"
 
 
 @functools.cache

@@ -22,14 +22,17 @@ class Launch:
     """A kernel's launch with all sizes known.
 
     Attributes:
-        arguments: (number of a buffer, None) or (None, an integer), one for each parameter.
+        arguments: (number of a buffer, None) or (None, an integer), one for each parameter; the low bytes of an integer
+            are the parameter's.
+        widths: bytes of each parameter.
     """
 
     kernel: str
-    grid: tuple[int, int, int]
+    grid: tuple[int, ...]
     threads: int
     shared_bytes: int
     arguments: tuple[tuple[int | None, int | None], ...]
+    widths: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,12 @@ class Steps:
 class Machine(Protocol):
     """Runs the steps of a plan."""
 
-    buffer_type: type
     hint: str  # what to pass as an argument
+
+    @property
+    def buffer_type(self) -> type:
+        """Returns the class of this machine's buffers."""
+        ...
 
     @property
     def device(self) -> Any:
@@ -139,5 +146,5 @@ class Emulator:
             if isinstance(step, Product):
                 library.multiply(step.step, [buffers[i] for i in step.buffers], int)
                 continue
-            arguments = [buffers[i] if i is not None else ctypes.c_int64(v) for i, v in step.arguments]
+            arguments = [ctypes.c_int64(v or 0) if i is None else buffers[i] for i, v in step.arguments]
             self.kernels.launch(step.kernel, step.grid, (step.threads, 1, 1), step.shared_bytes, arguments)

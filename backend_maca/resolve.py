@@ -24,6 +24,7 @@ class Read:
     at: tuple[int, ...]
 
 
+_WIDTHS = {"bool": 1, "int8": 1, "int16": 2, "float16": 2, "bfloat16": 2, "int32": 4, "float32": 4}
 Resolved = Generator[Launch | Product | Read, Any, None]
 
 
@@ -104,7 +105,10 @@ class Resolver:
             else (None, _bits(self.value(a["value"]), a.get("dtype", "")))
             for a in step["arguments"]
         ]
-        yield Launch(step["kernel"], grid, kernel["threads"], kernel["dynamic_bytes"], tuple(arguments))
+        widths = tuple(_WIDTHS.get(a.get("dtype", ""), 8) for a in step["arguments"])
+        yield Launch(
+            step["kernel"], grid, kernel["threads"], kernel["dynamic_bytes"], tuple(arguments), widths
+        )
 
     def _check(self, formula: Any, message: str) -> None:
         if not self.value(formula):

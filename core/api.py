@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from spikingbrain import errors
 from spikingbrain.artifact import STATE, TOKENIZER, Artifact, check_writable, pack
-from spikingbrain.backend import TargetStatus, backends, resolve_target
+from spikingbrain.backend import Backend, TargetStatus, backends, resolve_target
 from spikingbrain.memory import Forecast
 from spikingbrain.program import Program
 
@@ -30,7 +30,7 @@ def export(
     path: str | Path,
     *,
     state: str | None = None,
-    target: str = "cpu",
+    target: str | Sequence[str] = "cpu",
     options: Mapping[str, Any] | None = None,
     tokenizer: str | None = None,
     metadata: Mapping[str, Any] | None = None,
@@ -48,8 +48,8 @@ def export(
         path: where the artifact is written (to a temporary name first, then renamed).
         state: name of the argument of forward that carries the state. Forward must return ``(*outputs, new_state)``;
             compiled, the state is updated in place. A fresh state of the program is the one given to the first entry.
-        target: a name from ``targets()``.
-        options: options of the target's backend.
+        target: a name from ``targets()``; or several, as a list or with commas between, for code for each of them.
+        options: options of the target's backend; of several, each takes those that it knows.
         tokenizer: content of a ``tokenizer.json``, for ``Program.generate``.
         metadata: further manifest entries, such as ``{"generation": {...}}``.
         progress: called with a line at each step.
@@ -59,7 +59,7 @@ def export(
     Raises CompileError and its kinds (with the user's line), OptionError, TargetError.
     """
     try:
-        from spikingbrain.build import compile_code, write_artifact
+        from spikingbrain.build import Part, compile_code, options_by_target, write_artifact
         from spikingbrain.frontend.capture import capture
         from spikingbrain.frontend.weights import as_numpy
     except ModuleNotFoundError as error:
@@ -71,17 +71,18 @@ def export(
         progress(step)
 
     check_writable(Path(path))
-    _, status = resolve_target(target)
+    chosen = options_by_target(target, options or {})
     captured = capture(model, entries, state, tell, check_finite)
-    code = compile_code(captured.module, target, options or {}, tell, Path(dump) if dump else None, use_cache)
+    code = {
+        name: compile_code(captured.module, name, own, tell, _dump_folder(dump, name, len(chosen)), use_cache)
+        for name, own in chosen.items()
+    }
     extra = {TOKENIZER: tokenizer.encode()} if tokenizer else {}
     if captured.blocks:
         extra[STATE] = pack({name: as_numpy(block) for name, block in captured.blocks.items()})
     write_artifact(
         Path(path),
-        code,
-        status.target,
-        options or {},
+        [Part(resolve_target(name)[1].target, made, chosen[name]) for name, made in code.items()],
         captured.entries,
         captured.state,
         lambda name: as_numpy(captured.weights[name]),
@@ -90,6 +91,12 @@ def export(
         tell,
     )
     return Artifact(path)
+
+
+def _dump_folder(dump: str | Path | None, target: str, targets: int) -> Path | None:
+    if dump is None or targets == 1:
+        return Path(dump) if dump else None
+    return Path(dump) / target
 
 
 def compile(model: _Model, *, dynamic: bool | None = None, fullgraph: bool = False, **options: Any) -> _Model:
@@ -145,41 +152,87 @@ def refresh() -> None:
     weights.refresh()
 
 
-def load(path: str | Path | Artifact, *, verify: bool = False, check_memory: bool = True) -> Program:
+def load(
+    path: str | Path | Artifact,
+    *,
+    device: str | None = None,
+    verify: bool = False,
+    check_memory: bool = True,
+) -> Program:
     """Loads an artifact for this machine.
 
     Manifest and code are always checked, weights at the first load of a file (``verify=True``: always). Weights are mapped
     from the file. Raises CorruptArtifact, NewerFormat or WrongTarget in plain words; OutOfMemory, unless
     ``check_memory=False``, where weights and state need clearly more of a CPU's memory than is available.
+
+    Args:
+        device: a target that runs here and takes code of the artifact: ``"maca-emulator"`` runs code for ``"maca"``. None
+            takes the first target of the artifact that runs here itself.
     """
     opened = path if isinstance(path, Artifact) else Artifact(path)
-    wanted = opened.manifest["target"]
-    try:
-        backend, status = resolve_target(wanted["name"])
-    except errors.TargetError as error:
-        raise errors.WrongTarget(
-            f"{opened.path} needs the target {wanted['name']!r}", why=error.what
-        ) from None
+    record, backend, status = _choose(opened, device)
     here = status.target
-    if wanted["arch"] != here.arch or not status.runs:
-        raise errors.WrongTarget(
-            f"{opened.path} was compiled for {wanted['arch']} ({wanted['name']})",
-            why=status.note or f"this machine is {here.arch}",
-            hint="compile it with --target for this machine",
-        )
-    missing = sorted(set(wanted["features"]) - here.features)
-    if missing:
-        raise errors.WrongTarget(
-            f"{opened.path} was compiled for a CPU with {', '.join(missing)}",
-            why="this CPU lacks them",
-            hint="compile it here, or with --target x86-64-v3 for most x86-64 machines",
-        )
     check_memory = check_memory and here.kind == "cpu"
     if check_memory:
         Forecast.of(opened).check(str(opened.path))
     opened.verify_weights(force=verify)
-    executable = backend.load(opened.code, opened.manifest, opened.weights())
-    return Program(opened.manifest, executable, opened, check_memory)
+    options = record.get("options", opened.manifest.get("options", {}))
+    manifest = {**opened.manifest, "target": record, "options": options, "device": here.name}
+    executable = backend.load(opened.code_for(record), manifest, opened.weights())
+    return Program(manifest, executable, opened, check_memory)
+
+
+def _choose(artifact: Artifact, device: str | None) -> tuple[Mapping[str, Any], Backend, TargetStatus]:
+    """Returns the target of the artifact whose code shall run, and where. Raises WrongTarget or TargetError."""
+    if device is None:
+        refused: list[errors.WrongTarget] = []
+        for record in artifact.targets:
+            try:
+                backend, status = resolve_target(record["name"])
+                _check_machine(artifact, record, status)
+            except errors.TargetError as error:
+                text = f"{artifact.path} needs the target {record['name']!r}"
+                refused.append(errors.WrongTarget(text, why=error.what))
+            except errors.WrongTarget as error:
+                refused.append(error)
+            else:
+                return record, backend, status
+        if len(refused) == 1:
+            raise refused[0]
+        names = ", ".join(r["name"] for r in artifact.targets)
+        why = "; ".join(f"{error.what}: {error.why}" for error in refused)
+        raise errors.WrongTarget(f"{artifact.path} has code for {names}: none runs here", why=why)
+    backend, status = resolve_target(device)
+    for record in artifact.targets:
+        if record["name"] == device or record["name"] in status.target.accepts:
+            _check_machine(artifact, record, status)
+            return record, backend, status
+    names = ", ".join(record["name"] for record in artifact.targets)
+    raise errors.WrongTarget(
+        f"{artifact.path} has no code that {device} runs",
+        why=f"it has code for {names}",
+        hint="compile it again",
+    )
+
+
+def _check_machine(artifact: Artifact, record: Mapping[str, Any], status: TargetStatus) -> None:
+    here = status.target
+    if record["arch"] != here.arch or not status.runs:
+        others = [] if status.runs else [s.target for s in targets() if s.runs]
+        devices = [t.name for t in others if record["name"] in t.accepts]
+        hint = "compile it with --target for this machine"
+        raise errors.WrongTarget(
+            f"{artifact.path} was compiled for {record['arch']} ({record['name']})",
+            why=status.note or f"this machine is {here.arch}",
+            hint=f"--device {devices[0]}, load(..., device={devices[0]!r})" if devices else hint,
+        )
+    missing = sorted(set(record["features"]) - here.features)
+    if missing:
+        raise errors.WrongTarget(
+            f"{artifact.path} was compiled for a CPU with {', '.join(missing)}",
+            why="this CPU lacks them",
+            hint="compile it here, or with --target x86-64-v3 for most x86-64 machines",
+        )
 
 
 def targets() -> list[TargetStatus]:

@@ -306,9 +306,20 @@ class Artifact:
         return start, start + info.file_size
 
     @property
+    def targets(self) -> list[dict[str, Any]]:
+        """The targets that there is code for, in the order in which they are tried."""
+        return [self.manifest["target"], *self.manifest.get("further_targets", [])]
+
+    @property
     def code(self) -> dict[str, memoryview]:
-        """The members below ``code/``, by their name there."""
-        return {n[len(CODE) :]: self.member(n) for n in self.manifest["members"] if n.startswith(CODE)}
+        """The code for the first target, by the names of its members."""
+        return self.code_for(self.manifest.get("target", {}))
+
+    def code_for(self, target: Mapping[str, Any]) -> dict[str, memoryview]:
+        """Returns the code for one of ``targets``, by the names of its members."""
+        folder = CODE + target.get("folder", "")
+        names = [n[len(folder) :] for n in self.manifest["members"] if n.startswith(folder)]
+        return {n: self.member(folder + n) for n in names if "/" not in n}
 
     def has(self, name: str) -> bool:
         return name in self.manifest["members"]

@@ -18,7 +18,7 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +108,48 @@ def compile_code(
     return Code(made.members, made.report, cached=False)
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Code for one target of an artifact, and the backend's options that it was made with."""
+
+    target: Target
+    code: Code
+    options: Mapping[str, Any]
+
+    def record(self, folder: str = "") -> dict[str, Any]:
+        """Returns what the manifest says of the target."""
+        target = self.target
+        found: dict[str, Any] = {
+            "name": target.name,
+            "backend": target.backend,
+            "arch": target.arch,
+            "cpu": target.cpu,
+            "features": sorted(target.features),
+        }
+        return {**found, "folder": folder, "options": dict(self.options)} if folder else found
+
+
+def options_by_target(targets: str | Sequence[str], options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns for each of the targets the options that its backend knows; raises OptionError for one that none knows."""
+    names = targets.split(",") if isinstance(targets, str) else list(targets)
+    names = list(dict.fromkeys(filter(None, (name.strip() for name in names))))
+    found = {}
+    for name in names:
+        known = {f.name for f in dataclasses.fields(resolve_target(name)[0].options)}
+        found[name] = {key: value for key, value in options.items() if key in known}
+    if not found:
+        raise errors.OptionError("no target to compile for", hint="see 'spikingbrain targets'")
+    if len(found) > 1 and (strange := options.keys() - {k for own in found.values() for k in own}):
+        raise errors.OptionError(
+            f"unknown option {min(strange)!r} for {', '.join(found)}",
+            hint="an option of one of their backends",
+        )
+    return found if len(found) > 1 else {name: dict(options) for name in found}
+
+
 def write_artifact(
     path: Path,
-    code: Code,
-    target: Target,
-    options: Mapping[str, Any],
+    parts: Sequence[Part],
     entries: Mapping[str, Any],
     state: list[dict[str, Any]],
     source: Callable[[str], Array],
@@ -123,7 +160,8 @@ def write_artifact(
     """Writes the artifact; ``source`` returns a tensor of the model by name as a numpy array."""
     from spikingbrain.passes import recipes
 
-    table = code.report["weights"]
+    first, *further = parts
+    table = {key: entry for part in parts for key, entry in part.code.report["weights"].items()}
     headers = [artifact.TensorHeader(k, tuple(w["shape"]), w["element"]) for k, w in table.items()]
 
     def content(header: artifact.TensorHeader) -> Array:
@@ -132,19 +170,18 @@ def write_artifact(
 
     manifest = {
         "producer": versions(),
-        "target": {
-            "name": target.name,
-            "backend": target.backend,
-            "arch": target.arch,
-            "cpu": target.cpu,
-            "features": sorted(target.features),
-        },
-        "options": dict(options),
+        "target": first.record(),
+        **({"further_targets": [p.record(f"{p.target.name}/") for p in further]} if further else {}),
+        "options": dict(first.options),
         "entries": dict(entries),
         "state": state,
         **metadata,
     }
-    report = json.dumps(code.report).encode()
+    code = dict(first.code.members)
+    for part in further:
+        code.update({f"{part.target.name}/{name}": data for name, data in part.code.members.items()})
+    reports = {p.target.name: p.code.report for p in further}
+    report = json.dumps({**first.code.report, **({"further_targets": reports} if further else {})}).encode()
     percent = [-1]
 
     def written(done: int, total: int) -> None:
@@ -153,9 +190,7 @@ def write_artifact(
             percent[0] = now
             progress(f"write weights {10 * now} %")
 
-    artifact.write(
-        path, manifest, code.members, headers, content, {artifact.REPORT: report, **extra}, written
-    )
+    artifact.write(path, manifest, code, headers, content, {artifact.REPORT: report, **extra}, written)
 
 
 @functools.cache

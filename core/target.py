@@ -28,6 +28,7 @@ class Target:
             (``passes/wave_kernels``).
         l2_bytes: cache next to one core, for blocking decisions.
         host_memory: whether a GPU's kernels work on the memory of the process, as an emulator's do.
+        accepts: further targets whose code this machine runs.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Target:
     wave_kernels: bool = False
     l2_bytes: int = 1 << 20
     host_memory: bool = False
+    accepts: frozenset[str] = frozenset()
 
     @property
     def vector_lanes_f32(self) -> int:

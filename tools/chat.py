@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling_arguments(parser)
     parser.set_defaults(tokens=512)
     named_models.add_model_arguments(parser)
+    named_models.add_device_argument(parser)
     parser.add_argument("--no-memory-check", action="store_true", help="try even where memory is too small")
     parser.add_argument("--quiet", action="store_true", help="print replies only")
 
@@ -26,7 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     chosen = sampling(args)
     path, _ = obtain(args)
-    chat = Chat(spikingbrain.load(path, check_memory=not args.no_memory_check), args.system, chosen)
+    chat = Chat(
+        spikingbrain.load(path, device=args.device, check_memory=not args.no_memory_check),
+        args.system,
+        chosen,
+    )
     if not args.quiet:
         print("A line is a turn; /reset begins anew, the end of input ends.", file=sys.stderr)
     while (line := _read(args.quiet)) is not None:

@@ -101,7 +101,11 @@ class NamedModel:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--target", default="cpu", help="target to compile for (see 'spikingbrain targets')")
+    parser.add_argument(
+        "--target",
+        default="cpu",
+        help="target to compile for, or several as maca,cpu (see 'spikingbrain targets')",
+    )
     parser.add_argument(
         "--window", type=int, help="attend to the last N tokens only; memory is then constant"
     )
@@ -114,6 +118,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--spike",
         metavar="k=3[,group_size=N][,bits=4][,head=true]",
         help="linear layers add integers: spike counts times int8 or int4 weights; head=true: head and embedding too",
+    )
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        help="target to run on, such as maca-emulator for code for maca; else the artifact's first that runs here",
     )
 
 
@@ -255,10 +266,13 @@ def cached_artifact(name: str, target: str, options: ModelOptions) -> Path:
     """Returns where the artifact of a named model is kept; the name changes with everything that shapes its content."""
     from spikingbrain.artifact import cache_folder
     from spikingbrain.backend import resolve_target
-    from spikingbrain.build import source_hash, versions
+    from spikingbrain.build import options_by_target, source_hash, versions
 
     known(name)
-    backend, status = resolve_target(target)
+    codes = []
+    for one in options_by_target(target, {}):
+        backend, status = resolve_target(one)
+        codes.append(backend.cache_key(status.target, backend.options()))
     identity: Any
     if checkpoint_models.is_checkpoint(name):
         identity, sources = checkpoint_models.identity(name), checkpoint_models.sources(name)
@@ -272,7 +286,7 @@ def cached_artifact(name: str, target: str, options: ModelOptions) -> Path:
         "model": identity,
         "options": repr(options),
         "target": target,
-        "code": backend.cache_key(status.target, backend.options()),
+        "code": codes,
         "compiler": source_hash(),
         "versions": versions(),
         "sources": _source_hash(sources),

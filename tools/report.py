@@ -33,14 +33,15 @@ def run(args: argparse.Namespace) -> int:
         return 0
     manifest = artifact.manifest
     producer = ", ".join(f"{name} {version}" for name, version in manifest["producer"].items())
-    print(f"{args.artifact}: for {manifest['target']['name']} ({manifest['target']['arch']}), by {producer}")
+    targets = ", ".join(f"{target['name']} ({target['arch']})" for target in artifact.targets)
+    print(f"{args.artifact}: for {targets}, by {producer}")
     for name, entry in manifest["entries"].items():
         spec = EntrySpec.from_manifest(name, entry)
         state = ", state" if spec.uses_state else ""
         print(f"  {name}({', '.join(map(str, spec.inputs))}{state}) -> {', '.join(map(str, spec.outputs))}")
     fields = len(manifest["state"])
     weights = manifest["members"][WEIGHTS]["size"] / 1e6
-    print(f"  {len(report['weights'])} stored tensors, {weights:.1f} MB; {fields} tensors of state")
+    print(f"  {len(artifact.weights())} stored tensors, {weights:.1f} MB; {fields} tensors of state")
 
     print("\nwhat the passes did")
     records = report["records"]
@@ -64,9 +65,10 @@ def run(args: argparse.Namespace) -> int:
 def _print_kernels(artifact: Artifact, report: dict[str, Any]) -> int:
     from spikingbrain.backend_maca import toolchains
 
-    if "kernels.maca" not in artifact.code:
+    codes = [code for target in artifact.targets if "kernels.maca" in (code := artifact.code_for(target))]
+    if not codes:
         raise TargetError(f"{artifact.path} has no kernels for MetaX GPUs", hint="compile for target 'maca'")
-    source = bytes(artifact.code["kernels.maca"]).decode()
+    source = bytes(codes[0]["kernels.maca"]).decode()
     found = report.get("resources") or toolchains.resources(source)
     if not found:
         raise MissingDependency("no device compiler is installed", hint="install clang (16 or later) or nvcc")

@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_sampling_arguments(parser)
     named_models.add_model_arguments(parser)
+    named_models.add_device_argument(parser)
     parser.add_argument("--no-memory-check", action="store_true", help="try even where memory is too small")
     parser.add_argument("--quiet", action="store_true", help="print the text only")
 
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = read_prompts(Path(args.prompt[1:])) if args.prompt.startswith("@") else []
     path, compiled = obtain(args)
     start = time.perf_counter()
-    program = spikingbrain.load(path, check_memory=not args.no_memory_check)
+    program = spikingbrain.load(path, device=args.device, check_memory=not args.no_memory_check)
     loaded = time.perf_counter() - start
     if prompts:
         texts = program.generate_batch(prompts, args.tokens, sampling=chosen, stop=args.stop)
@@ -80,5 +81,6 @@ def obtain(args: argparse.Namespace) -> tuple[Path, float]:
         return path, 0.0
     options = named_models.model_options(args)
     progress = Progress(args.quiet)
-    place = named_models.obtain(args.model, args.target, options, progress)
+    target = args.device if args.device and args.target == "cpu" else args.target
+    place = named_models.obtain(args.model, target, options, progress)
     return place, progress.seconds

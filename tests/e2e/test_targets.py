@@ -23,7 +23,7 @@ import spikingbrain
 from spikingbrain import errors
 from spikingbrain.backend import StageContext, TargetStatus
 from spikingbrain.backend_iree import backend, targets
-from spikingbrain.build import compile_code, write_artifact
+from spikingbrain.build import Part, compile_code, write_artifact
 from spikingbrain.frontend.capture import capture
 from spikingbrain.frontend.weights import as_numpy
 from spikingbrain.models.llama.model import Llama, LlamaConfig
@@ -43,7 +43,8 @@ RUNS = {
     "vulkan": "device",
     "cuda": "device",
     "rocm": "device",
-    "maca": "never",
+    "maca": "device",
+    "maca-cuda": "device",
     "maca-emulator": "compiler",
 }
 F32 = 1e-4  # absolute, for logits of order 10 after sums of a hundred products
@@ -173,7 +174,7 @@ class Tiny:
         code = compile_code(self.captured.module, target, {})
         (chosen,) = [s.target for s in spikingbrain.targets() if s.target.name == target]
         weights, entries, state = self.captured.weights, self.captured.entries, self.captured.state
-        write_artifact(path, code, chosen, {}, entries, state, lambda n: as_numpy(weights[n]), {}, {})
+        write_artifact(path, [Part(chosen, code, {})], entries, state, lambda n: as_numpy(weights[n]), {}, {})
 
     def check(self, path: Path, lengths: Sequence[int]) -> None:
         """Feeds texts of two piece by piece: each logit as eager torch has it, the state too."""
