@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -229,20 +230,63 @@ def convention_of(driver: Driver, image: bytes) -> int | None:
     )
 
 
-def keep(device: str, findings: Sequence[Finding]) -> None:
-    """Stores what was found, for later processes."""
-    record = {"device": device, "findings": [asdict(f) for f in findings]}
+@dataclass(frozen=True)
+class Record:
+    """What is known of a device.
+
+    Attributes:
+        device: its name.
+        image: a digest of the probe's native code.
+        convention: how arguments are passed, see ``Driver.launch``.
+        findings: the outcome of all probes.
+    """
+
+    device: str
+    image: str
+    convention: int | None
+    findings: tuple[Finding, ...]
+
+
+def examine(driver: Driver, image: bytes, *, anew: bool = False) -> Record:
+    """Returns what is known of a device, and warns of each probe that it failed.
+
+    The probe runs when the device is opened first, when its native code changes, when arguments are no longer taken
+    the way they were, or ``anew``. Raises DeviceError where no kernel runs.
+    """
+    name, digest = driver.device_name(), hashlib.sha256(image).hexdigest()
+    record = None if anew else kept()
+    if record is None or (record.device, record.image) != (name, digest) or not _still(driver, image, record):
+        convention = convention_of(driver, image)
+        record = Record(name, digest, convention, tuple(run(on_device(driver, image, convention))))
+        keep(record)
+    for finding in record.findings:
+        if not finding.passed:
+            log.warning("%s, %s: %s; %s", name, finding.name, finding.found, finding.consequence)
+    return record
+
+
+def _still(driver: Driver, image: bytes, record: Record) -> bool:
+    """Returns whether a device takes arguments as it is known to."""
+    try:
+        found = _shuffle(on_device(driver, image, record.convention))
+    except DeviceError:
+        return False
+    return not found or not all(f.passed for f in record.findings)
+
+
+def keep(record: Record) -> None:
+    """Stores what is known of a device, for later processes."""
     file = _file()
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps(record, indent=1).encode())
+    write_atomically(file, json.dumps(asdict(record), indent=1).encode())
     hand_scheduled.cache_clear()
 
 
-def kept() -> tuple[str, list[Finding]] | None:
-    """Returns the device that was probed last and what was found, None if none was."""
+def kept() -> Record | None:
+    """Returns what is known of the device that was probed last, None if none was."""
     try:
-        record: dict[str, Any] = json.loads(_file().read_text())
-        return record["device"], [Finding(**f) for f in record["findings"]]
+        found: dict[str, Any] = json.loads(_file().read_text())
+        return Record(**{**found, "findings": tuple(Finding(**f) for f in found["findings"])})
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -250,11 +294,11 @@ def kept() -> tuple[str, list[Finding]] | None:
 @functools.cache
 def hand_scheduled() -> bool:
     """Returns whether kernels scheduled by hand may be used on the device; warns, once, if its probe says no."""
-    found = kept()
-    failed = [f for f in found[1] if not f.passed and f.consequence == NO_HAND_SCHEDULED] if found else []
-    if found and failed:
-        names = ", ".join(f.name for f in failed)
-        log.warning("%s failed the probe of: %s; %s", found[0], names, NO_HAND_SCHEDULED)
+    record = kept()
+    findings = record.findings if record else ()
+    failed = [f.name for f in findings if not f.passed and f.consequence == NO_HAND_SCHEDULED]
+    if record and failed:
+        log.warning("%s failed the probe of: %s; %s", record.device, ", ".join(failed), NO_HAND_SCHEDULED)
     return not failed
 
 

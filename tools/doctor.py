@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -188,18 +188,16 @@ def _device(sdk: mxcc.Sdk | None) -> Iterator[Line]:
         return
     try:
         image = mxcc.build(probe.SOURCE.read_text(), sdk)
-        convention = probe.convention_of(driver, image)
-        findings = probe.run(probe.on_device(driver, image, convention))
+        record = probe.examine(driver, image, anew=True)
     except SpikingBrainError as error:
         yield Line("problem", "probe", f"{error.what}, {error.why}", error.hint)
         return
-    probe.keep(name, findings)
-    way = "by address" if convention is None else f"packed, with end {convention}"
+    way = "by address" if record.convention is None else f"packed, with end {record.convention}"
     yield Line("ok", "arguments of kernels", way)
-    yield from _findings(name, findings)
+    yield from _findings(name, record.findings)
 
 
-def _findings(device: str, findings: list[probe.Finding]) -> Iterator[Line]:
+def _findings(device: str, findings: Sequence[probe.Finding]) -> Iterator[Line]:
     for finding in findings:
         found = "as assumed" if finding.passed else f"{finding.found}; {finding.consequence}"
         yield Line("ok" if finding.passed else "problem", f"{device}, {finding.name}", found)

@@ -82,13 +82,14 @@ def test_a_failure_turns_a_feature_off_and_warns(
 
     assert probe.kept() is None
     assert all(wave_kernels().values())
-    probe.keep("a card", wrong_device)
+    record = probe.Record("a card", "digest", None, tuple(wrong_device))
+    probe.keep(record)
     assert [name for name, on in wave_kernels().items() if not on] == ["maca"]
-    assert probe.kept() == ("a card", wrong_device)
+    assert probe.kept() == record
     assert "a card failed the probe of: votes of 64 lanes, matrix instruction, i8" in caplog.text
     assert "kernels scheduled by hand are off" in caplog.text
-    harmless = [f for f in wrong_device if "off" not in f.consequence]
-    probe.keep("a card", harmless)
+    harmless = tuple(f for f in wrong_device if "off" not in f.consequence)
+    probe.keep(probe.Record("a card", "digest", None, harmless))
     assert harmless and all(wave_kernels().values())
 
 
@@ -156,6 +157,32 @@ def test_a_device_that_runs_nothing_is_an_error() -> None:
         probe.convention_of(card, b"native")
 
 
+def test_a_device_is_probed_once_until_it_changes(
+    monkeypatch: pytest.MonkeyPatch, wrong_device: list[probe.Finding], caplog: pytest.LogCaptureFixture
+) -> None:
+    runs = []
+
+    def run(launch: probe.Launcher) -> list[probe.Finding]:
+        runs.append(launch)
+        return probe_run(launch) if len(runs) < 4 else wrong_device
+
+    probe_run = probe.run
+    monkeypatch.setattr(probe, "run", run)
+    card: Any = Card(None)
+    for _ in range(2):
+        assert probe.examine(card, b"native").convention is None
+    assert len(runs) == 1
+    assert probe.examine(Card(3), b"native").convention == 3  # type: ignore[arg-type]
+    assert len(runs) == 2
+    probe.examine(Card(3), b"native", anew=True)  # type: ignore[arg-type]
+    assert len(runs) == 3
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
+    card.device_name = lambda: "C500"
+    probe.examine(card, b"native")
+    assert len(runs) == 4
+    assert "C500, votes of 64 lanes: thread 0 sees 0x0000000049249249" in caplog.text
+
+
 def test_doctor_tells_what_is_missing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,7 +209,8 @@ def test_doctor_probes_a_card(
     monkeypatch.setattr(mxcc, "build", lambda source, sdk: b"native")
     monkeypatch.setattr(driver, "open_driver", lambda name: Card(None))
     assert not [line for line in doctor._metax(False) if line.status != "ok"]
-    assert probe.kept() == ("C550", probe.run(probe.emulated()))
+    record = probe.kept()
+    assert record and record.device == "C550" and all(f.passed for f in record.findings)
     monkeypatch.setattr(probe, "run", lambda launch: wrong_device)
     lines = [line for line in doctor._metax(False) if line.status == "problem"]
     assert lines[0].what == "C550, votes of 64 lanes"
