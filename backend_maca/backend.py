@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from spikingbrain.backend import Executable, Stage, StageContext, TargetStatus
+from spikingbrain.backend import Executable, Stage, StageContext, TargetStatus, TorchKernels
 from spikingbrain.backend_maca import mxcc, probe, toolchains
 from spikingbrain.backend_maca.options import MacaOptions
 from spikingbrain.errors import CorruptArtifact, MissingDependency, SpikingBrainError
@@ -66,6 +66,22 @@ class MacaBackend:
     def stages(self, target: Target) -> dict[str, Stage]:
         """Returns: sorts and scans to launches, tensors to buffers, linear algebra to kernels, kernels to source and plan."""
         return {"prepare": _prepare, "bufferize": _bufferize, "kernels": _build_kernels, "maca": _print}
+
+    def torch_kernels(self, target: Target) -> TorchKernels | None:
+        """Returns Triton kernels for the device that torch has in this process, for target ``maca``.
+
+        Raises:
+            TargetError: torch has no MetaX or NVIDIA device.
+            MissingDependency: Triton is not installed.
+        """
+        if target.name != "maca":
+            return None
+        from spikingbrain.backend_maca.triton import device
+
+        found = device.find()
+        from spikingbrain.backend_maca.triton import bridge
+
+        return bridge.kernels(found)
 
     def load(
         self,

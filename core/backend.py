@@ -90,11 +90,36 @@ class SharedMemory(Executable, Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class TorchKernel:
+    """A kernel for one op of ours, ``spikingbrain::...``, on tensors of torch; both take all of the op's arguments, checked.
+
+    Attributes:
+        refuse: returns why the kernel cannot take these arguments, or None; looks at shapes and types only.
+        run: returns what the op does.
+    """
+
+    refuse: Callable[..., str | None]
+    run: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class TorchKernels:
+    """Kernels for tensors of one device of torch: its type, such as "cuda", a name for reports, a kernel for each op by name."""
+
+    device: str
+    name: str
+    table: Mapping[str, TorchKernel]
+
+
 class Backend(Protocol):
     """Code generation and loading for a family of targets.
 
     Where looking for devices takes time, a backend may also have ``status(name) -> TargetStatus | None``, which
     returns one of ``targets()`` and looks for that one's device only.
+
+    Where torch itself has the device, a backend may also have ``torch_kernels(target) -> TorchKernels | None``: what
+    ``torch.compile`` puts in the place of our ops there. It raises TargetError where torch has no such device.
     """
 
     name: str

@@ -48,6 +48,7 @@ COMPILER = tuple(  # packages whose sources shape code
         ".frontend.spikes",
         ".backend_iree",
         ".backend_maca",
+        ".backend_maca.triton",
     )
 )
 LIMIT_MB = 2000  # of the compile cache

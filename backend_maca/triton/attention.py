@@ -94,13 +94,13 @@ class _WindowAttention(torch.autograd.Function):
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         if o.numel():
             products = (o.float() * do.float()).sum(-1).transpose(1, 2).contiguous()
-            sizes, blocks = _launch(q, v, *ctx.options, BACKWARD[q.dtype])
+            window, sinks, scale = ctx.options
+            sizes, blocks = _launch(q, v, window, sinks, scale, BACKWARD[q.dtype])
             given = (q, k, v, do, sums, products)
-            factor = ctx.options[2]
             kernels.attend_query_gradients[-(-steps // blocks["BM"]), batch * heads](
-                *given, dq, *sizes, factor, **blocks
+                *given, dq, *sizes, scale, **blocks
             )
             kernels.attend_key_gradients[-(-k.shape[1] // blocks["BN"]), batch * k.shape[2]](
-                *given, dk, dv, *sizes, factor, **blocks
+                *given, dk, dv, *sizes, scale, **blocks
             )
         return dq, dk, dv, None, None, None

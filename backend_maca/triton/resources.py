@@ -28,9 +28,11 @@ from spikingbrain.backend_maca.triton import (
     attention_kernels,
     recurrence,
     recurrence_kernels,
+    scan_kernels,
     spike_kernels,
     spikes,
 )
+from spikingbrain.backend_maca.triton import scan as elements
 from spikingbrain.backend_maca.triton.device import INTERPRETED
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
@@ -92,7 +94,7 @@ def recorded() -> Iterator[list[Launch]]:
 
             return launch
 
-    for module in (attention_kernels, recurrence_kernels, spike_kernels):
+    for module in (attention_kernels, recurrence_kernels, scan_kernels, spike_kernels):
         for name, kernel in vars(module).items():
             if isinstance(kernel, triton.JITFunction):
                 kept.append((module, name, kernel))
@@ -121,13 +123,17 @@ def problems() -> dict[str, Callable[[], Any]]:
     def attend(dtype: torch.dtype, size: int) -> None:
         q, k = empty(1, 2048, 8, size, dtype=dtype), empty(1, 2048, 4, size, dtype=dtype)
         o = attention.window_attention(q.requires_grad_(), k, k, 512, 4)
-        o.backward(torch.empty_like(o))
+        torch.autograd.backward(o, torch.empty_like(o))
 
     def spike(rows: int) -> None:
         codes = empty(4096, 4096, dtype=torch.int8)
         spikes.spike_linear(empty(rows, 4096), empty(rows), codes, empty(4096, 1), empty(4096))
 
-    made: dict[str, Callable[[], Any]] = {}
+    def scan() -> None:
+        x = empty(4, 2048, 4096)
+        elements.linear_scan(x, x, empty(4, 4096), True, False)
+
+    made: dict[str, Callable[[], Any]] = {"scan": scan}
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         for axis in ("none", "head", "key"):

@@ -23,6 +23,7 @@ from torch._inductor.output_code import OutputCode
 from spikingbrain.backend import resolve_target
 from spikingbrain.build import code_parts
 from spikingbrain.frontend.dynamo import report
+from spikingbrain.frontend.dynamo.on_device import kernels_of
 from spikingbrain.frontend.dynamo.options import CompileOptions
 from spikingbrain.frontend.dynamo.program import GraphProgram
 
@@ -97,4 +98,6 @@ def _key(options: CompileOptions) -> str:
     """Returns what decides about generated code besides the graph. It becomes part of the pickled graph module."""
     backend, status = resolve_target(options.target)
     parts = code_parts(backend, status.target, backend.options(**options.of_backend))
+    if kernels := kernels_of(options.target):
+        parts["kernels"] = kernels.name
     return hashlib.sha256(json.dumps([asdict(options), options.thread_count, parts]).encode()).hexdigest()

@@ -16,11 +16,11 @@ from torch._dynamo.backends.common import aot_autograd
 from spikingbrain import workers
 from spikingbrain.finite import WatchedLayer
 from spikingbrain.frontend.before_autograd import raise_in_dynamo_graph
-from spikingbrain.frontend.dynamo import aot_cache, decompositions, report
+from spikingbrain.frontend.dynamo import aot_cache, decompositions, on_device, report
 from spikingbrain.frontend.dynamo.ops import Kind, Verdict
 from spikingbrain.frontend.dynamo.options import CompileOptions, parse
 from spikingbrain.frontend.dynamo.partition import Region, Step
-from spikingbrain.frontend.dynamo.plan import carry_out, plan
+from spikingbrain.frontend.dynamo.plan import Plan, carry_out, plan
 from spikingbrain.frontend.dynamo.program import GraphProgram, assemble
 from spikingbrain.frontend.ops.substitutions import register_for_dynamo
 from spikingbrain.frontend.recurrences.associative import leave_as_written
@@ -53,7 +53,7 @@ def spikingbrain(
 
     with aot_cache.enabled(module, chosen):
         made: Any = aot_autograd(
-            **decompositions.aot_settings(compiler),
+            **decompositions.aot_settings(compiler, apart=on_device.kernels_of(chosen.target) is None),
         )(module, example_inputs)
     # torch copies this mark from our compiled graph onto its wrapper, which takes plain arguments; the minifier believes it
     made._boxed_call = False
@@ -65,7 +65,11 @@ def compile_graph(
 ) -> tuple[GraphProgram, report.GraphReport]:
     """Returns the compiled graph, and what was compiled of it and what was not."""
     name = f"graph{next(_numbers)}"
-    planned = plan(module.graph, kind, options)
+    kernels = on_device.kernels_of(options.target)
+    if kernels is None:
+        planned = plan(module.graph, kind, options)
+    else:
+        planned = Plan(module.graph, on_device.verdicts(module.graph, kernels), set())
     done = carry_out(planned, options, name)
     made = report.GraphReport(name, kind, _reports(done.steps, planned.verdicts))
     report.publish(made)
@@ -76,7 +80,7 @@ def compile_graph(
 
 def _reports(steps: Sequence[Step], verdicts: Mapping[fx.Node, Verdict]) -> list[report.RegionReport]:
     found: list[report.RegionReport] = []
-    status = {Kind.LIBRARY: "library", Kind.EAGER: "eager", Kind.COMPILED: "library"}
+    status = {Kind.KERNEL: "compiled", Kind.LIBRARY: "library", Kind.EAGER: "eager", Kind.COMPILED: "library"}
     for verdict, group in itertools.groupby(steps, lambda s: None if isinstance(s, Region) else verdicts[s]):
         if verdict is None:
             found += [report.describe("compiled", step.nodes) for step in group if isinstance(step, Region)]

@@ -73,12 +73,15 @@ def table() -> dict[Any, Callable[..., Any]]:
     return kept | EXACT | {torch.ops.spikingbrain.unit_lower_inverse.default: inverse}
 
 
-def aot_settings(compiler: Callable[[str], Callable[..., Any]]) -> dict[str, Any]:
-    """Returns AOTAutograd's arguments; ``compiler`` makes the compiler of a kind of graph: forward, backward, inference."""
+def aot_settings(compiler: Callable[[str], Callable[..., Any]], apart: bool = True) -> dict[str, Any]:
+    """Returns AOTAutograd's arguments; ``compiler`` makes the compiler of a kind of graph: forward, backward, inference.
+
+    Ops are taken ``apart`` for compiled code; where torch's kernels run them they stay whole.
+    """
     return {
         "fw_compiler": compiler("forward"),
         "bw_compiler": compiler("backward"),
         "inference_compiler": compiler("inference"),
-        "decompositions": table(),
+        "decompositions": table() if apart else {},
         "partition_fn": min_cut_rematerialization_partition,
     }

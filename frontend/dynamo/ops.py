@@ -6,6 +6,7 @@ Every op of a graph falls into one class:
 * ``COMPILED``: elementwise ops, reductions and the like, which gain from being fused.
 * ``LIBRARY``: torch's kernel is faster than generated code (matrix products, convolutions, attention), or nothing is gained by
   fusing it (sorting, scattering). With the option ``library=False`` those that can be compiled are.
+* ``KERNEL``: an op of ours that runs on a kernel of the target inside torch (`on_device`).
 * ``EAGER``: no lowering that is known to be right. Reported, and an error in strict mode.
 
 The conformance run (``tests/conformance``) holds this table to what was tried, op by op and dtype by dtype.
@@ -36,6 +37,7 @@ class Kind(enum.Enum):
     COMPILED = "compiled"
     LIBRARY = "library"
     EAGER = "eager"
+    KERNEL = "kernel"  # an op of ours on a kernel that the target has inside torch
     SCALAR = "scalar"  # arithmetic on sizes, done in Python
 
 

@@ -12,6 +12,7 @@ import torch
 
 from spikingbrain.backend import resolve_target
 from spikingbrain.errors import OptionError, TargetError
+from spikingbrain.frontend.dynamo.on_device import kernels_of
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class CompileOptions:
 
     Attributes:
         target: where compiled regions run: a name from ``spikingbrain.targets()`` that runs here and shares torch's memory.
+            "maca" takes a process whose torch has a MetaX GPU (or an NVIDIA one, for tests): our ops run on Triton
+            kernels, all else on torch's.
         threads: threads of compiled regions; 0 takes ``torch.get_num_threads()`` at compile time.
         level: 2 compiles with kernels of our own, 1 with upstream lowerings only, 0 compiles nothing (the graph runs as
             torch decomposes it, which tells a fault of ours from one of torch's).
@@ -78,6 +81,8 @@ def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> Compile
         raise OptionError(
             "check_finite at level 0", why="level 0 looks for no spiking layers", hint="level 1 or 2"
         )
+    if kernels_of(parsed.target) is not None:
+        return parsed
     _, status = resolve_target(parsed.target)
     if not (status.compiles and status.runs):
         raise TargetError(f"cannot run target {parsed.target!r} here", why=status.note)

@@ -4,7 +4,7 @@ Without the rank-one part the backward is written in the op itself, so that what
 too. D_t, the gradient of S_t, is the recurrence D_t = q_t do_t^T + a_(t+1) * D_(t+1), run the other way; dv_t = D_t^T k_t is
 its read, dk_t = D_t v_t the read of its transpose and dq_t = S_t do_t that of the transpose of S. With that part it is
 written in the op too (`linear_recurrence_rank_one`), unless decays scale columns or the number of steps is a symbol. The rest
-is `linear_recurrence_backward`.
+is `linear_recurrence_backward`, and all of it where a backend has a kernel for that (`on_device`).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from spikingbrain.frontend.ops.linear_recurrence_rank_one import (
     per_query,
     summed,
 )
+from spikingbrain.frontend.ops.on_device import takes
 from spikingbrain.models.recurrences.linear_recurrence import linear_recurrence as blockwise
 
 _NAME = "linear_recurrence"
@@ -168,9 +169,10 @@ def _backward(ctx: Any, do: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
     wanted = needed(ctx, len(tensors))
     of_factor = tensors[3] is not None and wanted[3] and not ctx.log_decay
     of_rank_one = tensors[4] is not None
-    steps = tensors[1].shape[1]
+    steps, device = tensors[1].shape[1], tensors[1].device.type
     known = isinstance(steps, int) and steps > 0
-    if of_factor or (of_rank_one and (ctx.decay_axis == "value" or not known)):
+    on_kernel = takes("linear_recurrence_backward", device, do, dlast, *tensors, *options)
+    if on_kernel or of_factor or (of_rank_one and (ctx.decay_axis == "value" or not known)):
         gradients = torch.ops.spikingbrain.linear_recurrence_backward(do, dlast, *tensors, *options)
     elif of_rank_one:
         q, k, v, decay, erase, predict, bonus, state = tensors

@@ -39,7 +39,7 @@ def linear_scan(
     Raises:
         ShapeError: a shape or dtype does not fit the others.
     """
-    _check(decay, update, state)
+    check(decay, update, state)
     h, last = blockwise(decay, update, state, log_decay, reverse)
     return h.contiguous(), last.contiguous()
 
@@ -52,12 +52,13 @@ def _(
     log_decay: bool = False,
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    _check(decay, update, state)
+    check(decay, update, state)
     batch, steps, width = update.shape
     return update.new_empty(batch, steps, width), update.new_empty(batch, width, dtype=state_dtype(update))
 
 
-def _check(decay: Tensor, update: Tensor, state: Tensor | None) -> None:
+def check(decay: Tensor, update: Tensor, state: Tensor | None) -> None:
+    """Raises ShapeError unless the arguments fit together."""
     require_rank(_NAME, "update", update, "B, T, C")
     require_shape(_NAME, "decay", decay, "B, T, C", update.shape)
     if state is not None:

@@ -66,7 +66,7 @@ def spike_linear(
         ShapeError: shapes or dtypes do not fit each other, or a code does not fit ``bits``.
         OptionError: an unknown number of bits.
     """
-    scale, weight = _check(counts, threshold, weight, scale, bias, bits, turned)
+    scale, weight = check(counts, threshold, weight, scale, bias, bits, turned)
     codes = weight if not weight.is_floating_point() else spiking.weight_codes(weight, scale)
     low, high = (float(codes.amin()), float(codes.amax())) if codes.numel() else (0.0, 0.0)
     if low < -(2 ** (bits - 1)) or high >= 2 ** (bits - 1):
@@ -92,11 +92,11 @@ def _(
     silent: float = 0.0,
     turned: bool = False,
 ) -> Tensor:
-    _, weight = _check(counts, threshold, weight, scale, bias, bits, turned)
+    _, weight = check(counts, threshold, weight, scale, bias, bits, turned)
     return counts.new_empty([*counts.shape[:-1], weight.shape[0]])
 
 
-def _check(
+def check(
     counts: Tensor,
     threshold: Tensor,
     weight: Tensor,

@@ -49,7 +49,7 @@ def _value(module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Value], 
     if node.op == "get_attr":
         held = _attribute(module, node)
         if type(held) is torch.Tensor and held.numel() <= _SMALL and not held.requires_grad and held.is_cpu:
-            numbers = held.numpy() if held.dtype != torch.bfloat16 else held.float().numpy()
+            numbers = (held.float() if held.dtype == torch.bfloat16 else held).cpu().numpy()
             return Value("constant", [], (numbers,), shape, dtype, node)
         if isinstance(held, fx.GraphModule):  # of an autograd.Function: equal code is equal
             return Value("module", [], (_code(held.graph),), None, "", node)

@@ -31,11 +31,22 @@ class Emitter:
         self.graph = graph
         self.mode = mode
         self.trace: str | None = None
+        self.device = next(
+            (
+                v.device
+                for n in graph.find_nodes(op="placeholder")
+                if isinstance(v := n.meta.get("val"), torch.Tensor)
+            ),
+            torch.device("cpu"),
+        )
 
     def op(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """Emits one call and computes its fake result."""
-        node = self.graph.call_function(target, args, kwargs)
+        """Emits one call and computes its fake result. What is made of numbers alone is made where the graph's tensors are."""
         values, named = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+        if self.device.type != "cpu" and _makes_tensors(target) and not any(map(_holds_tensors, values)):
+            named = {"device": self.device} | dict(named)
+            kwargs = {"device": self.device} | kwargs
+        node = self.graph.call_function(target, args, kwargs)
         with self.faking():
             node.meta["val"] = target(*values, **named)
         if self.trace:
@@ -284,3 +295,15 @@ def _within(roots: Sequence[Value], loop: Loop, known: Mapping[Value, fx.Node]) 
         if v in body and v not in known:
             stack += [(i, False) for i in reversed(v.inputs)]
     return order
+
+
+def _makes_tensors(target: Any) -> bool:
+    """Returns whether an op takes the device of its result."""
+    schema = getattr(target, "_schema", None)
+    return schema is not None and any(a.name == "device" for a in schema.arguments)
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) or (
+        isinstance(value, (list, tuple)) and any(map(_holds_tensors, value))
+    )

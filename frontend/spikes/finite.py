@@ -81,7 +81,7 @@ def checked(made: Callable[..., Any], layers: Sequence[WatchedLayer]) -> Callabl
 
     def run(*args: Any) -> Any:
         results = made(*args)
-        require_finite(layers, [state.numpy() for state in results[-len(layers) :]])
+        require_finite(layers, [state.cpu().numpy() for state in results[-len(layers) :]])
         return results[: -len(layers)]
 
     return run

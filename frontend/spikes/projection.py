@@ -95,7 +95,7 @@ class Constants:
     def value(self, node: fx.Node) -> Tensor:
         if node not in self.known:
             if node in self.tensors:
-                return self.tensors[node].detach()
+                return self.tensors[node].detach().cpu()  # beside what is tried on them
             if FORWARD in node.meta:
                 return self.value(node.meta[FORWARD])
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.value)

@@ -116,3 +116,11 @@ def test_dynamo_of_torch() -> None:
     assert all(hasattr(builtin, "obj") for builtin in _custom_builtins.values())
     tensor = torch.arange(3)
     assert torch.equal(_from_dlpack(_to_dlpack(tensor)), tensor)
+
+
+def test_custom_ops_of_torch() -> None:
+    """frontend/dynamo/on_device.py runs an op's eager body where a kernel refuses."""
+    from spikingbrain.frontend.ops import linear_scan
+
+    assert list(inspect.signature(linear_scan._init_fn).parameters)[:2] == ["decay", "update"]
+    assert next(iter(inspect.signature(linear_scan.register_kernel).parameters)) == "device_types"

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from spikingbrain.backend_maca.triton import attention, recurrence, spikes
+from spikingbrain.backend_maca.triton import scan as elements
 from spikingbrain.models import spiking
 from spikingbrain.models.reference.recurrences import linear_recurrence as by_steps
+from spikingbrain.models.reference.recurrences import linear_scan as by_elements
 
 recurrence.LARGEST = dict.fromkeys(recurrence.LARGEST, 32)  # so that few steps fill blocks
 found: dict[str, dict[str, float]] = {}
@@ -61,6 +63,15 @@ def recur(
     gradients = recurrence.backward(do, dlast, q, k, v, decay, state, axis, exclusive)
     of = [None if x is None else x.grad for x in exact]
     record(case, "o last dq dk dv ddecay dstate", [o, last, *gradients], [o_.detach(), last_.detach(), *of])
+
+
+def scan(case, dtype, log, reverse, state):
+    decay, x = torch.randn(2, 9, 300), torch.randn(2, 9, 300).to(dtype)
+    decay = (torch.where(decay > 1, -torch.inf, -decay.abs()) if log else decay).to(dtype)
+    first = torch.randn(2, 300) if state else None
+    h = elements.linear_scan(decay, x, first, log, reverse)
+    of_state = None if first is None else first.double()
+    record(case, "h last", [*h], [*by_elements(decay.double(), x.double(), of_state, log, reverse)])
 
 
 def softmax(q, k, v, window, sinks):
@@ -116,6 +127,9 @@ def main() -> None:
     recur("gates of keys, exclusive", 21, "key", True, heads=1)
     recur("bfloat16", 20, "head", False, dtype=torch.bfloat16)
     recur("float16", 17, "key", False, heads=1, keys=16, dtype=torch.float16)
+    scan("elements, factors of any sign", torch.float32, False, False, False)
+    scan("elements, logarithms, backwards", torch.float32, True, True, True)
+    scan("elements in float16", torch.float16, True, False, True)
     attend("causal", 37, 37, 0, 0)
     attend("window and sinks, later queries", 40, 71, 9, 3, heads=4, sources=2)
     attend("many sinks", 70, 70, 5, 40, heads=1)

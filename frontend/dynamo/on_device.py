@@ -1,0 +1,156 @@
+"""torch.compile for a target whose device belongs to torch: the graph runs on torch's kernels, our ops on the backend's.
+
+The kernels take the place of the ops' eager bodies for tensors of that device, in the whole process. What a kernel does not
+take runs the eager body there, and the report says so.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from spikingbrain.backend import TorchKernels, resolve_target
+from spikingbrain.frontend import ops
+from spikingbrain.frontend.dynamo.ops import (
+    EXPERTS,
+    Kind,
+    Verdict,
+    classify,
+    operands,
+    packet_name,
+    tensors_of,
+)
+from spikingbrain.frontend.ops import on_device
+from spikingbrain.frontend.ops.linear_recurrence import check as check_recurrence
+from spikingbrain.frontend.ops.linear_scan import check as check_scan
+from spikingbrain.frontend.ops.spikes import check as check_spikes
+
+log = logging.getLogger("spikingbrain.compile")
+
+
+@functools.cache
+def kernels_of(target: str) -> TorchKernels | None:
+    """Returns the kernels that run a target's device inside torch, installed; None for a target without.
+
+    Raises:
+        TargetError: torch has no such device here.
+        MissingDependency: a package that the kernels need is not installed.
+    """
+    backend, status = resolve_target(target)
+    find = getattr(backend, "torch_kernels", None)
+    kernels: TorchKernels | None = find(status.target) if find else None
+    if kernels is not None and on_device.remember(kernels):
+        for name in kernels.table:
+            _install(name, kernels)
+    return kernels
+
+
+def _install(name: str, kernels: TorchKernels) -> None:
+    op: Any = getattr(ops, name)
+    told: set[str] = set()
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        given = arguments(name, args, kwargs)
+        kernel = kernels.table[name]
+        reason = kernel.refuse(*given)
+        if reason is None:
+            return kernel.run(*given)
+        if reason not in told:
+            told.add(reason)
+            log.info("%s runs its eager body on %s: %s", name, kernels.device, reason)
+        return op._init_fn(*args, **kwargs)  # the op's eager body; tests/unit/test_private_api.py
+
+    op.register_kernel(kernels.device)(run)
+
+
+def verdicts(graph: fx.Graph, kernels: TorchKernels) -> dict[fx.Node, Verdict]:
+    """Returns for each op of a graph who runs it: torch, or a kernel of the backend."""
+    return {n: _verdict(n, kernels) for n in graph.nodes if n.op == "call_function"}
+
+
+def _verdict(node: fx.Node, kernels: TorchKernels) -> Verdict:
+    name = packet_name(node.target)
+    if name == "getitem":  # one of several results: shares its source's fate
+        source = node.args[0]
+        return _verdict(source, kernels) if source.op == "call_function" else Verdict(Kind.SCALAR)
+    ours = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "spikingbrain"
+    if not ours:
+        usual = classify(node)
+        scalar = usual.kind is Kind.SCALAR
+        return usual if scalar else Verdict(Kind.LIBRARY, f"torch's kernels on {kernels.device}")
+    elsewhere = {t.device.type for t in [*operands(node), *tensors_of(node.meta.get("val"))]} - {
+        kernels.device
+    }
+    if elsewhere:
+        return Verdict(
+            Kind.EAGER,
+            f"a tensor on {', '.join(sorted(elsewhere))}; the target's are on {kernels.device}",
+            f'model.to("{kernels.device}"), and its inputs',
+        )
+    if name in EXPERTS or name == "spike_encode":
+        return Verdict(Kind.LIBRARY, f"its body is a few of torch's kernels on {kernels.device}")
+    if name not in kernels.table:
+        return Verdict(Kind.EAGER, f"{name} has no kernel for this target, its body runs in eager")
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    reason = kernels.table[name].refuse(*arguments(name, args, kwargs))
+    if reason is None:
+        return Verdict(Kind.KERNEL, kernels.name)
+    return Verdict(Kind.EAGER, reason, _REMEDIES.get(reason.split(",")[0], ""))
+
+
+_REMEDIES = {
+    "a decay given as a factor": "give its logarithm: log_decay=True, or gla and its kin of spikingbrain.models.recurrences"
+}
+
+
+def arguments(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Returns the arguments of a call of an op of ours as a kernel takes them: all of them, checked as the op does."""
+    given = [*args, *(kwargs.get(key, default) for key, default in _defaults(name)[len(args) :])]
+    return _CHECKED[name](*given) if name in _CHECKED else tuple(given)
+
+
+@functools.cache
+def _defaults(name: str) -> list[tuple[str, Any]]:
+    return [
+        (a.name, a.default_value) for a in getattr(torch.ops.spikingbrain, name).default._schema.arguments
+    ]
+
+
+def _recurrence(*given: Any) -> tuple[Any, ...]:
+    q, k, v, decay, erase, predict, bonus, state, axis, _, exclusive, _ = given
+    check_recurrence(q, k, v, decay, erase, predict, bonus, state, axis, exclusive)
+    return given
+
+
+def _scan(*given: Any) -> tuple[Any, ...]:
+    decay, update, state, _, _ = given
+    check_scan(decay, update, state)
+    return given
+
+
+def _spikes(
+    counts: Tensor,
+    threshold: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    activation: Tensor | None,
+    float_weight: Tensor | None,
+    silent: float,
+    turned: bool,
+) -> tuple[Any, ...]:
+    scale, codes = check_spikes(counts, threshold, weight, scale, bias, bits, turned)
+    return counts, threshold, codes, scale, bias, bits
+
+
+_CHECKED: dict[str, Callable[..., tuple[Any, ...]]] = {
+    "linear_recurrence": _recurrence,
+    "linear_scan": _scan,
+    "spike_linear": _spikes,
+}

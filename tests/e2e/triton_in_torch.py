@@ -1,0 +1,98 @@
+"""torch.compile for target maca by Triton's interpreter; prints what differs from eager, as JSON. See test_triton_target.py."""
+
+import json
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import spikingbrain
+from spikingbrain.frontend.ops import spike_linear
+from spikingbrain.models.recurrences.gated import gla
+from spikingbrain.models.recurrences.linear_recurrence import linear_recurrence
+from spikingbrain.models.recurrences.scan import linear_scan
+from spikingbrain.models.spiking import SpikeLinear
+
+ops = torch.ops.spikingbrain
+OPTIONS = {"target": "maca"}
+
+
+class Mixed(nn.Module):
+    """Gated linear attention, an elementwise recurrence and a decay that the kernels do not take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(12, 4 * 16), nn.Linear(16, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v, g = self.into(x).unflatten(-1, (4, 2, 8)).unbind(2)
+        o, _ = gla(q, k, v, F.logsigmoid(g))
+        h, _ = linear_scan(torch.sigmoid(x), x, None)
+        factor, _ = linear_recurrence(q, k, v, torch.sigmoid(g), decay_axis="key")
+        return self.out((o + factor).flatten(2)) + h
+
+
+def gradients(model: nn.Module, call, x: Tensor) -> list[Tensor]:
+    y = call(x)
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])]
+
+
+def error(x: Tensor, y: Tensor) -> float:
+    return float((x - y).abs().max() / y.abs().max())
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("spikingbrain.compile").addHandler(handler)
+    logging.getLogger("spikingbrain.compile").setLevel(logging.INFO)
+
+    model, x = Mixed(), torch.randn(2, 11, 12, requires_grad=True)
+    wanted = gradients(model, model, x)
+    found = gradients(model, torch.compile(model, backend="spikingbrain", options=OPTIONS), x)
+    told = spikingbrain.explain(model, x, options=OPTIONS).to_dict()
+
+    # an op with bonus, exclusive and backwards in time: the kernel's terms beside the eager body's
+    q, k, v, g = (torch.randn(1, 9, 2, 8, requires_grad=True) for _ in range(4))
+    bonus = torch.randn(2, 8, requires_grad=True)
+    of_kernel, of_body = [], []
+    for into, decay, log in ((of_kernel, F.logsigmoid(g), True), (of_body, torch.sigmoid(g), False)):
+        o, last = ops.linear_recurrence(q, k, v, decay, None, None, bonus, None, "key", log, True, True)
+        into += [o, last, *torch.autograd.grad(o.square().sum() + last.sum(), [q, k, v, g, bonus])]
+
+    spiking = SpikeLinear.of(nn.Linear(40, 24))
+    y = torch.randn(3, 5, 40)
+    y[0, 0, 0] = 1e6  # a count outside int8
+    with torch.no_grad():
+        compiled = torch.compile(spiking, backend="spikingbrain", options=OPTIONS)(y)
+        of_layer = error(compiled, spiking(y))
+        counts, threshold = ops.spike_encode(y)
+        given = (counts, threshold, spiking.codes, spiking.scale, spiking.bias)
+        same = torch.equal(ops.spike_linear(*given), spike_linear._init_fn(*given))
+    of_spikes = spikingbrain.explain(spiking, y, options=OPTIONS).to_dict()
+    try:
+        ops.linear_recurrence(q, k[:, 1:], v)
+        refused = ""
+    except spikingbrain.errors.ShapeError as wrong:
+        refused = str(wrong)
+    print(
+        json.dumps(
+            {
+                "errors": [error(a, b) for a, b in zip(found, wanted, strict=True)],
+                "bonus": [error(a, b) for a, b in zip(of_kernel, of_body, strict=True)],
+                "regions": told["regions"],
+                "of layer": of_layer,
+                "spikes are the same": same,
+                "regions of spikes": of_spikes["regions"],
+                "log": lines,
+                "refused": refused,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
