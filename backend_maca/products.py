@@ -142,7 +142,9 @@ def zero_fill_before(op: ir.Operation, buffer: ir.Value) -> ir.Operation | None:
     (fill,) = found
     *_, last = fill.regions[0].blocks[0].operations
     arguments = list(fill.regions[0].blocks[0].arguments)
-    (value,) = last.operands
+    if len(last.operands) != 1:
+        return None
+    value = last.operands[0]
     if value in arguments:
         value = fill.operands[arguments.index(value)]
     return fill if list(fill.operands)[-1] == buffer and constant(value) == 0 else None

@@ -56,6 +56,11 @@ def run(args: argparse.Namespace) -> int:
         at = f"  first at {first}" if first else ""
         print(f"  {count:4} x {pass_name}: {status} {op}{why}{at}")
 
+    if steps := report.get("steps"):
+        print("\nsteps of a call, by who provides them")
+        for name, counts in steps.items():
+            print(f"  {name}: " + ", ".join(f"{count} {provider}" for provider, count in counts.items()))
+
     print("\nseconds")
     for name, seconds in report["timings"]:
         print(f"  {seconds:8.2f}  {name}")
