@@ -1,4 +1,5 @@
 // RUN: spikingbrain opt -p lower-attention --target x86-64-v3 %s | filecheck %s
+// RUN: spikingbrain opt -p lower-attention --target maca %s | filecheck %s --check-prefix=WAVES
 // RUN: spikingbrain opt -p lower-attention --target vulkan %s | filecheck %s --check-prefix=PORTABLE
 
 !q = tensor<1x?x4x16xf32>
@@ -9,6 +10,14 @@
 // CHECK-LABEL: func.func @two_segments(
 // CHECK-SAME:      %[[Q:[a-z0-9]+]]: tensor<1x?x4x16xf32>
 // PORTABLE-LABEL: func.func @two_segments(
+// With waves: the same, in tiles of 16 rows; products are instructions of the matrix units.
+// WAVES:         func.func private @attention_prefill_4x2x16_{{.*}} attributes {spikingbrain.threads = 256 : i64}
+// WAVES-NOT:     gpu.barrier
+// WAVES:         gpu.ballot
+// WAVES:         call @__builtin_mxc_mma_16x16x4f32
+// WAVES-LABEL: func.func @two_segments(
+// WAVES:         spikingbrain_control.launch
+// WAVES-NOT:     spikingbrain.attention
 func.func @two_segments(%q: !q, %i: tensor<1x?xi64>, %k: !new, %v: !new, %j: tensor<1x?xi64>,
                         %kc: !cache, %vc: !cache, %jc: tensor<1x6xi64>) -> !q {
   // CHECK:         %[[T:.+]] = tensor.dim %[[Q]], %c1

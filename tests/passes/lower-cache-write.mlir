@@ -1,4 +1,5 @@
 // RUN: spikingbrain opt -p lower-cache-write --target x86-64-v3 %s | filecheck %s
+// RUN: spikingbrain opt -p lower-cache-write --target maca %s | filecheck %s --check-prefixes=CHECK,WAVES
 // RUN: spikingbrain opt -p lower-cache-write --target vulkan %s | filecheck %s --check-prefix=GATHER
 
 !cache = tensor<2x6x3x8xf32>
@@ -6,6 +7,7 @@
 
 // With vector kernels: a launch whose result is the cache itself, updated in place (tied to input 0).
 // Else each slot looks up the last row that is meant for it, and keeps its content where there is none.
+// WAVES: func.func private @cache_write{{.*}} attributes {spikingbrain.threads = 64 : i64}
 // CHECK-LABEL: func.func @write(
 // GATHER-LABEL: func.func @write(
 // CHECK-SAME:      %[[CACHE:[a-z0-9]+]]: tensor<2x6x3x8xf32>

@@ -1,4 +1,5 @@
 // RUN: spikingbrain opt -p lower-recurrence --target x86-64-v3 %s | filecheck %s
+// RUN: spikingbrain opt -p lower-recurrence --target maca %s | filecheck %s --check-prefix=WAVES
 // RUN: spikingbrain opt -p "lower-recurrence{steps=4}" --target vulkan %s | filecheck %s --check-prefix=PORTABLE
 
 !q = tensor<1x?x4x8xf32>
@@ -13,6 +14,12 @@
 // CHECK-SAME:      %[[Q:[a-z0-9]+]]: {{.+}}, %[[S:[a-z0-9]+]]: tensor<1x2x8x16xf32>)
 // CHECK:         %[[R:.+]]:2 = "spikingbrain_control.launch"({{.+}}%[[S]]{{.+}}tied = [-1, 4]
 // CHECK:         return %[[R]]#0, %[[R]]#1
+// With waves: the first launch makes the states that enter chunks, the second answers the queries of all of them.
+// WAVES-LABEL: func.func @gated(
+// WAVES-SAME:      %[[S:[a-z0-9]+]]: tensor<1x2x8x16xf32>)
+// WAVES:         %[[E:.+]]:2 = "spikingbrain_control.launch"({{.+}}%[[S]]{{.+}}tied = [-1, 4]
+// WAVES:         %[[O:.+]] = "spikingbrain_control.launch"({{.+}}%[[E]]#0{{.+}}tied = [-1]
+// WAVES:         return %[[O]], %[[E]]#1
 // PORTABLE-LABEL: func.func @gated(
 // PORTABLE-NOT:     = scf.for {{.+}} -> (tensor
 // PORTABLE:         linalg.generic {{.+}}"reduction"
