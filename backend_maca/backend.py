@@ -65,7 +65,13 @@ class MacaBackend:
 
     def stages(self, target: Target) -> dict[str, Stage]:
         """Returns: sorts and scans to launches, tensors to buffers, linear algebra to kernels, kernels to source and plan."""
-        return {"prepare": _prepare, "bufferize": _bufferize, "kernels": _build_kernels, "maca": _print}
+        return {
+            "prepare": _prepare,
+            "fuse": _fuse,
+            "bufferize": _bufferize,
+            "kernels": _build_kernels,
+            "maca": _print,
+        }
 
     def torch_kernels(self, target: Target) -> TorchKernels | None:
         """Returns Triton kernels for the device that torch has in this process, for target ``maca``.
@@ -130,6 +136,13 @@ def _prepare(module: str, context: StageContext) -> str:
     from spikingbrain.backend_maca.prepare import prepare
 
     return prepare(module)
+
+
+def _fuse(module: str, context: StageContext) -> str:
+    _need_compiler_packages()
+    from spikingbrain.backend_maca.fusion import fuse
+
+    return fuse(module)
 
 
 def _bufferize(module: str, context: StageContext) -> str:

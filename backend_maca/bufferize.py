@@ -21,7 +21,7 @@ def bufferize(text: str) -> str:
     """Puts tensors into buffers; weights and constant tensors become trailing arguments of the entries.
 
     An argument attribute says what it holds: ``spikingbrain.weight`` (the key) or ``spikingbrain.constant``
-    (the elements). Arguments are never written. Every linalg op gets a location that names it.
+    (the elements). Arguments are never written.
     """
     with dialect.load() as context:
         module = parse(text, context)
@@ -38,8 +38,6 @@ def bufferize(text: str) -> str:
                     where=source_of(op.location),
                     why="it runs step by step: sorting, running sums and loops over time have no kernels here yet",
                 )
-            if op.name.startswith("linalg.") and len(op.regions):
-                op.location = ir.Location.name(_label(op), op.location)
         for function in functions(module):
             _take_arguments(function)
             _copy_reshaped_slices(function)
@@ -56,14 +54,6 @@ def _in_body(op: ir.Operation) -> bool:
     while parent is not None and not parent.operation.name.startswith("linalg."):
         parent = parent.operation.parent
     return parent is not None
-
-
-def _label(op: ir.Operation) -> str:
-    """Returns the op's name, a generic one with what it computes: ``linalg.generic mulf, addf``."""
-    if op.name != "linalg.generic":
-        return str(op.name)
-    steps = [o.operation.name.partition(".")[2] for o in op.regions[0].blocks[0].operations][:-1]
-    return "linalg.generic " + (", ".join(steps[:4]) + (", ..." if len(steps) > 4 else "") or "copy")
 
 
 def _take_arguments(function: ir.Operation) -> None:

@@ -26,6 +26,7 @@ def launch(
     each: int,
     body: Callable[[ir.Value, ir.Value], None],
     unless: bool | ir.Value = False,
+    threads: int = BLOCK,
 ) -> None:
     """Emits a launch with one block per ``each`` elements; ``body(block, thread)`` fills it.
 
@@ -35,7 +36,7 @@ def launch(
     if not isinstance(unless, bool):
         count = arith.select(unless, index(0), count)
     grid = arith.ceildivsi(count, index(each))
-    launch = gpu.LaunchOp((grid, one, one), (index(BLOCK), one, one))
+    launch = gpu.LaunchOp((grid, one, one), (index(threads), one, one))
     number = names[kind] = names.get(kind, -1) + 1
     launch.attributes["module"] = ir.FlatSymbolRefAttr.get("kernels")
     launch.attributes["function"] = ir.FlatSymbolRefAttr.get(f"{kind}_{number}")
@@ -59,21 +60,7 @@ def for_each(
 
 def thread_form(generic: Generic, block: ir.Value, thread: ir.Value) -> None:
     """One thread computes one element of the outputs; reduced loops run inside it, sums in registers."""
-
-    def element(at: list[ir.Value]) -> None:
-        def loop(sizes: list[ir.Value], reduced: list[ir.Value], values: list[ir.Value]) -> list[ir.Value]:
-            if not sizes:
-                return generic.compute(generic.coordinates(at, reduced), values)
-            inner = scf.ForOp(index(0), sizes[0], index(1), values)
-            with ir.InsertionPoint(inner.body):
-                scf.yield_(loop(sizes[1:], [*reduced, inner.induction_variable], list(inner.inner_iter_args)))
-            return list(inner.results)
-
-        reduced_sizes = generic.sizes(parallel=False)
-        first = generic.coordinates(at, [index(0)] * len(reduced_sizes))  # outputs do not depend on them
-        generic.store(loop(reduced_sizes, [], generic.initial(first)), first)
-
-    for_each(block, thread, generic.sizes(parallel=True), element)
+    for_each(block, thread, generic.sizes(parallel=True), generic.element)
 
 
 def wave_form(generic: Generic, combiner: ir.Operation, block: ir.Value, thread: ir.Value) -> None:
@@ -83,30 +70,52 @@ def wave_form(generic: Generic, combiner: ir.Operation, block: ir.Value, thread:
     flat = arith.addi(arith.muli(block, index(BLOCK // WAVE)), arith.divsi(thread, index(WAVE)))
     inside = less(flat, product(sizes))
     at = split(flat, sizes)
-    output = generic.outputs[0]
-    kind = ir.MemRefType(output.type).element_type
+    total = partial(generic, combiner, at, lane, arith.select(inside, length, index(0)), WAVE)
+    total = butterfly(combiner, total)
+    writes = arith.andi(inside, arith.cmpi(arith.CmpIPredicate.eq, lane, index(0)))
+    only = scf.IfOp(writes)
+    with ir.InsertionPoint(only.then_block):
+        finish(generic, combiner, total, at)
+        scf.yield_([])
+
+
+# Parts of reductions, for this form and that of rows.
+
+
+def partial(
+    generic: Generic, combiner: ir.Operation, at: list[ir.Value], first: ir.Value, end: ir.Value, step: int
+) -> ir.Value:
+    """Returns what one thread makes of its part of the reduced axis."""
+    kind = ir.MemRefType(generic.outputs[0].type).element_type
     identity = COMBINERS[combiner.name]
     neutral = arith.constant(kind, identity if isinstance(kind, ir.F32Type) else int(identity))
-
-    def combine(a: ir.Value, b: ir.Value) -> ir.Value:
-        copy = combiner.clone().operation
-        copy.operands[0], copy.operands[1] = a, b
-        return copy.results[0]
-
-    loop = scf.ForOp(lane, arith.select(inside, length, index(0)), index(WAVE), [neutral])
+    loop = scf.ForOp(first, end, index(step), [neutral])
     with ir.InsertionPoint(loop.body):
         scf.yield_(generic.compute(generic.coordinates(at, [loop.induction_variable]), loop.inner_iter_args))
-    total = loop.results[0]
+    return loop.results[0]
+
+
+def combined(combiner: ir.Operation, a: ir.Value, b: ir.Value) -> ir.Value:
+    """Combines two values as a reduction does."""
+    copy = combiner.clone().operation
+    copy.operands[0], copy.operands[1] = a, b
+    return copy.results[0]
+
+
+def butterfly(combiner: ir.Operation, total: ir.Value) -> ir.Value:
+    """Returns, in every lane, the values of all lanes combined."""
     i32 = ir.IntegerType.get_signless(32)
     xor = ir.Attribute.parse("#gpu<shuffle_mode xor>")
     distance = WAVE // 2
     while distance:
         shuffle = gpu.ShuffleOp(total, arith.constant(i32, distance), arith.constant(i32, WAVE), xor)
-        total = combine(total, shuffle.results[0])
+        total = combined(combiner, total, shuffle.results[0])
         distance //= 2
-    writes = arith.andi(inside, arith.cmpi(arith.CmpIPredicate.eq, lane, index(0)))
-    only = scf.IfOp(writes)
-    with ir.InsertionPoint(only.then_block):
-        first = generic.coordinates(at, [index(0)])
-        generic.store([combine(generic.load(generic.inputs_count, first), total)], first)
-        scf.yield_([])
+    return total
+
+
+def finish(generic: Generic, combiner: ir.Operation, total: ir.Value, at: list[ir.Value]) -> None:
+    """Stores a result, combined with what the output holds."""
+    loops = generic.coordinates(at, [index(0)])
+    (start,) = generic.initial(loops)
+    generic.store([total if start is None else combined(combiner, start, total)], loops)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from math import inf
 
 from torch_mlir import ir
-from torch_mlir.dialects import affine, arith, cf, memref
+from torch_mlir.dialects import affine, arith, cf, memref, scf
 
 from spikingbrain.backend_maca.bodies import copy_body
-from spikingbrain.backend_maca.index import size
-from spikingbrain.backend_maca.mlir import source_of
+from spikingbrain.backend_maca.index import index, size
+from spikingbrain.backend_maca.mlir import constant, source_of
 from spikingbrain.errors import UnsupportedOp
 
 WAVE = 64
@@ -90,8 +91,30 @@ class Generic:
         for number, value in enumerate(values, self.inputs_count):
             memref.store(value, self.operands[number], self._at(number, loops))
 
+    def fold_fill(self) -> None:
+        """Lets the op start from a number where its output was filled with it, and nothing else has used that."""
+        if (
+            len(self.outputs) != 1
+            or all(self.parallel)
+            or not isinstance(self.outputs[0].type, ir.MemRefType)
+        ):
+            return
+        places = [e.position for e in self.maps[-1].results if isinstance(e, ir.AffineDimExpr)]
+        if len(set(places)) != ir.MemRefType(self.outputs[0].type).rank:
+            return  # it may not write all that was filled
+        users = {use.owner.operation for use in self.outputs[0].uses} - {self.op}
+        before = itertools.takewhile(lambda v: v.operation != self.op, self.op.block.operations)
+        found = [v.operation for v in before if v.operation in users and v.operation.name != "memref.dim"]
+        number = _filled_with(found[0], self.outputs[0]) if len(found) == 1 else None
+        if number is not None:
+            self.op.attributes["maca.start"] = number
+            found[0].erase()
+
     def initial(self, loops: list[ir.Value]) -> list[ir.Value]:
         """Loads what the outputs hold; outputs that the body does not read are not loaded."""
+        if "maca.start" in self.op.attributes:
+            kind = ir.MemRefType(self.outputs[0].type).element_type
+            return [arith.constant(kind, self.op.attributes["maca.start"])]
         used = [bool(list(a.uses)) for a in list(self.body.arguments)[self.inputs_count :]]
         return [self.load(n, loops) if u else None for n, u in enumerate(used, self.inputs_count)]
 
@@ -100,6 +123,21 @@ class Generic:
         inputs = list(self.body.arguments)[: self.inputs_count]
         loaded = [self.load(n, loops) if list(a.uses) else None for n, a in enumerate(inputs)]
         return copy_body(self.body, [*loaded, *outputs], loops)
+
+    def element(self, at: list[ir.Value]) -> None:
+        """Computes and stores one element of the outputs here; reduced loops run with sums in registers."""
+
+        def loop(sizes: list[ir.Value], reduced: list[ir.Value], values: list[ir.Value]) -> list[ir.Value]:
+            if not sizes:
+                return self.compute(self.coordinates(at, reduced), values)
+            inner = scf.ForOp(index(0), sizes[0], index(1), values)
+            with ir.InsertionPoint(inner.body):
+                scf.yield_(loop(sizes[1:], [*reduced, inner.induction_variable], list(inner.inner_iter_args)))
+            return list(inner.results)
+
+        sizes = self.sizes(parallel=False)
+        first = self.coordinates(at, [index(0)] * len(sizes))  # outputs do not depend on them
+        self.store(loop(sizes, [], self.initial(first)), first)
 
     def wave_combiner(self) -> ir.Operation | None:
         """Returns the op that reduces, when a wave can share the work of it."""
@@ -118,3 +156,20 @@ class Generic:
         short = length != ir.ShapedType.get_dynamic_size() and length < WAVE_FORM_FROM
         shuffles = str(accumulator.type) in SHUFFLED_TYPES and len(list(accumulator.uses)) == 1
         return None if short or not shuffles else last.operation
+
+
+def _filled_with(op: ir.Operation, buffer: ir.Value) -> ir.Attribute | None:
+    """Returns the number that an op fills a buffer with."""
+    if op.name != "linalg.generic" or list(op.operands)[-1] != buffer:
+        return None
+    block = op.regions[0].blocks[0]
+    value = _last(block).operands[0]
+    arguments = list(block.arguments)
+    if value in arguments[:-1] and not isinstance(op.operands[arguments.index(value)].type, ir.MemRefType):
+        value = op.operands[arguments.index(value)]
+    return None if constant(value) is None else value.owner.attributes["value"]
+
+
+def _last(block: ir.Block) -> ir.Operation:
+    *_, last = block.operations
+    return last.operation

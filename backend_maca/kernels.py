@@ -10,15 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from torch_mlir import ir
-from torch_mlir.dialects import arith, memref
+from torch_mlir.dialects import arith, linalg, memref
 
-from spikingbrain.backend_maca import products
+from spikingbrain.backend_maca import products, rows
 from spikingbrain.backend_maca.expand import expand
 from spikingbrain.backend_maca.forms import for_each, launch, thread_form, wave_form
 from spikingbrain.backend_maca.generic import BLOCK, WAVE, Generic
 from spikingbrain.backend_maca.index import index, negated, product, size
 from spikingbrain.backend_maca.launches import GRID_RANK, LAUNCH, outline_launches
 from spikingbrain.backend_maca.mlir import functions, host_ops, nested, parse, run_passes
+from spikingbrain.backend_maca.row_form import row_form, threads_of
 from spikingbrain.passes import dialect
 from spikingbrain.passes.dialect import MULTIPLIES
 
@@ -55,11 +56,15 @@ def build_kernels(text: str, choice: Mapping[str, str]) -> str:
                         _build_product(op, names)
             for op in host_ops(function):
                 if op.name == "memref.copy":
-                    _build_copy(op, names)
-                elif op.name == "linalg.generic":
-                    _build_generic(op, names)
+                    _as_generic(op)
                 elif op.name == LAUNCH and MULTIPLIES in op.attributes and choice["linear"] == "mcblas":
                     _build_linear(op, names)
+            for op in host_ops(function):
+                if op.name == "linalg.generic" and "reduction" in str(op.attributes["iterator_types"]):
+                    Generic(op).fold_fill()
+            for block in _host_blocks(function):
+                for group in rows.groups(block):
+                    _build_group(group, names)
         run_passes(module, FOLD_VIEWS)
         _resolve_metadata(module)
         outline_launches(module)
@@ -141,11 +146,51 @@ def _build_copy(op: ir.Operation, names: dict[str, int], unless: bool | ir.Value
         launch(op, "copy", names, count, BLOCK, body, unless)
 
 
+def _as_generic(op: ir.Operation) -> None:
+    """Replaces a copy by a ``linalg.generic``."""
+    source, target = op.operands
+    kind = ir.MemRefType(target.type)
+    identity = ir.AffineMapAttr.get(ir.AffineMap.get_identity(kind.rank))
+    parallel = ir.Attribute.parse("#linalg.iterator_type<parallel>")
+    with ir.InsertionPoint(op), ir.Location.name("copy", op.location):
+        maps, iterators = ir.ArrayAttr.get([identity] * 2), ir.ArrayAttr.get([parallel] * kind.rank)
+        made = linalg.GenericOp([], [source], [target], maps, iterators)
+        block = made.regions[0].blocks.append(*[ir.MemRefType(v.type).element_type for v in (source, target)])
+        with ir.InsertionPoint(block):
+            linalg.YieldOp([block.arguments[0]])
+    op.erase()
+
+
+def _host_blocks(function: ir.Operation) -> list[ir.Block]:
+    """Returns the blocks whose ops run between kernels."""
+    around = [function, *(op for op in host_ops(function) if op.name in ("scf.for", "scf.if", "scf.while"))]
+    return [region.blocks[0] for op in around for region in op.regions if len(region.blocks)]
+
+
+def _build_group(group: rows.Group, names: dict[str, int]) -> None:
+    """Replaces ops by one kernel: by rows, or for a single op in a form that fills the machine."""
+    ops = [member.generic.op for member in group.members]
+    if len(ops) == 1:
+        _build_generic(ops[0], names)
+        return
+    last, threads = ops[-1], threads_of(group)
+    lines = ir.Location.fused([op.location for op in ops])
+    with ir.InsertionPoint(last), lines:
+        for member in group.members:
+            member.generic.check_sizes()
+        outer = group.members[0].outer(group.choice)
+        count = product(group.members[0].generic.sizes(parallel=True)[:outer])
+        launch(last, "rows", names, count, 1, lambda b, t: row_form(group, b, t, threads), threads=threads)
+    for op in ops[:-1]:
+        op.erase()
+
+
 def _build_generic(op: ir.Operation, names: dict[str, int], unless: bool | ir.Value = False) -> None:
     generic = Generic(op)
     combiner = generic.wave_combiner()
     steps = [v.operation.name for v in generic.body.operations][:-1]
-    kind = "_".join(s.rpartition(".")[2] for s in steps[-3:]) or "fill"
+    kind = "_".join(s.rpartition(".")[2] for s in steps[-3:])
+    kind = kind or ("copy" if generic.inputs_count else "fill")
     with ir.InsertionPoint(op), op.location:
         generic.check_sizes()
         count = product(generic.sizes(parallel=True))

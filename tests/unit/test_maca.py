@@ -448,8 +448,10 @@ def test_the_plan_is_readable() -> None:
     entry = plan["entries"]["main"]
     assert [b["role"] for b in entry["buffers"]] == ["input", "weight", "temporary"]
     assert entry["buffers"][2]["shape"] == [["dim", 0, 0], 5]
-    assert [launch["kernel"] for launch in entry["launches"]] == ["fill_0", "wave_mulf_addf_0"]
-    assert entry["launches"][1]["grid"] == [["ceildiv", ["mul", ["dim", 0, 0], 5], 4], 1, 1]
+    assert [launch["kernel"] for launch in entry["launches"]] == [
+        "wave_mulf_addf_0"
+    ]  # which starts from the fill's 0
+    assert entry["launches"][0]["grid"] == [["ceildiv", ["mul", ["dim", 0, 0], 5], 4], 1, 1]
     assert entry["outputs"] == [{"buffer": 2, "shape": [["dim", 0, 0], 5]}]
 
 
@@ -483,11 +485,9 @@ def test_a_write_outside_a_buffer_is_caught() -> None:
 
 @needs_cxx
 def test_a_temporary_that_nobody_has_written_is_not_a_number() -> None:
-    code = compile_text(gemv(5, 200))  # a fill, then sums on top of it
+    code = compile_text(gemv(5, 200))
     plan = json.loads(code["plan.json"])
-    launches = plan["entries"]["main"]["launches"]
-    assert launches[0]["kernel"] == "fill_0"
-    del launches[0]
+    plan["entries"]["main"]["launches"].clear()
     broken = {**code, "plan.json": json.dumps(plan).encode()}
     (result,) = load(broken, {KEY: random(5, 200)}).call("main", [random(2, 200)])
     assert np.isnan(result).all()

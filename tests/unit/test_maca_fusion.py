@@ -1,0 +1,158 @@
+"""What the MACA backend puts into one kernel: launches counted, results equal to numpy's in every thread order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch_mlir")
+
+from test_maca_ops import program, pytestmark, run  # noqa: F401  (skips without a compiler)
+
+NORM = """
+#x = affine_map<(b, t, d) -> (b, t, d)>
+#r = affine_map<(b, t, d) -> (b, t)>
+#w = affine_map<(b, t, d) -> (d)>
+#s = affine_map<(b, t) -> (b, t)>
+func.func public @main(%x: tensor<?x?xWIDTHxf32>, %w: tensor<WIDTHxf32>) -> tensor<?x?xWIDTHxf32> {
+  %c0 = arith.constant 0 : index
+  %c1 = arith.constant 1 : index
+  %zero = arith.constant 0.0 : f32
+  %n = arith.constant WIDTH.0 : f32
+  %eps = arith.constant 1.0e-6 : f32
+  %b = tensor.dim %x, %c0 : tensor<?x?xWIDTHxf32>
+  %t = tensor.dim %x, %c1 : tensor<?x?xWIDTHxf32>
+  %e = tensor.empty(%b, %t) : tensor<?x?xf32>
+  %f = linalg.fill ins(%zero : f32) outs(%e : tensor<?x?xf32>) -> tensor<?x?xf32>
+  %sum = linalg.generic {indexing_maps = [#x, #r], iterator_types = ["parallel", "parallel", "reduction"]}
+      ins(%x : tensor<?x?xWIDTHxf32>) outs(%f : tensor<?x?xf32>) {
+    ^bb0(%a: f32, %o: f32):
+      %0 = arith.mulf %a, %a : f32
+      %1 = arith.addf %o, %0 : f32
+      linalg.yield %1 : f32
+  } -> tensor<?x?xf32>
+  %scale = linalg.generic {indexing_maps = [#s, #s], iterator_types = ["parallel", "parallel"]}
+      ins(%sum : tensor<?x?xf32>) outs(%e : tensor<?x?xf32>) {
+    ^bb0(%a: f32, %o: f32):
+      %0 = arith.divf %a, %n : f32
+      %1 = arith.addf %0, %eps : f32
+      %2 = math.rsqrt %1 : f32
+      linalg.yield %2 : f32
+  } -> tensor<?x?xf32>
+  %y0 = tensor.empty(%b, %t) : tensor<?x?xWIDTHxf32>
+  %y = linalg.generic {indexing_maps = [#x, #r, #w, #x], iterator_types = ["parallel", "parallel", "parallel"]}
+      ins(%x, %scale, %w : tensor<?x?xWIDTHxf32>, tensor<?x?xf32>, tensor<WIDTHxf32>)
+      outs(%y0 : tensor<?x?xWIDTHxf32>) {
+    ^bb0(%a: f32, %s: f32, %g: f32, %o: f32):
+      %0 = arith.mulf %a, %s : f32
+      %1 = arith.mulf %0, %g : f32
+      linalg.yield %1 : f32
+  } -> tensor<?x?xWIDTHxf32>
+  return %y : tensor<?x?xWIDTHxf32>
+}"""
+
+
+def launches(loaded: Any) -> list[str]:
+    return [step["kernel"] for step in loaded.plan["entries"]["main"]["launches"]]
+
+
+@pytest.mark.parametrize("width", [5, 200, 3000])
+def test_a_norm_is_one_kernel(width: int) -> None:
+    loaded = program(NORM.replace("WIDTH", str(width)))
+    assert launches(loaded) == ["rows_0"]
+    for shape in ((2, 3), (1, 1), (0, 4)):
+        x, w = (
+            np.random.default_rng(0).standard_normal((2, *shape, width), np.float32)[0],
+            np.ones(width, np.float32),
+        )
+        w += np.arange(width, dtype=np.float32) / width
+        (y,) = run(loaded, x, w)
+        exact = x.astype(np.float64)
+        exact = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-6) * w
+        np.testing.assert_allclose(y, exact, rtol=1e-5, atol=1e-6)
+
+
+SOFTMAX = """
+#x = affine_map<(i, j) -> (i, j)>
+#r = affine_map<(i, j) -> (i)>
+func.func public @main(%x: tensor<4x?xf32>) -> tensor<4x?xf32> {
+  %c1 = arith.constant 1 : index
+  %zero = arith.constant 0.0 : f32
+  %low = arith.constant 0xFF800000 : f32
+  %n = tensor.dim %x, %c1 : tensor<4x?xf32>
+  %e = tensor.empty() : tensor<4xf32>
+  %f = linalg.fill ins(%low : f32) outs(%e : tensor<4xf32>) -> tensor<4xf32>
+  %m = linalg.generic {indexing_maps = [#x, #r], iterator_types = ["parallel", "reduction"]}
+      ins(%x : tensor<4x?xf32>) outs(%f : tensor<4xf32>) {
+    ^bb0(%a: f32, %o: f32):
+      %0 = arith.maximumf %a, %o : f32
+      linalg.yield %0 : f32
+  } -> tensor<4xf32>
+  %p0 = tensor.empty(%n) : tensor<4x?xf32>
+  %p = linalg.generic {indexing_maps = [#x, #r, #x], iterator_types = ["parallel", "parallel"]}
+      ins(%x, %m : tensor<4x?xf32>, tensor<4xf32>) outs(%p0 : tensor<4x?xf32>) {
+    ^bb0(%a: f32, %b: f32, %o: f32):
+      %0 = arith.subf %a, %b : f32
+      %1 = math.exp %0 : f32
+      linalg.yield %1 : f32
+  } -> tensor<4x?xf32>
+  %z = linalg.fill ins(%zero : f32) outs(%e : tensor<4xf32>) -> tensor<4xf32>
+  %s = linalg.generic {indexing_maps = [#x, #r], iterator_types = ["parallel", "reduction"]}
+      ins(%p : tensor<4x?xf32>) outs(%z : tensor<4xf32>) {
+    ^bb0(%a: f32, %o: f32):
+      %0 = arith.addf %a, %o : f32
+      linalg.yield %0 : f32
+  } -> tensor<4xf32>
+  %y = linalg.generic {indexing_maps = [#x, #r, #x], iterator_types = ["parallel", "parallel"]}
+      ins(%p, %s : tensor<4x?xf32>, tensor<4xf32>) outs(%p0 : tensor<4x?xf32>) {
+    ^bb0(%a: f32, %b: f32, %o: f32):
+      %0 = arith.divf %a, %b : f32
+      linalg.yield %0 : f32
+  } -> tensor<4x?xf32>
+  return %y : tensor<4x?xf32>
+}"""
+
+
+def test_a_softmax_is_one_kernel() -> None:
+    loaded = program(SOFTMAX)
+    assert launches(loaded) == ["rows_0"]
+    for length in (1, 63, 700):
+        x = np.random.default_rng(0).standard_normal((4, length), np.float32) * 9
+        exact = np.exp(x.astype(np.float64) - x.max(1, keepdims=True))
+        (y,) = run(loaded, x)
+        np.testing.assert_allclose(y, exact / exact.sum(1, keepdims=True), rtol=1e-5, atol=1e-7)
+
+
+TRANSPOSED = """
+#a = affine_map<(i, j) -> (i, j)>
+#t = affine_map<(i, j) -> (j, i)>
+func.func public @main(%x: tensor<?x300xf32>) -> (tensor<?x300xf32>, tensor<300x?xf32>) {
+  %c0 = arith.constant 0 : index
+  %m = tensor.dim %x, %c0 : tensor<?x300xf32>
+  %e = tensor.empty(%m) : tensor<?x300xf32>
+  %y = linalg.generic {indexing_maps = [#a, #a], iterator_types = ["parallel", "parallel"]}
+      ins(%x : tensor<?x300xf32>) outs(%e : tensor<?x300xf32>) {
+    ^bb0(%a: f32, %o: f32):
+      %0 = math.exp %a : f32
+      linalg.yield %0 : f32
+  } -> tensor<?x300xf32>
+  %g = tensor.empty(%m) : tensor<300x?xf32>
+  %z = linalg.generic {indexing_maps = [#t, #a], iterator_types = ["parallel", "parallel"]}
+      ins(%y : tensor<?x300xf32>) outs(%g : tensor<300x?xf32>) {
+    ^bb0(%a: f32, %o: f32):
+      %0 = arith.addf %a, %a : f32
+      linalg.yield %0 : f32
+  } -> tensor<300x?xf32>
+  return %y, %z : tensor<?x300xf32>, tensor<300x?xf32>
+}"""
+
+
+def test_ops_that_read_other_rows_stay_apart() -> None:
+    loaded = program(TRANSPOSED)
+    assert len(launches(loaded)) == 2
+    x = np.random.default_rng(0).standard_normal((7, 300), np.float32)
+    y, z = run(loaded, x)
+    np.testing.assert_allclose(y, np.exp(x), rtol=1e-6)
+    np.testing.assert_array_equal(z, (y + y).T)
