@@ -49,7 +49,7 @@ def find() -> Device:
         return Device("interpreter", "cpu", "Triton's interpreter")
     if not torch.cuda.is_available():
         raise TargetError(
-            "torch.compile cannot run target 'maca' here",
+            "target 'maca' cannot run inside torch here",
             why=f"torch {torch.__version__} has no MetaX or NVIDIA device",
             hint="a machine with such a device and its build of torch; spikingbrain.export(..., target='maca') needs none",
         )
@@ -58,7 +58,7 @@ def find() -> Device:
         return Device("metax", "cuda", name)
     if torch.version.cuda is None:
         raise TargetError(
-            "torch.compile cannot run target 'maca' here",
+            "target 'maca' cannot run inside torch here",
             why=f"{name} is neither a MetaX nor an NVIDIA device",
             hint="target 'cpu', with the tensors in the CPU's memory",
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -119,8 +120,20 @@ def test_no_device_is_one_error(no_device_known: pytest.MonkeyPatch) -> None:
     no_device_known.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(TargetError) as caught:
         spikingbrain.compile(torch.nn.Identity(), target="maca")
-    assert str(caught.value).startswith("torch.compile cannot run target 'maca' here\n  because: torch ")
+    assert str(caught.value).startswith("target 'maca' cannot run inside torch here\n  because: torch ")
     assert "has no MetaX or NVIDIA device" in str(caught.value)
+
+
+def test_the_benchmark_says_that_it_needs_a_gpu(
+    no_device_known: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    no_device_known.setattr(torch.cuda, "is_available", lambda: False)
+    script = Path(__file__).parents[2] / "benchmarks" / "triton_kernels.py"
+    no_device_known.setattr(sys, "argv", [str(script)])
+    no_device_known.syspath_prepend(str(script.parent))
+    runpy.run_path(str(script), run_name="__main__")
+    told = capsys.readouterr().out
+    assert told.startswith("nothing is measured: this benchmark needs a GPU\ntarget 'maca' cannot run")
 
 
 def test_a_device_takes_the_ops_on_it(no_device_known: pytest.MonkeyPatch) -> None:
