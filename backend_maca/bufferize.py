@@ -21,7 +21,8 @@ def bufferize(text: str) -> str:
     """Puts tensors into buffers; weights and constant tensors become trailing arguments of the entries.
 
     An argument attribute says what it holds: ``spikingbrain.weight`` (the key) or ``spikingbrain.constant``
-    (the elements). Arguments are never written.
+    (the elements). Of the arguments, only those are written that the function's attribute ``spikingbrain.donated`` lists, the
+    state: it is updated in place.
     """
     with dialect.load() as context:
         module = parse(text, context)
@@ -86,9 +87,26 @@ def _take_arguments(function: ir.Operation) -> None:
     function.attributes["function_type"] = ir.TypeAttr.get(
         ir.FunctionType.get([a.type for a in entry.arguments], results)
     )
-    readonly = {"bufferization.writable": ir.BoolAttr.get(False)}
-    merged = [{**{named.name: named.attr for named in a}, **readonly} for a in attributes]
-    view.arg_attrs = [ir.DictAttr.get(a) for a in merged]
+    donated = {a.value for a in function.attributes.get("spikingbrain.donated", ())}
+    *_, end = entry.operations
+    returned = [_viewed(value) for value in end.operation.operands]
+    merged = []
+    for number, (argument, a) in enumerate(zip(entry.arguments, attributes, strict=True)):
+        writable = number in donated and argument not in returned  # what is returned as it came in stays so
+        mine = {named.name: named.attr for named in a}
+        mine["bufferization.writable"] = ir.BoolAttr.get(writable)
+        if writable:
+            mine["spikingbrain.state"] = ir.UnitAttr.get()
+        merged.append(ir.DictAttr.get(mine))
+    view.arg_attrs = merged
+
+
+def _viewed(value: ir.Value) -> ir.Value:
+    """Returns the tensor that reshapes and slices look at."""
+    names = ("tensor.expand_shape", "tensor.collapse_shape", "tensor.cast", "tensor.extract_slice")
+    while not isinstance(value.owner, ir.Block) and value.owner.operation.name in names:
+        value = value.owner.operation.operands[0]
+    return value
 
 
 def _copy_reshaped_slices(function: ir.Operation) -> None:

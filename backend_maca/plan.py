@@ -164,6 +164,8 @@ class _Entry:
     def _add_argument(self, value: ir.Value, attributes: ir.DictAttr) -> None:
         number = len(self.buffers)
         record: dict[str, Any] = {"role": "input"}
+        if "spikingbrain.state" in attributes:
+            record["donated"] = True  # it may be written: a result lies there
         if "spikingbrain.weight" in attributes:
             record = {"role": "weight", "key": attributes["spikingbrain.weight"].value}
         elif "spikingbrain.constant" in attributes:

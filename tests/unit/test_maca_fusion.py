@@ -156,3 +156,40 @@ def test_ops_that_read_other_rows_stay_apart() -> None:
     y, z = run(loaded, x)
     np.testing.assert_allclose(y, np.exp(x), rtol=1e-6)
     np.testing.assert_array_equal(z, (y + y).T)
+
+
+STEP = """
+#v = affine_map<(i) -> (i)>
+func.func public @main(%x: tensor<?xf32>, %s: tensor<?xf32>, %k: tensor<?xf32>) -> (tensor<?xf32>, tensor<?xf32>, tensor<?xf32>)
+    DONATED {
+  %r = linalg.generic {indexing_maps = [#v, #v], iterator_types = ["parallel"]}
+      ins(%x : tensor<?xf32>) outs(%s : tensor<?xf32>) {
+    ^bb0(%a: f32, %o: f32):
+      %0 = arith.addf %a, %o : f32
+      linalg.yield %0 : f32
+  } -> tensor<?xf32>
+  %c0 = arith.constant 0 : index
+  %n = tensor.dim %x, %c0 : tensor<?xf32>
+  %e = tensor.empty(%n) : tensor<?xf32>
+  %y = linalg.generic {indexing_maps = [#v, #v], iterator_types = ["parallel"]}
+      ins(%r : tensor<?xf32>) outs(%e : tensor<?xf32>) {
+    ^bb0(%a: f32, %o: f32):
+      %0 = arith.mulf %a, %a : f32
+      linalg.yield %0 : f32
+  } -> tensor<?xf32>
+  return %y, %r, %k : tensor<?xf32>, tensor<?xf32>, tensor<?xf32>
+}"""
+
+
+@pytest.mark.parametrize("donated", [True, False])
+def test_state_is_updated_where_it_lies(donated: bool) -> None:
+    loaded = program(STEP.replace("DONATED", "attributes {spikingbrain.donated = [1, 2]}" if donated else ""))
+    x, s, k = np.random.default_rng(0).standard_normal((3, 400), np.float32)
+    given, before = loaded.to_device(s), s.copy()
+    y, new, same = loaded.call("main", [x, given, k])
+    np.testing.assert_array_equal(new, before + x)
+    np.testing.assert_array_equal(y, new * new)
+    np.testing.assert_array_equal(same, k)
+    assert np.shares_memory(new, given) is donated
+    if not donated:
+        np.testing.assert_array_equal(given, before)
