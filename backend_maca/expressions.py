@@ -20,6 +20,7 @@ from spikingbrain.backend_maca.subset import (
     FLOAT_CALLS,
     FLOAT_OPS,
     LARGER_AND_SMALLER,
+    ONE_BIT_OPS,
     SIGNED_OPS,
     UNSIGNED_OPS,
     WRAPPING_OPS,
@@ -121,6 +122,8 @@ class Expressions:
         if name in FLOAT_CALLS:
             call = FLOAT_CALLS[name] + ("f" if kind == "f32" else "")
             return f"{call}({', '.join(self.text[v] for v in op.operands)})"
+        if kind == "i1" and name in ONE_BIT_OPS:
+            return f" {ONE_BIT_OPS[name]} ".join(operands)
         if name in WRAPPING_OPS:
             if kind == "index":
                 return f" {WRAPPING_OPS[name]} ".join(operands)
@@ -142,6 +145,9 @@ class Expressions:
             return self._narrow(kind, f" {BIT_OPS[name][kind == 'i1']} ".join(operands))
         if name == "arith.cmpi":
             sign = COMPARE_INTS[op.attributes["predicate"].value]
+            if kind == "i1":  # as a signed number true is -1, below false
+                words = operands[::-1] if sign[0] in "<>" else operands
+                return " ".join([words[0], sign.lstrip("u"), words[1]])
             casts = sign[0] == "u" and not plain
             words = [self._unsigned(kind, o) for o in operands] if casts else operands
             return " ".join([words[0], sign.lstrip("u"), words[1]])

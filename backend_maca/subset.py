@@ -62,6 +62,16 @@ LARGER_AND_SMALLER = {
     "arith.minui": "sb_smaller",
 }
 BIT_OPS = {"arith.andi": ("&", "&&"), "arith.ori": ("|", "||"), "arith.xori": ("^", "!=")}  # integers, i1
+# Arithmetic on i1, modulo 2; as a signed number true is -1.
+ONE_BIT_OPS = {
+    "arith.addi": "!=",
+    "arith.subi": "!=",
+    "arith.muli": "&&",
+    "arith.maxui": "||",
+    "arith.minui": "&&",
+    "arith.maxsi": "&&",
+    "arith.minsi": "||",
+}
 # By the number of the predicate; a leading u compares as unsigned.
 COMPARE_INTS = ["==", "!=", "<", "<=", ">", ">=", "u<", "u<=", "u>", "u>="]
 COMPARE_FLOATS = [
@@ -160,9 +170,8 @@ def _verify_types(op: ir.Operation) -> None:
     functions = op.name in FLOAT_CALLS or op.name in EXTREMES or op.name == "math.rsqrt"
     if functions and first not in ("f32", "f64"):
         _refuse(op, f"it works on f32 or f64, not {first}")
-    orders = op.name == "arith.cmpi" and op.attributes["predicate"].value > 1
-    if first == "i1" and (orders or any(op.name in table for table in _INTEGER_TABLES)):
-        _refuse(op, "i1 has no arithmetic and no order")
+    if first == "i1" and op.name not in ONE_BIT_OPS and any(op.name in table for table in _INTEGER_TABLES):
+        _refuse(op, "one bit is not divided or shifted")
 
 
 def _verify_vector(op: ir.Operation, kind: ir.VectorType) -> None:

@@ -352,6 +352,38 @@ def test_votes_bits_and_casts(feature: Callable[..., Array]) -> None:
     np.testing.assert_array_equal(got, want.astype(np.int32))
 
 
+BIT_OPS = ["addi", "subi", "muli", "maxui", "minui", "maxsi", "minsi"]
+ORDERS = ["eq", "ne", "slt", "sle", "sgt", "sge", "ult", "ule", "ugt", "uge"]
+
+
+def bits(operation: str, row: int) -> str:
+    return f"""
+      %r{row} = arith.{operation} %a, %b : i1
+      %o{row} = arith.constant {row} : index
+      memref.store %r{row}, %out[%o{row}, %t] : memref<{len(BIT_OPS) + len(ORDERS)}x64xi1>
+    """
+
+
+case(
+    "one_bit",
+    "%a = memref.load %in0[%t] : memref<64xi1>\n%b = memref.load %in1[%t] : memref<64xi1>\n"
+    + "".join(bits(op, row) for row, op in enumerate(BIT_OPS))
+    + "".join(bits(f"cmpi {order},", len(BIT_OPS) + row) for row, order in enumerate(ORDERS)),
+    *("64xi1; 64xi1", f"{len(BIT_OPS) + len(ORDERS)}x64xi1"),
+)
+
+
+@needs_cxx
+def test_numbers_of_one_bit(feature: Callable[..., Array]) -> None:
+    """Arithmetic is modulo 2; as a signed number true is -1."""
+    a, b = np.arange(64) % 2 == 1, np.arange(64) // 2 % 2 == 1
+    x, y = -a.astype(int), -b.astype(int)  # signed
+    u, v = a.astype(int), b.astype(int)
+    want = [a ^ b, a ^ b, a & b, a | b, a & b, np.maximum(x, y), np.minimum(x, y)]
+    want += [a == b, a != b, x < y, x <= y, x > y, x >= y, u < v, u <= v, u > v, u >= v]
+    np.testing.assert_array_equal(feature("one_bit", a, b), np.array(want).astype(bool))
+
+
 # Name in MLIR -> a function of numpy's, and what the argument in (0, 1) is multiplied by.
 MATHS: dict[str, tuple[Callable[[Array], Array], float]] = {
     **{
