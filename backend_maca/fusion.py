@@ -11,6 +11,7 @@ import re
 
 from torch_mlir import ir
 
+from spikingbrain.backend_maca.carried import VIEWS
 from spikingbrain.backend_maca.mlir import functions, host_ops, parse, run_passes
 from spikingbrain.passes import dialect
 
@@ -85,6 +86,8 @@ def _copy_for_uses(op: ir.Operation) -> None:
     """Gives each use in another ``linalg.generic`` a copy of a cheap elementwise op."""
     if any("reduction" in str(a) for a in op.attributes["iterator_types"]) or len(op.results) != 1:
         return
+    if any(_is_state(v) for v in op.operands) or list(list(op.regions[0].blocks[0].arguments)[-1].uses):
+        return  # read again later, state could not be updated in place before
     uses = list(op.results[0].uses)
     steps = [v.operation.name for v in op.regions[0].blocks[0].operations]
     costly = sum(name.startswith(COSTLY) for name in steps)
@@ -107,3 +110,14 @@ def _copy_for_results(op: ir.Operation) -> None:
             with ir.InsertionPoint(user):
                 copy = op.clone()
             user.operands[use.operand_number] = copy.results[0]
+
+
+def _is_state(value: ir.Value) -> bool:
+    """Returns whether a tensor is, or is a view of, an argument that may be written."""
+    while not isinstance(value.owner, ir.Block):
+        if value.owner.operation.name not in VIEWS:
+            return False
+        value = value.owner.operation.operands[0]
+    function = value.owner.owner.operation
+    donated = {a.value for a in function.attributes.get("spikingbrain.donated", ())}
+    return value in [a for i, a in enumerate(value.owner.arguments) if i in donated]
