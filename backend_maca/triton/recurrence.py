@@ -15,6 +15,7 @@ from spikingbrain.backend_maca.triton.dots import DOTS, tile
 AXES = {"none": 0, "head": 1, "key": 2}
 # Steps, keys or values of a block. At 64 float32 numbers a side, NVIDIA's registers spill.
 LARGEST = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}
+STEP_KEYS, STEP_VALUES = 256, 32  # of a tile of the state where there is one step
 ROWS = 16  # rows that share a reference point where each key has a gate; the least that a dot takes
 GRID_LIMIT = 65535  # programs along the second and third axis
 
@@ -119,9 +120,19 @@ def forward(
         return q.new_empty(*q.shape[:3], plan.value_size), zeros if state is None else state.clone()
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     gates = q if decay is None else decay.contiguous()
-    states, last = plan.carry(k, v, gates, None if state is None else state.contiguous(), backward=False)
-    scores = plan.scores(q, k, gates, plan.axis)
+    state = None if state is None else state.contiguous()
     o = q.new_empty(*q.shape[:3], plan.value_size)
+    if plan.steps == 1 and plan.key_size <= STEP_KEYS:
+        last = q.new_empty(plan.batch, plan.states, plan.key_size, plan.value_size, dtype=torch.float32)
+        kernels.one_step[plan.batch * plan.states, -(-plan.value_size // STEP_VALUES)](
+            q, k, v, gates, last if state is None else state, o, last,
+            plan.states, plan.groups, plan.key_size, plan.value_size,
+            DECAY=plan.axis, EXCLUSIVE=exclusive, HAS_FIRST=state is not None,
+            BK=tile(plan.key_size, STEP_KEYS), BV=STEP_VALUES, num_warps=WARPS, num_stages=1,
+        )  # fmt: skip
+        return o, last
+    states, last = plan.carry(k, v, gates, state, backward=False)
+    scores = plan.scores(q, k, gates, plan.axis)
     grid = (plan.blocks, plan.batch * plan.heads, -(-plan.value_size // plan.value_tile))
     kernels.read_states[grid](
         q, v, gates, states, scores, o,

@@ -201,6 +201,39 @@ def read_states(
 
 
 @triton.jit
+def one_step(
+    query, key, value, decay, first_state, out, last_state, S, G, K, V,
+    DECAY: tl.constexpr, EXCLUSIVE: tl.constexpr, HAS_FIRST: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Stores o of G heads and the next state of one state, for a tile of values and all keys, where there is one step."""
+    which = tl.program_id(0).to(tl.int64)
+    keys = tl.arange(0, BK)
+    values = tl.program_id(1) * BV + tl.arange(0, BV)
+    matrix = which * K * V + keys[:, None] * V + values[None, :]
+    inside = (keys < K)[:, None] & (values < V)[None, :]
+    k = tl.load(key + which * K + keys, mask=keys < K, other=0.0).to(tl.float32)
+    v = tl.load(value + which * V + values, mask=values < V, other=0.0).to(tl.float32)
+    state = tl.zeros([BK, BV], dtype=tl.float32)
+    if HAS_FIRST:
+        state = tl.load(first_state + matrix, mask=inside, other=0.0)
+    following = state
+    if DECAY == 1:
+        following = following * tl.exp(tl.load(decay + which).to(tl.float32))
+    if DECAY == 2:
+        g = tl.load(decay + which * K + keys, mask=keys < K, other=0.0).to(tl.float32)
+        following = following * tl.exp(g)[:, None]
+    following += k[:, None] * v[None, :]
+    tl.store(last_state + matrix, following, mask=inside)
+    if not EXCLUSIVE:
+        state = following
+    for group in range(G):
+        head = which * G + group
+        q = tl.load(query + head * K + keys, mask=keys < K, other=0.0).to(tl.float32)
+        o = tl.sum(q[:, None] * state, 0)
+        tl.store(out + head * V + values, o.to(out.dtype.element_ty), mask=values < V)
+
+
+@triton.jit
 def value_gradients(
     key, of_out, decay, of_states, scores, of_value, steps, blocks, S, G, K, V,
     DECAY: tl.constexpr, DOT: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,

@@ -117,6 +117,8 @@ def problems() -> dict[str, Callable[[], Any]]:
         q, k = empty(1, 2048, 8, 128, dtype=dtype), empty(1, 2048, 4, 128, dtype=dtype)
         decay = {"none": None, "head": k[..., 0], "key": k}[axis]
         state = empty(1, 4, 128, 128)
+        one = None if decay is None else decay[:, :1]
+        recurrence.forward(q[:, :1], k[:, :1], k[:, :1], one, state, axis, False)
         recurrence.forward(q, k, k, decay, state, axis, False)
         recurrence.backward(q, state, q, k, k, decay, state, axis, False)
 

@@ -15,7 +15,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 # Errors relative to the largest value: of float32 sums, and of operands rounded to 8 or 11 bits.
 BOUNDS = {"bfloat16": 1e-2, "attention in bfloat16": 1e-2, "float16": 2e-3, "elements in float16": 1e-3}
 CASES = """
-no decay/no decay, exclusive, one step/no steps/gates of heads, extreme/gates of heads, exclusive
+no decay/no decay, exclusive, one step/no steps/one step, gates of keys
+one step, gates of heads, extreme/gates of heads, extreme/gates of heads, exclusive
 gates of keys, extreme/gates of keys, exclusive/bfloat16/float16
 elements, factors of any sign/elements, logarithms, backwards/elements in float16
 causal/window and sinks, later queries/many sinks/one query/no queries/attention in bfloat16
@@ -38,7 +39,14 @@ def found() -> dict[str, dict[str, float]]:
     return made
 
 
-@pytest.mark.parametrize("case", [c for line in CASES.strip().splitlines() for c in line.split("/")])
+NAMES = [name for line in CASES.strip().splitlines() for name in line.split("/")]
+
+
+def test_every_case_is_judged(found: dict[str, dict[str, float]]) -> None:
+    assert sorted(found) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("case", NAMES)
 def test_kernel(case: str, found: dict[str, dict[str, float]]) -> None:
     errors = found[case]
     empty = case.startswith("no ") and case.split()[1] in ("queries", "rows")

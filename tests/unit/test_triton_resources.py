@@ -47,6 +47,7 @@ def test_launches_are_recorded_and_kernels_put_back() -> None:
         resources.problems()["recurrence head float32"]()
         assert resources.recurrence_kernels.carry_states is not kernel
     assert resources.recurrence_kernels.carry_states is kernel
-    # forward: states, scores, outputs; backward: states both ways, scores and their gradients, those of v, q and k
-    assert len(launches) == 3 + 7
+    # one step: all in one; forward: states, scores, outputs;
+    # backward: states both ways, scores and their gradients, those of v, q and k
+    assert len(launches) == 1 + 3 + 7
     assert all(launch.options == {"num_warps": 4, "num_stages": 1} for launch in launches)

@@ -120,6 +120,8 @@ def main() -> None:
     torch.set_num_threads(1)
     recur("no decay", 37, "none", False)
     recur("no decay, exclusive, one step", 1, "none", True)
+    recur("one step, gates of keys", 1, "key", False, heads=4, states=2)
+    recur("one step, gates of heads, extreme", 1, "head", False, states=2, gates=extreme)
     recur("no steps", 0, "key", False)
     recur("gates of heads, extreme", 70, "head", False, states=2, gates=extreme)
     recur("gates of heads, exclusive", 37, "head", True)
