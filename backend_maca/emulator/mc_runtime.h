@@ -5,6 +5,7 @@
 #include <math.h>
 #include <stdint.h>
 
+#include <type_traits>
 #include <utility>
 
 #include "sb_machine.h"
@@ -76,11 +77,19 @@ SB_UNCHECKED void body(const void* kernel, void** arguments) {
   call(typed, arguments, std::make_index_sequence<sizeof...(A)>{});
 }
 
+template <class T>
+constexpr bool writable = false;
+template <class T>
+constexpr bool writable<T*> = true;
+template <class T>
+constexpr bool writable<const T*> = false;
+
 template <class... A>
 const char* launch(void (*kernel)(A...), const unsigned* grid, const unsigned* block, unsigned shared, void** arguments,
                    int order) {
-  return sb_run(body<A...>, reinterpret_cast<const void*>(kernel), grid, block, shared, arguments, order,
-                __start_sb_shared, __stop_sb_shared);
+  static constexpr bool kinds[] = {writable<std::remove_cv_t<A>>..., false};
+  return sb_run(body<A...>, reinterpret_cast<const void*>(kernel), grid, block, shared, arguments, kinds, sizeof...(A),
+                order, __start_sb_shared, __stop_sb_shared);
 }
 
 }  // namespace sb

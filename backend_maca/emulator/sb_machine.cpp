@@ -6,8 +6,8 @@
 //   - a thread that has left the kernel never counts as arrived: barriers reached by only some threads are faults;
 //   - threads that meet must meet at the same line, and lanes must name the whole wave in their mask;
 //   - every load and store, by calls that the compiler inserts (those of -fsanitize=thread): it must lie inside an
-//     argument's buffer or in shared memory; a value that another thread wrote may be read only behind a barrier of
-//     the block, and one element is written by only one thread until then;
+//     argument's buffer or in shared memory; between two barriers of the block, an element that one thread writes is
+//     read and written by no other;
 //   - shared memory reads as not-a-number until the block has written it;
 //   - indices into arrays of known size, alignment of vectors, division by zero (by calls of -fsanitize=undefined).
 // A fault ends the launch with a message; the process goes on.
@@ -27,7 +27,7 @@ extern char _end[] __attribute__((visibility("hidden")));
 
 namespace {
 
-constexpr unsigned kWave = 64, kMaxThreads = 1024, kMaxBuffers = 64, kBarriers = (1 << 22) - 1;
+constexpr unsigned kWave = 64, kMaxThreads = 1024, kMaxBuffers = 64, kBarriers = (1 << 21) - 1;
 constexpr unsigned long long kFullWave = ~0ULL;
 constexpr size_t kStack = 64 << 10, kSharedBytes = 64 << 10;
 const unsigned char kPoison[] = {0xCD, 0xFF};  // f32, f16 and bf16 of these bytes are not-a-number, integers are odd
@@ -92,16 +92,17 @@ struct Thread {
   bool done;
 };
 
-// Who wrote a byte last: the block's number among all ever run, how many barriers the block had passed, the thread.
-struct Writer {
-  uint64_t block : 32, barriers : 22, thread : 10;
+// Who wrote or read a byte last: the block's number among all ever run, how many barriers the block had passed, the
+// thread, and whether other threads did, too, since that barrier.
+struct Access {
+  uint64_t block : 32, barriers : 21, several : 1, thread : 10;
 };
 struct Buffer {
   const char* start;
   uint64_t bytes;
-  Writer* writers;
-  uint64_t writers_bytes;
-  uint32_t last_written;  // in which block
+  Access *writers, *readers;
+  uint64_t noted_bytes;  // for which there are writers and readers
+  bool writable;
 };
 
 struct Machine {
@@ -301,48 +302,56 @@ __attribute__((noinline)) void outside(const char* at, size_t size, bool write, 
        (unsigned long long)b.bytes);
 }
 
-// Whether another thread of this launch may have written a byte at the same time. (In shared memory, a block sees no
+// Whether another thread of this launch may have used a byte at the same time. (In shared memory, a block sees no
 // other's.)
-bool races(const Writer& writer, bool shared) {
-  if (writer.block != m.block_number) return !shared && writer.block >= m.first_block;
-  return writer.thread != m.running->number && writer.barriers == (m.meeting.round & kBarriers);
+bool races(const Access& other, bool shared) {
+  if (other.block != m.block_number) return !shared && other.block >= m.first_block;
+  return (other.several || other.thread != m.running->number) && other.barriers == (m.meeting.round & kBarriers);
 }
 
-__attribute__((noinline)) void report_race(const Writer& w, bool shared, bool write, const void* caller) {
-  const char* owner = w.block == m.block_number ? "the block" : "another block";
-  fail("%s %s %s memory that thread %u of %s has written, without a barrier between them", source_line(caller),
-       write ? "writes" : "reads", shared ? "shared" : "global", unsigned(w.thread), owner);
+__attribute__((noinline)) void report_race(const Access& other, bool shared, const char* verb, const char* done,
+                                           const void* caller) {
+  const char* owner = other.block == m.block_number ? "the block" : "another block";
+  fail("%s %s %s memory that thread %u of %s has %s, without a barrier between them", source_line(caller), verb,
+       shared ? "shared" : "global", unsigned(other.thread), owner, done);
 }
 
-__attribute__((noinline)) void make_writers(Buffer& buffer) {
+__attribute__((noinline)) void make_notes(Buffer& buffer) {
   free(buffer.writers);
-  buffer.writers = static_cast<Writer*>(calloc(buffer.bytes, sizeof(Writer)));
-  buffer.writers_bytes = buffer.bytes;
+  free(buffer.readers);
+  buffer.writers = static_cast<Access*>(calloc(buffer.bytes, sizeof(Access)));
+  buffer.readers = static_cast<Access*>(calloc(buffer.bytes, sizeof(Access)));
+  buffer.noted_bytes = buffer.bytes;
 }
 
 // The sizes below are constants where they are called often, so these are compiled once for each.
 #define SB_EACH_SIZE inline __attribute__((always_inline))
 
+SB_EACH_SIZE Access own_access() { return {m.block_number, m.meeting.round & kBarriers, 0, m.running->number}; }
+
 SB_EACH_SIZE void note_write(Buffer& buffer, bool shared, const char* at, size_t size, const void* caller) {
-  if (buffer.writers_bytes < buffer.bytes) make_writers(buffer);
-  buffer.last_written = m.block_number;
-  const Writer self = {m.block_number, m.meeting.round & kBarriers, m.running->number};
-  Writer* writers = buffer.writers + (at - buffer.start);
-  for (size_t i = 0; i < size; ++i) {
-    if (races(writers[i], shared)) report_race(writers[i], shared, true, caller);
-    writers[i] = self;
+  if (buffer.noted_bytes < buffer.bytes) make_notes(buffer);
+  const Access self = own_access();
+  const size_t start = at - buffer.start;
+  for (size_t i = start; i < start + size; ++i) {
+    if (races(buffer.writers[i], shared)) report_race(buffer.writers[i], shared, "writes", "written", caller);
+    if (races(buffer.readers[i], shared)) report_race(buffer.readers[i], shared, "writes", "read", caller);
+    buffer.writers[i] = self;
   }
 }
 
 SB_EACH_SIZE void note_read(Buffer& buffer, bool shared, char* at, size_t size, const void* caller) {
-  const bool none_written = buffer.last_written < m.first_block;
-  if (none_written && !shared) return;
+  if (!buffer.writable) return;
+  if (buffer.noted_bytes < buffer.bytes) make_notes(buffer);
+  Access self = own_access();
   const size_t start = at - buffer.start;
   for (size_t i = start; i < start + size; ++i) {
-    if (shared && (none_written || buffer.writers[i].block != m.block_number))
-      at[i - start] = kPoison[i & 1];
-    else if (races(buffer.writers[i], shared))
-      report_race(buffer.writers[i], shared, false, caller);
+    const Access writer = buffer.writers[i], reader = buffer.readers[i];
+    if (shared && writer.block != m.block_number) at[i - start] = kPoison[i & 1];
+    if (races(writer, shared)) report_race(writer, shared, "reads", "written", caller);
+    self.several = reader.block == self.block && reader.barriers == self.barriers &&
+                   (reader.several || reader.thread != self.thread);
+    buffer.readers[i] = self;
   }
 }
 
@@ -462,12 +471,12 @@ void sb_buffers(const sb_buffer* buffers, unsigned count) {
   for (unsigned i = 0; i < m.buffer_count; ++i) {
     m.buffers[i].start = buffers[i].start;
     m.buffers[i].bytes = buffers[i].bytes;
-    m.buffers[i].last_written = 0;
   }
 }
 
 const char* sb_run(sb_body body, const void* kernel, const unsigned* grid, const unsigned* block, unsigned shared,
-                   void** arguments, int order, char* shared_start, char* shared_end) {
+                   void** arguments, const bool* writable, unsigned argument_count, int order, char* shared_start,
+                   char* shared_end) {
   m.grid = {grid[0], grid[1], grid[2]};
   m.block = {block[0], block[1], block[2]};
   m.body = body;
@@ -487,6 +496,12 @@ const char* sb_run(sb_body body, const void* kernel, const unsigned* grid, const
   m.shared.bytes = shared_end - shared_start;
   m.dynamic.start = m.dynamic_memory;
   m.dynamic.bytes = shared;
+  m.shared.writable = m.dynamic.writable = true;
+  for (unsigned i = 0; i < m.buffer_count; ++i) {
+    m.buffers[i].writable = false;
+    for (unsigned k = 0; k < argument_count; ++k)
+      if (writable[k] && *static_cast<char**>(arguments[k]) == m.buffers[i].start) m.buffers[i].writable = true;
+  }
   m.recent = &m.shared;
   m.first_block = m.block_number + 1;
   for (unsigned i = 0; i < m.count; ++i) {

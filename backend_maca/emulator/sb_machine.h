@@ -34,8 +34,10 @@ void sb_mma(sb_mma_kind kind, uint64_t x, uint64_t y, void* c, int line);
 void sb_fail(const char* message, int line);
 
 typedef void (*sb_body)(const void* kernel, void** arguments);
-// Runs a grid; returns a description of the first fault, or null.
+// Runs a grid; returns a description of the first fault, or null. ``writable`` tells which arguments are pointers that
+// the kernel may write through.
 const char* sb_run(sb_body body, const void* kernel, const unsigned* grid, const unsigned* block, unsigned shared,
-                   void** arguments, int order, char* shared_start, char* shared_end);
+                   void** arguments, const bool* writable, unsigned argument_count, int order, char* shared_start,
+                   char* shared_end);
 __attribute__((visibility("default"))) void sb_buffers(const sb_buffer* buffers, unsigned count);
 }

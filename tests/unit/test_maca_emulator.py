@@ -147,12 +147,21 @@ FAULTS = {
     "a mask of 32 lanes": (
         "0xffffffffffffffffULL", "0xffffffff", "__shfl_xor_sync in line 8 without the full 64-bit mask",
     ),
-    "no barrier, in reverse order": (
-        "__syncthreads();", "", "line 12 reads shared memory that thread 64 of the block has written, without a barrier",
+    "no barrier": (
+        "__syncthreads();", "",
+        r"line \d+ (reads|writes) shared memory that thread \d+ of the block has (read|written), without a barrier",
     ),
     "lanes counted to 32": (
         "thread % 64 == 0", "thread % 32 == 0",
         "line 9 writes shared memory that thread (0|32|64|96) of the block has written, without a barrier",
+    ),
+    "shared memory written again before all have read it": (
+        "y[blockIdx.x] = waves[0] + waves[1];", "y[blockIdx.x] = waves[0] + waves[1];\n if (thread == 64) waves[1] = 0;",
+        "line 13 writes shared memory that thread 0 of the block has read, without a barrier",
+    ),
+    "an element written while other threads read it": (
+        "// EARLY", "if (thread == 5) y[blockIdx.x] = 1;\n sum += y[blockIdx.x];",
+        r"line [78] (reads|writes) global memory that thread \d+ of the block has (read|written), without a barrier",
     ),
     "two threads write an element": (
         "thread == 0", "thread < 2", "line 12 writes global memory that thread [01] of the block has written",
@@ -185,7 +194,6 @@ FAULTS = {
 
 # What no rule forbids and gives wrong numbers: text and replacement.
 WRONG = {
-    "no barrier, in forward order": ("__syncthreads();", ""),
     "a butterfly over 32 lanes": ("int d = 32", "int d = 16"),
     "registers that nobody has written": (
         "// EARLY",
@@ -216,6 +224,7 @@ def test_a_broken_rule_is_reported(name: str, broken: Path) -> None:
         except KernelFault as fault:
             messages.append(str(fault))
     assert not launch(broken, "right", "forward").any()  # the machine goes on
+    assert len(messages) == len(ORDERS)  # whichever order threads run in
     assert any(re.search(FAULTS[name][2], text) for text in messages), messages
 
 
