@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch_mlir import ir
 
 from spikingbrain.errors import UnsupportedOp
 from spikingbrain.passes.kernels.attention_base import Segment
+from spikingbrain.passes.kernels.attention_bounds import SHORT
 from spikingbrain.passes.kernels.builders import ceil_div, index, launch, mul, size
-from spikingbrain.passes.wave_kernels.attention_tiles import Schedule, Tiles, combine
+from spikingbrain.passes.wave_kernels.attention_bounds import emit_bounds
+from spikingbrain.passes.wave_kernels.attention_tiles import KEYS, Schedule, Tiles, combine
 from spikingbrain.passes.wave_kernels.builders import TILE, WAVE, kernel, memref_of
 
 if TYPE_CHECKING:
@@ -46,6 +49,8 @@ def plan(problem: Problem, segments: Sequence[Segment]) -> Schedule:
 def launch_attention(op: Any, problem: Problem, segments: Sequence[Segment]) -> ir.Value:
     """Emits the launches for an op at the insertion point; returns the result."""
     schedule = plan(problem, segments)
+    if problem.time != 1:
+        segments = [_with_bounds(segment) for segment in segments]
     batch, time = (size(op.query, axis) for axis in (0, 1))
     inputs = [op.query, op.query_positions, *(part for s in segments for part in s.parts)]
     dynamic = [
@@ -67,6 +72,13 @@ def launch_attention(op: Any, problem: Problem, segments: Sequence[Segment]) -> 
     name = _name("combine", problem, memrefs)
     kernel(name, memrefs, WAVE, lambda block, memory: combine(problem, block, *memory))
     return launch(name, op.out.type, [rows, index(problem.key_heads), batch], parts, dynamic).result
+
+
+def _with_bounds(segment: Segment) -> Segment:
+    keys = ir.RankedTensorType(segment.keys.type)
+    if not keys.is_dynamic_dim(1) and keys.shape[1] <= SHORT:
+        return segment
+    return replace(segment, bounds=emit_bounds(segment.positions, KEYS))
 
 
 def _tiles(

@@ -3,7 +3,8 @@
 The query heads that share a key head are stacked: row ``t * G + g``. A wave takes a tile of rows, or of few rows one share of
 the keys, and keeps queries, scores and outputs in registers. Both products are made transposed, keys by rows and channels by
 rows: a lane then holds four scores, and four channels, of one row; what leaves the first product enters the second
-as it is, and scaling a row needs no other lane. Steps of keys that no row of the tile sees are passed by.
+as it is, and scaling a row needs no other lane. Steps of keys that no row of the tile sees are passed by; in long segments a
+table of bounds tells where to look.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch_mlir import ir
 from torch_mlir.dialects import arith, math, vector
 
 from spikingbrain.passes.kernels.attention_base import FLOOR, MASKED, Segment
-from spikingbrain.passes.kernels.attention_bounds import MAX_POSITION
+from spikingbrain.passes.kernels.attention_bounds import LARGEST, MAX_POSITION, SMALLEST
 from spikingbrain.passes.kernels.builders import (
     Index,
     add,
@@ -41,6 +42,7 @@ from spikingbrain.passes.kernels.builders import (
     sub,
     when,
 )
+from spikingbrain.passes.wave_kernels.attention_bounds import count_below
 from spikingbrain.passes.wave_kernels.builders import (
     TILE,
     WAVE,
@@ -157,13 +159,31 @@ class Tiles:
         """Returns the largest score so far, and the lane's part of the sum of weights, after a segment of keys."""
         count = size(segment.keys, 1)
 
+        end, (old, skipped) = ceil_div(count, KEYS), (index(0), index(0))
+        if segment.bounds is not None:
+            end, old, skipped = self._within_bounds(segment.bounds, first, last)
+
         def step(n: ir.Value, *found: ir.Value) -> list[ir.Value]:
-            start = mul(n, KEYS)
+            start = mul(add(n, arith.select(compare("slt", n, old), index(0), skipped)), KEYS)
             position = self._key_position(segment, add(start, self.lane), count)
             seen = any_lane(self._visible(position, last, first))
             return choose(seen, lambda: self._step(segment, start, count, found), found)
 
-        return loop(self.share, ceil_div(count, KEYS), self.schedule.shares, step, found)
+        return loop(self.share, end, self.schedule.shares, step, found)
+
+    def _within_bounds(
+        self, bounds: ir.Value, first: ir.Value, last: ir.Value
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Returns how many steps may hold keys that are seen, how many of these hold sinks, and how many lie between."""
+        window, sinks = self.problem.window, self.problem.sinks
+        end = count_below(bounds, self.batch, SMALLEST, arith.addi(last, i32(1)))
+        begin = old = index(0)
+        if window:
+            begin = minimum(count_below(bounds, self.batch, LARGEST, arith.subi(first, i32(window - 1))), end)
+            if sinks:
+                old = minimum(count_below(bounds, self.batch, SMALLEST, i32(sinks)), begin)
+        skipped = sub(begin, old)
+        return sub(end, skipped), old, skipped
 
     def _step(
         self, segment: Segment, start: ir.Value, count: ir.Value, found: Sequence[ir.Value]

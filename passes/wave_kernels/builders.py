@@ -97,11 +97,15 @@ def over_lanes(
     return value
 
 
+def votes(condition: ir.Value) -> ir.Value:
+    """Returns the lanes of the wave in which a condition holds, as bits of an i64; the same for all of them."""
+    return gpu.BallotOp(ir.IntegerType.get_signless(64), condition).result
+
+
 def any_lane(condition: ir.Value) -> ir.Value:
     """Returns whether a condition holds in some lane of the wave; the same for all of them."""
-    i64 = ir.IntegerType.get_signless(64)
-    votes = gpu.BallotOp(i64, condition).result
-    return compare("ne", votes, arith.constant(i64, 0))
+    found = votes(condition)
+    return compare("ne", found, arith.constant(found.type, 0))
 
 
 # Memory

@@ -16,7 +16,8 @@
 // WAVES:         gpu.ballot
 // WAVES:         call @__builtin_mxc_mma_16x16x4f32
 // WAVES-LABEL: func.func @two_segments(
-// WAVES:         spikingbrain_control.launch
+// WAVES:         %[[BOUNDS:.+]] = "spikingbrain_control.launch"({{.+}}callee = @attention_bounds_
+// WAVES:         "spikingbrain_control.launch"({{.+}}%[[BOUNDS]]{{.+}}callee = @attention_prefill_
 // WAVES-NOT:     spikingbrain.attention
 func.func @two_segments(%q: !q, %i: tensor<1x?xi64>, %k: !new, %v: !new, %j: tensor<1x?xi64>,
                         %kc: !cache, %vc: !cache, %jc: tensor<1x6xi64>) -> !q {

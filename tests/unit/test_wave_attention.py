@@ -64,6 +64,14 @@ def test_many_tokens(heads: tuple[int, int, int], rule: tuple[int, int], cache: 
         check(program, arguments(heads, time, [90, 5] if cache else [0, 0], 70 if cache else None), rule)
 
 
+def test_a_long_text_looks_where_its_window_is() -> None:
+    """The table of bounds passes 70 and more of 80 steps by, none where keys lie in any order, as in entry 1."""
+    heads, rule = (1, 1, 8), (130, 2)
+    inputs = arguments(heads, 70, [5000, 5000], 5000, seed=1)
+    inputs[7][0].sort()
+    check(compiled(heads, rule, "?", "?"), inputs, rule)
+
+
 @pytest.mark.parametrize("cache", ["50", "?"])  # few keys: one launch; any number: shares, and a second one
 def test_one_token(cache: str) -> None:
     heads, rule = (8, 2, 40), (40, 2)
