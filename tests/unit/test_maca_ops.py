@@ -20,13 +20,18 @@ Array = np.ndarray[Any, Any]
 
 
 def program(text: str) -> Any:
+    return MacaBackend().load({n: memoryview(c) for n, c in members(text).items()}, {}, {})
+
+
+def members(text: str) -> Any:
+    """Returns the code of a module for the emulator, by file names."""
     backend = MacaBackend()
     (status,) = [s for s in backend.targets() if s.target.name == "maca-emulator"]
     context = StageContext(status.target, backend.options(), Path("."))
     form: Any = text
     for stage in backend.stages(status.target).values():
         form = stage(form, context)
-    return backend.load({n: memoryview(c) for n, c in form.items()}, {}, {})
+    return form
 
 
 def run(loaded: Any, *arguments: Array) -> list[Array]:

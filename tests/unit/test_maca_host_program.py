@@ -1,0 +1,166 @@
+"""Artifacts as programs in C++: built for the emulator, they give the bits that the Python runtime gives."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_maca_ops import WHILE, members, program
+
+pytest.importorskip("torch_mlir")
+
+import spikingbrain
+from spikingbrain.artifact import Artifact, write
+from spikingbrain.backend_maca import emulate, host_program
+from spikingbrain.tools import cli
+
+pytestmark = pytest.mark.skipif(shutil.which(emulate.compiler()) is None, reason="no C++ compiler")
+
+
+class Remembering(torch.nn.Module):
+    """A projection wide enough for the matrix library, and a state that begins with something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(24, 40), torch.nn.Linear(40, 24, bias=False)
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor, state: dict[str, torch.Tensor]) -> Any:
+        y = self.down(torch.relu(self.up(x))) * scale
+        total, seen, number = state["total"] + y.mean(1), state["seen"] + x.shape[1], state["number"] + 1
+        results = y + total[:, None], seen * number
+        return (*results, {"total": total, "seen": seen, "number": number})
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    torch.manual_seed(0)
+    model = Remembering().eval()
+    batch, length = torch.export.Dim("B", min=1, max=8), torch.export.Dim("T", min=1, max=64)
+    total = torch.zeros(2, 24)
+    total[:, 3:7] = torch.arange(4) + 0.5
+    state = {
+        "total": total,
+        "seen": torch.zeros(2, dtype=torch.int64),
+        "number": torch.full((2,), -1.5, dtype=torch.bfloat16),
+    }
+    entry = spikingbrain.Entry(
+        (torch.randn(2, 5, 24), torch.tensor([3.0]), state),
+        dynamic_shapes={"x": {0: batch, 1: length}, "scale": None, "state": {0: batch}},
+    )
+    path = tmp_path_factory.mktemp("model") / "remembering.sbrain"
+    return spikingbrain.export(model, {"step": entry}, path, state="state", target="maca")
+
+
+@pytest.fixture(scope="module")
+def folder(artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("program") / "standalone"
+    assert cli.main(["standalone", str(artifact.path), "-o", str(folder)]) == 0
+    subprocess.run([folder / "build.sh", "emulator"], check=True)
+    return folder
+
+
+def run(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([folder / "program", *map(str, words)], cwd=folder, capture_output=True, text=True)
+
+
+def save(path: Path, array: Any) -> Path:
+    np.save(path, array)
+    return path
+
+
+@pytest.mark.parametrize("order", emulate.ORDERS)
+def test_a_program_gives_the_bits_of_the_runtime(
+    artifact: Artifact, folder: Path, tmp_path: Path, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPIKINGBRAIN_EMULATOR_ORDER", order)
+    random = np.random.default_rng(2)
+    inputs = [random.standard_normal((3, n, 24)).astype(np.float32) for n in (9, 1, 17)]
+    scales = [np.float32([n]) for n in (0, 4, -1)]
+    words: list[Any] = ["--batch", 3, "-o", tmp_path / "out"]
+    for i, (x, n) in enumerate(zip(inputs, scales, strict=True)):
+        words += ["then"] if i else []
+        words += ["step", save(tmp_path / f"x{i}.npy", x), save(tmp_path / f"n{i}.npy", n)]
+    done = run(folder, *words)
+    assert done.returncode == 0, done.stderr
+    program = spikingbrain.load(artifact, device="maca-emulator")
+    state = program.new_state(3)
+    for i, (x, n) in enumerate(zip(inputs, scales, strict=True)):
+        for j, wanted in enumerate(program.step(x, n, state=state)):
+            found = np.load(tmp_path / f"out{i}.{j}.npy")
+            assert found.dtype in (wanted.dtype, np.uint16)  # the bits of a bfloat16
+            np.testing.assert_array_equal(found, wanted)
+
+
+def test_a_program_says_what_is_wrong(folder: Path, tmp_path: Path) -> None:
+    x, n = (
+        save(tmp_path / "x.npy", np.ones((1, 4, 24), np.float32)),
+        save(tmp_path / "n.npy", np.float32([1])),
+    )
+    assert run(folder, "--batch", 1, "step", x, n).returncode == 0
+    for words, text in [
+        (["step", x], "usage: ./program"),
+        (["jump", x, n], "usage: ./program"),
+        (["step", save(tmp_path / "i.npy", np.array([1])), n], "i.npy has another type"),
+        (["step", save(tmp_path / "w.npy", np.ones((1, 4, 23), np.float32)), n], "w.npy has another shape"),
+        (["step", save(tmp_path / "l.npy", np.ones((1, 65, 24), np.float32)), n], "l.npy has T = 65"),
+        (["--batch", 2, "step", x, n], "x.npy has B = 1\n  because: elsewhere it is 2"),
+        (["step", tmp_path / "none.npy", n], "cannot read"),
+        (["step", Path(__file__), n], "is no .npy file"),
+    ]:
+        done = run(folder, *words)
+        assert done.returncode != 0
+        assert text in done.stderr
+
+
+def test_mxcc_gets_the_documented_command(folder: Path, tmp_path: Path) -> None:
+    compiler = tmp_path / "mxgpu_llvm" / "bin" / "mxcc"
+    compiler.parent.mkdir(parents=True)
+    compiler.write_text('#!/bin/sh\necho "$@"\n')
+    compiler.chmod(0o755)
+    environment = {**os.environ, "MACA_PATH": str(tmp_path)}
+    done = subprocess.run([folder / "build.sh"], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == (
+        f"-x maca program.cpp -o program --maca-path={tmp_path} --offload-arch=xcore1000 -I. -O3 -std=c++17"
+        " -ffp-contract=off -DSB_LIBRARY -lmcblas\n"
+    )
+
+
+def test_an_artifact_without_kernels_for_cards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    entry = spikingbrain.Entry((torch.ones(2),))
+    artifact = spikingbrain.export(torch.nn.ReLU(), {"main": entry}, tmp_path / "relu.sbrain")
+    assert cli.main(["standalone", str(artifact.path), "-o", str(tmp_path / "out")]) == 1
+    assert "because: it has code for cpu\n  try: --target maca" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def loops(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A program that reads what it computed to go on; it calls no library."""
+    tensor = {"name": "x", "shape": [4], "dtype": "float32"}
+    entry = {"inputs": [tensor], "outputs": [{}, {}], "ranges": {}, "uses_state": False}
+    manifest = {"target": {"name": "maca"}, "entries": {"main": entry}}
+    folder = tmp_path_factory.mktemp("loops")
+    write(folder / "artifact", manifest, members(WHILE), [], lambda _: np.zeros(0), {})
+    host_program.write(Artifact(folder / "artifact"), folder / "standalone")
+    return folder / "standalone"
+
+
+def test_loops_that_data_ends(loops: Path, tmp_path: Path) -> None:
+    subprocess.run([loops / "build.sh", "emulator"], check=True)
+    loaded = program(WHILE)
+    for first in (3.0, 1.0, 200.0):
+        x = np.float32([first, 0.5, -7, 0])
+        done = run(loops, "-o", tmp_path / "out", "main", save(tmp_path / "x.npy", x))
+        assert done.returncode == 0, done.stderr
+        for i, wanted in enumerate(loaded.call("main", [x])):
+            np.testing.assert_array_equal(np.load(tmp_path / f"out0.{i}.npy"), wanted)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_nvcc_builds_a_program(loops: Path) -> None:
+    subprocess.run([loops / "build.sh", "cuda"], env={**os.environ, "ARCH": "sm_80"}, check=True)
