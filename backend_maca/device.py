@@ -218,6 +218,11 @@ class Card:
         block = _Block(self.memory, int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
         return DeviceArray(block, block.address, shape, dtype)
 
+    def part(
+        self, buffer: DeviceArray, offset: int, dtype: np.dtype[Any], shape: Sequence[int]
+    ) -> DeviceArray:
+        return DeviceArray(buffer.owner, buffer.address + offset, shape, dtype)
+
     def run(self, steps: Steps, buffers: Mapping[int, DeviceArray]) -> None:
         with self._lock:
             self.driver.bind()

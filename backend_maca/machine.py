@@ -11,6 +11,7 @@ import numpy as np
 
 from spikingbrain.backend_maca import dlpack, library
 from spikingbrain.backend_maca.emulate import Kernels, build, poison
+from spikingbrain.backend_maca.workspace import Workspace
 
 ALIGNMENT = 16  # bytes: where kernels may assume that buffers begin
 Array = np.ndarray[Any, Any]
@@ -50,12 +51,16 @@ class Steps:
     Attributes:
         temporaries: number of a buffer -> its shape.
         outputs: (number of a buffer, shape), one for each result.
+        workspace: where the temporaries lie that are no results, if they share memory.
+        born: number of a step -> the buffers of the workspace that it is the first to use.
     """
 
     entry: str
     temporaries: Mapping[int, tuple[int, ...]]
     steps: Sequence[Launch | Product]
     outputs: Sequence[tuple[int, tuple[int, ...]]]
+    workspace: Workspace | None = None
+    born: Mapping[int, Sequence[int]] = field(default_factory=dict)
     graphs: dict[Any, Any] = field(default_factory=dict)  # a machine's own: recordings of the steps
 
 
@@ -102,6 +107,10 @@ class Machine(Protocol):
         """Returns memory that no kernel has written yet."""
         ...
 
+    def part(self, buffer: Buffer, offset: int, dtype: np.dtype[Any], shape: Sequence[int]) -> Buffer:
+        """Returns a part of a buffer, from a byte on, as an array; the memory lives as long as the part."""
+        ...
+
     def run(self, steps: Steps, buffers: Mapping[int, Buffer]) -> None:
         """Runs the steps in order."""
         ...
@@ -141,8 +150,14 @@ class Emulator:
         poison(array)
         return array
 
+    def part(self, buffer: Array, offset: int, dtype: np.dtype[Any], shape: Sequence[int]) -> Array:
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        return buffer.reshape(-1).view(np.uint8)[offset : offset + size].view(dtype).reshape(shape)
+
     def run(self, steps: Steps, buffers: Mapping[int, Array]) -> None:
-        for step in steps.steps:
+        for number, step in enumerate(steps.steps):
+            for i in steps.born.get(number, ()):
+                poison(buffers[i])  # another buffer may have lain here
             if isinstance(step, Product):
                 library.multiply(step.step, [buffers[i] for i in step.buffers], int)
                 continue

@@ -159,6 +159,8 @@ class _Entry:
             "checks": self.checks,
             "launches": self.launches,
             "outputs": self.outputs,
+            # whether sizes alone decide what is launched, so that a call can be recorded as a graph
+            "static": not any("read" in step for step in every_step(self.launches)),
         }
 
     def _add_argument(self, value: ir.Value, attributes: ir.DictAttr) -> None:

@@ -5,13 +5,18 @@ Loops over launches are written out; where the host reads an element to go on, t
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import struct
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from spikingbrain.backend_maca.machine import Launch, Product
-from spikingbrain.backend_maca.plan import evaluate, every_step
+import numpy as np
+
+from spikingbrain.backend_maca.machine import Launch, Product, Steps
+from spikingbrain.backend_maca.plan import evaluate
+from spikingbrain.backend_maca.workspace import Lifetime, pack
 from spikingbrain.errors import CallError
 
 
@@ -26,11 +31,6 @@ class Read:
 
 _WIDTHS = {"bool": 1, "int8": 1, "int16": 2, "float16": 2, "bfloat16": 2, "int32": 4, "float32": 4}
 Resolved = Generator[Launch | Product | Read, Any, None]
-
-
-def reads(plan: Mapping[str, Any], entry: str) -> bool:
-    """Returns whether the steps of an entry point depend on what is in its buffers."""
-    return any("read" in step for step in every_step(plan["entries"][entry]["launches"]))
 
 
 class Resolver:
@@ -121,3 +121,48 @@ def _bits(value: Any, dtype: str) -> int:
     if dtype in forms:
         return int.from_bytes(struct.pack("<" + forms[dtype], value), "little")
     return int(value)
+
+
+def resolve(plan: Mapping[str, Any], entry: str, shapes: Mapping[int, tuple[int, ...]]) -> Steps:
+    """Returns all steps of an entry point that reads nothing to go on, with the workspace that they need."""
+    resolver = Resolver(plan, entry, shapes)
+    steps = cast(list[Launch | Product], list(resolver.steps()))
+    made = some_steps(resolver, steps, set(), last=True)
+    kept = {i for i, _ in made.outputs}
+    lives: dict[int, Lifetime] = {}
+    for number, step in enumerate(steps):
+        for i in used_by(step):
+            if i in made.temporaries and i not in kept:
+                first = lives[i].first if i in lives else number
+                size = math.prod(made.temporaries[i]) * storage(resolver.host["buffers"][i]["dtype"]).itemsize
+                lives[i] = Lifetime(size, first, number)
+    if not lives:
+        return made
+    born: dict[int, list[int]] = {}
+    for i, life in lives.items():
+        born.setdefault(life.first, []).append(i)
+    return dataclasses.replace(made, workspace=pack(lives), born=born)
+
+
+def some_steps(
+    resolver: Resolver, steps: list[Launch | Product], known: set[int], last: bool = False
+) -> Steps:
+    """Returns steps with the shapes of the buffers that are new in them, and the results after the last ones."""
+    outputs = resolver.outputs() if last else []
+    used = [i for step in steps for i in used_by(step)]
+    new = dict.fromkeys(i for i in [*used, *(i for i, _ in outputs)] if i not in known)
+    records = resolver.host["buffers"]
+    temporaries = {i: resolver.shape(i) for i in new if records[i]["role"] == "temporary"}
+    return Steps(resolver.entry, temporaries, steps, outputs)
+
+
+def used_by(step: Launch | Product) -> list[int]:
+    """Returns the buffers that a step reads or writes."""
+    return (
+        list(step.buffers) if isinstance(step, Product) else [i for i, _ in step.arguments if i is not None]
+    )
+
+
+def storage(dtype: str) -> np.dtype[Any]:
+    """Returns the numpy type that holds a dtype; bfloat16 travels as its 16 bits."""
+    return np.dtype("uint16" if dtype == "bfloat16" else dtype)

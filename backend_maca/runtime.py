@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import functools
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 
 from spikingbrain.backend_maca.machine import Buffer, Emulator, Launch, Machine, Product, Steps
 from spikingbrain.backend_maca.plan import FORMAT
-from spikingbrain.backend_maca.resolve import Read, Resolver, reads
+from spikingbrain.backend_maca.resolve import Read, Resolver, resolve, some_steps, storage
 from spikingbrain.errors import CallError, CorruptArtifact, NewerFormat
 
 Array = np.ndarray[Any, Any]
@@ -43,7 +42,7 @@ class Program:
         self.borrow, self.lend = machine.borrow, machine.lend
         self._kept: dict[str, Buffer] = {}
         self.fixed = {name: self._fixed(entry, weights) for name, entry in plan["entries"].items()}
-        self._static = {name: not reads(plan, name) for name in plan["entries"]}
+        self._static = {name: entry["static"] for name, entry in plan["entries"].items()}
         self._steps: dict[str, dict[Any, Steps]] = {name: {} for name in plan["entries"]}
 
     @property
@@ -82,12 +81,24 @@ class Program:
             outputs = steps.outputs
         else:
             outputs = self._run_reading(entry, shapes, buffers)
-        return [_view(buffers[i], shape) for i, shape in outputs]
+        return [self._view(buffers[i], shape) for i, shape in outputs]
 
     def _run(self, steps: Steps, plan: Mapping[str, Any], buffers: dict[int, Buffer]) -> None:
+        places = steps.workspace.offsets if steps.workspace else {}
+        memory = (
+            self.machine.unwritten(np.dtype(np.uint8), (steps.workspace.size,)) if steps.workspace else None
+        )
         for i, shape in steps.temporaries.items():
-            buffers[i] = self.machine.unwritten(_storage(plan["buffers"][i]["dtype"]), shape)
+            dtype = storage(plan["buffers"][i]["dtype"])
+            if i in places:
+                buffers[i] = self.machine.part(memory, places[i], dtype, shape)
+            else:
+                buffers[i] = self.machine.unwritten(dtype, shape)
         self.machine.run(steps, buffers)
+
+    def _view(self, buffer: Buffer, shape: Sequence[int]) -> Buffer:
+        """Returns the beginning of a buffer in another shape."""
+        return self.machine.part(buffer, 0, buffer.dtype, shape)
 
     def _resolved(self, entry: str, shapes: Mapping[int, tuple[int, ...]]) -> Steps:
         """Returns what to do for arguments of these shapes; raises CallError if they do not fit together."""
@@ -95,9 +106,7 @@ class Program:
         if key not in kept:
             if len(kept) >= KEPT_SHAPES:
                 kept.clear()
-            resolver = Resolver(self.plan, entry, shapes)
-            steps = list(resolver.steps())
-            kept[key] = _steps(resolver, steps, set(), last=True)  # type: ignore[arg-type]
+            kept[key] = resolve(self.plan, entry, shapes)
         return kept[key]
 
     def _run_reading(
@@ -114,11 +123,11 @@ class Program:
                     steps.append(step)
                     step = next(walk)
             except StopIteration:
-                made = _steps(resolver, steps, set(buffers), last=True)
+                made = some_steps(resolver, steps, set(buffers), last=True)
                 self._run(made, plan, buffers)
                 return made.outputs
-            self._run(_steps(resolver, steps, set(buffers)), plan, buffers)
-            found = self.machine.to_host(_view(buffers[step.buffer], step.shape))[step.at].item()
+            self._run(some_steps(resolver, steps, set(buffers)), plan, buffers)
+            found = self.machine.to_host(self._view(buffers[step.buffer], step.shape))[step.at].item()
 
     def _fixed(self, entry: Mapping[str, Any], weights: Mapping[str, Array]) -> dict[int, Buffer]:
         """Returns the buffers that no call changes: weights and constants."""
@@ -133,35 +142,12 @@ class Program:
                     self._kept[key] = self.machine.keep(weights[key])
                 fixed[i] = self._kept[key]
             elif record["role"] == "constant":
-                values = np.frombuffer(base64.b64decode(record["data"]), _storage(record["dtype"]))
+                values = np.frombuffer(base64.b64decode(record["data"]), storage(record["dtype"]))
                 shape = record["shape"]  # a single value stands for all
                 fixed[i] = self.machine.keep(
                     np.full(shape, values[0]) if values.size == 1 else values.reshape(shape)
                 )
         return fixed
-
-
-def _steps(resolver: Resolver, steps: list[Launch | Product], known: set[int], last: bool = False) -> Steps:
-    """Returns steps with the shapes of the buffers that are new in them, and the results after the last ones."""
-    used = [i for s in steps for i in (s.buffers if isinstance(s, Product) else (a for a, _ in s.arguments))]
-    outputs = resolver.outputs() if last else []
-    new = dict.fromkeys(i for i in [*used, *(i for i, _ in outputs)] if i is not None and i not in known)
-    records = resolver.host["buffers"]
-    temporaries = {i: resolver.shape(i) for i in new if records[i]["role"] == "temporary"}
-    return Steps(resolver.entry, temporaries, steps, outputs)
-
-
-def _view(buffer: Buffer, shape: Sequence[int]) -> Buffer:
-    """Returns the beginning of a buffer in another shape."""
-    count = math.prod(shape)
-    if count == math.prod(buffer.shape):
-        return buffer.reshape(shape)
-    return buffer.reshape(-1)[:count].reshape(shape)
-
-
-def _storage(dtype: str) -> np.dtype[Any]:
-    """Returns the numpy type that holds a dtype; bfloat16 travels as its 16 bits."""
-    return np.dtype("uint16" if dtype == "bfloat16" else dtype)
 
 
 def _check(buffer: Buffer, record: Mapping[str, Any], what: str) -> None:
@@ -170,5 +156,5 @@ def _check(buffer: Buffer, record: Mapping[str, Any], what: str) -> None:
     shape = list(buffer.shape)
     if len(wanted) != len(shape) or any(w not in ("?", n) for w, n in zip(wanted, shape, strict=True)):
         raise CallError(f"{what} has shape {shape}, declared {wanted}")
-    if str(buffer.dtype) != record["dtype"] and buffer.dtype != _storage(record["dtype"]):
+    if str(buffer.dtype) != record["dtype"] and buffer.dtype != storage(record["dtype"]):
         raise CallError(f"{what} is {buffer.dtype}, declared {record['dtype']}")
