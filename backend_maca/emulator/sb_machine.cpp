@@ -116,9 +116,8 @@ struct Machine {
   char* stacks;
   Meeting meeting;
   Thread* running;
-  unsigned order[kMaxThreads], next;
+  unsigned order[kMaxThreads], next, end;  // in which threads start
   Context scheduler;
-  bool progress;
   sb_body body;
   const void* kernel;
   void** arguments;
@@ -158,7 +157,6 @@ void meet(Meeting& meeting, const char* what, int line) {
   if (++meeting.arrived == meeting.size) {
     meeting.arrived = 0;
     ++meeting.round;
-    m.progress = true;
   } else {
     leave();
   }
@@ -184,11 +182,11 @@ void need_full(unsigned long long mask, const char* what, int line) {
 void work() {
   Fiber* self = m.running->fiber;
   for (;;) {
-    while (m.next < m.count) {
+    while (m.next < m.end) {
       m.running = &m.threads[m.order[m.next++]];
       m.running->fiber = self;
       m.body(m.kernel, m.arguments);
-      m.running->done = m.progress = true;
+      m.running->done = true;
     }
     m.idle[m.idle_count++] = self;
     change(self->context, m.scheduler);
@@ -247,33 +245,63 @@ void turns(unsigned* numbers, unsigned count, int order, unsigned seed) {
   }
 }
 
+unsigned lanes_of(unsigned wave) {
+  const unsigned left = m.count - wave * kWave;
+  return left < kWave ? left : kWave;
+}
+
+// Puts the threads of the block into the order of their turns, those of a wave side by side.
+void order_threads(int order, unsigned seed) {
+  unsigned waves[kMaxThreads / kWave], lanes[kWave], filled = 0;
+  const unsigned count = (m.count + kWave - 1) / kWave;
+  turns(waves, count, order, seed);
+  for (unsigned w = 0; w < count; ++w) {
+    const unsigned first = waves[w] * kWave, size = lanes_of(waves[w]);
+    turns(lanes, size, order, seed + w);
+    for (unsigned i = 0; i < size; ++i) m.order[filled++] = first + lanes[i];
+  }
+}
+
+// Runs the threads of a wave until each waits for other waves or has left; returns whether any could run.
+bool run_wave(unsigned begin, unsigned end) {
+  bool any = false;
+  for (bool more = true; more;) {
+    more = false;
+    for (unsigned i = begin; i < end; ++i) {
+      Thread& t = m.threads[m.order[i]];
+      if (t.done || t.waits_for->round == t.waits_round) continue;
+      any = more = true;
+      m.running = &t;
+      change(m.scheduler, t.fiber->context);
+      if (m.fault[0]) return false;
+    }
+  }
+  return any;
+}
+
 void run_block(int order, unsigned seed) {
   ++m.block_number;
   m.meeting = {m.count, 0, 0, 0};
-  for (unsigned w = 0; w * kWave < m.count; ++w) {
-    const unsigned left = m.count - w * kWave;
-    m.waves[w].meeting = {left < kWave ? left : kWave, 0, 0, 0};
-  }
+  for (unsigned w = 0; w * kWave < m.count; ++w) m.waves[w].meeting = {lanes_of(w), 0, 0, 0};
   for (unsigned i = 0; i < m.count; ++i) {
     m.threads[i].fiber = nullptr;
     m.threads[i].done = false;
   }
-  if (order == kShuffled) turns(m.order, m.count, order, seed);
-  for (m.next = 0; m.next < m.count && !m.fault[0];) start_fiber();
-  for (bool live = true; live && !m.fault[0];) {
-    live = m.progress = false;
-    for (unsigned i = 0; i < m.count; ++i) {
-      Thread& t = m.threads[m.order[i]];
-      if (t.done) continue;
-      live = true;
-      if (t.waits_for->round == t.waits_round) continue;
-      m.progress = true;
-      m.running = &t;
-      change(m.scheduler, t.fiber->context);
-      if (m.fault[0]) return;
+  if (order == kShuffled) order_threads(order, seed);
+  bool started = false;
+  for (bool any = true; any && !m.fault[0]; started = true) {
+    any = !started;
+    unsigned end = 0;
+    for (unsigned begin = 0; begin < m.count && !m.fault[0]; begin = end) {
+      end = begin + lanes_of(m.order[begin] / kWave);
+      m.next = started ? end : begin;
+      m.end = end;
+      while (m.next < m.end && !m.fault[0]) start_fiber();
+      if (!m.fault[0]) any = run_wave(begin, end) || any;
     }
-    if (live && !m.progress) report_stuck();
   }
+  for (unsigned i = 0; i < m.count && !m.fault[0]; ++i)
+    if (!m.threads[i].done) report_stuck();
 }
 
 // The checks of loads and stores.
@@ -508,7 +536,7 @@ const char* sb_run(sb_body body, const void* kernel, const unsigned* grid, const
     m.threads[i].index = {i % m.block.x, i / m.block.x % m.block.y, i / (m.block.x * m.block.y)};
     m.threads[i].number = i;
   }
-  turns(m.order, m.count, order, 1);
+  order_threads(order, 1);
   unsigned* turn = static_cast<unsigned*>(malloc(blocks * sizeof(unsigned)));
   turns(turn, blocks, order, 1);
   for (unsigned k = 0; k < blocks && !m.fault[0]; ++k) {
