@@ -22,9 +22,13 @@ def concat(arrays: list[Array], axis: int) -> list[Array]:
 def codes(arrays: list[Array], bits: int) -> list[Array]:
     """Rounds weights ``[N, K]`` to integers of their scales ``[N, G]`` or ``[N, G, 1]``, ties to even, K / G to a scale.
 
-    The quotient is that of float32. Raises ValueError for a code that has more bits.
+    Weights and scales take turns. The quotient is that of float32. Raises ValueError for a code that has more bits.
     """
-    weight, scale = (a.astype(np.float32) for a in arrays)
+    return [_codes(w, s, bits) for w, s in zip(arrays[::2], arrays[1::2], strict=True)]
+
+
+def _codes(weight: Array, scale: Array, bits: int) -> Array:
+    weight, scale = weight.astype(np.float32), scale.astype(np.float32)
     groups = weight.reshape(len(weight), scale[0].size, -1)
     rounded = np.rint(groups / scale.reshape(len(weight), -1, 1)).reshape(weight.shape)
     limits = np.iinfo(f"int{bits}")
@@ -32,25 +36,22 @@ def codes(arrays: list[Array], bits: int) -> list[Array]:
         raise ValueError(
             f"weight codes of {rounded.min():.0f} to {rounded.max():.0f} do not fit {bits} bits; compile the model anew"
         )
-    return [rounded.astype(limits.dtype)]
+    return rounded.astype(limits.dtype)
 
 
 def matrix(arrays: list[Array]) -> list[Array]:
-    """Joins all axes but the first."""
-    (array,) = arrays
-    return [array.reshape(len(array), -1)]
+    """Joins all axes but the first, of each tensor."""
+    return [array.reshape(len(array), -1) for array in arrays]
 
 
 def column(arrays: list[Array]) -> list[Array]:
-    """Makes a column ``[N, 1]`` of N numbers in any shape."""
-    (array,) = arrays
-    return [array.reshape(-1, 1)]
+    """Makes a column ``[N, 1]`` of N numbers in any shape, of each tensor."""
+    return [array.reshape(-1, 1) for array in arrays]
 
 
 def ones(arrays: list[Array]) -> list[Array]:
-    """Makes a column of ones as long as a matrix."""
-    (array,) = arrays
-    return [np.ones((len(array), 1), np.float32)]
+    """Makes a column of ones as long as a matrix, for each."""
+    return [np.ones((len(array), 1), np.float32) for array in arrays]
 
 
 def float32(arrays: list[Array]) -> list[Array]:

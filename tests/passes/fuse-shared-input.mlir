@@ -1,4 +1,5 @@
 // RUN: spikingbrain opt -p fuse-shared-input %s | filecheck %s
+// RUN: spikingbrain opt -p fuse-shared-input --target maca %s | filecheck %s --check-prefix=WAVES
 
 // Query, key and value read one input: one projection, its weight stored as one, three slices.
 // CHECK-LABEL: func.func @query_key_value(
@@ -77,4 +78,30 @@ func.func @other_block(%x: tensor<3x4xf32>, %more: i1) -> tensor<3x2xf32> {
     scf.yield %a : tensor<3x2xf32>
   }
   return %y : tensor<3x2xf32>
+}
+
+// Projections of spikes, each with a neuron of its own on one input: joined where launches cost; not one of another threshold.
+// CHECK-LABEL: func.func @spikes(
+// CHECK-COUNT-3: "spikingbrain.spike_linear"
+// WAVES-LABEL: func.func @spikes(
+// WAVES:         %[[C:[0-9]+]]:2 = "spikingbrain.spike_encode"
+// WAVES:         %[[W:.+]] = "spikingbrain.parameter"() {recipe = ["codes bits=8", "concat axis=0"], sources = ["a", "as", "b", "bs"]} : () -> tensor<5x4xi8>
+// WAVES:         %[[S:.+]] = "spikingbrain.parameter"() {recipe = ["column", "concat axis=0"], sources = ["as", "bs"]} : () -> tensor<5x1xf32>
+// WAVES:         %[[Y:.+]] = "spikingbrain.spike_linear"(%[[C]]#0, %[[C]]#1, %[[W]], %[[S]]) {bits = 8 : i64}
+// WAVES:         tensor.extract_slice %[[Y]][0, 0] [3, 3] [1, 1]
+// WAVES:         tensor.extract_slice %[[Y]][0, 3] [3, 2] [1, 1]
+// WAVES:         "spikingbrain.spike_linear"
+// WAVES-NOT:     "spikingbrain.spike_linear"
+func.func @spikes(%x: tensor<3x4xf32>) -> (tensor<3x3xf32>, tensor<3x2xf32>, tensor<3x2xf32>) {
+  %a = "spikingbrain.parameter"() {sources = ["a", "as"], recipe = ["codes bits=8"]} : () -> tensor<3x4xi8>
+  %as = "spikingbrain.parameter"() {sources = ["as"], recipe = ["column"]} : () -> tensor<3x1xf32>
+  %b = "spikingbrain.parameter"() {sources = ["b", "bs"], recipe = ["codes bits=8"]} : () -> tensor<2x4xi8>
+  %bs = "spikingbrain.parameter"() {sources = ["bs"], recipe = ["column"]} : () -> tensor<2x1xf32>
+  %c0, %v0 = "spikingbrain.spike_encode"(%x) {k = 3.0 : f64, lower = 1.0e-5 : f64, upper = 1.0e4 : f64} : (tensor<3x4xf32>) -> (tensor<3x4xf32>, tensor<3xf32>)
+  %c1, %v1 = "spikingbrain.spike_encode"(%x) {k = 3.0 : f64, lower = 1.0e-5 : f64, upper = 1.0e4 : f64} : (tensor<3x4xf32>) -> (tensor<3x4xf32>, tensor<3xf32>)
+  %c2, %v2 = "spikingbrain.spike_encode"(%x) {k = 2.0 : f64, lower = 1.0e-5 : f64, upper = 1.0e4 : f64} : (tensor<3x4xf32>) -> (tensor<3x4xf32>, tensor<3xf32>)
+  %p = "spikingbrain.spike_linear"(%c0, %v0, %a, %as) {bits = 8 : i64} : (tensor<3x4xf32>, tensor<3xf32>, tensor<3x4xi8>, tensor<3x1xf32>) -> tensor<3x3xf32>
+  %q = "spikingbrain.spike_linear"(%c1, %v1, %b, %bs) {bits = 8 : i64} : (tensor<3x4xf32>, tensor<3xf32>, tensor<2x4xi8>, tensor<2x1xf32>) -> tensor<3x2xf32>
+  %r = "spikingbrain.spike_linear"(%c2, %v2, %b, %bs) {bits = 8 : i64} : (tensor<3x4xf32>, tensor<3xf32>, tensor<2x4xi8>, tensor<2x1xf32>) -> tensor<3x2xf32>
+  return %p, %q, %r : tensor<3x3xf32>, tensor<3x2xf32>, tensor<3x2xf32>
 }

@@ -99,3 +99,13 @@ def test_keys_tell_stored_tensors_apart() -> None:
         recipes.key(["a", "b"], ["concat axis=0", "pack_columns block=4"])
         == "a+b|concat axis=0|pack_columns block=4"
     )
+
+
+def test_codes_of_several_weights_are_joined_by_row() -> None:
+    rng = np.random.default_rng(0)
+    weights = [rng.standard_normal((n, 6)).astype(np.float32) for n in (3, 2)]
+    scales = [np.full((len(w), 1), 0.03, np.float32) for w in weights]
+    pairs = [array for pair in zip(weights, scales, strict=True) for array in pair]
+    joined = recipes.apply(["codes bits=8", "concat axis=0"], pairs)
+    each = [recipes.apply(["codes bits=8"], [w, s]) for w, s in zip(weights, scales, strict=True)]
+    np.testing.assert_array_equal(joined, np.concatenate(each))
