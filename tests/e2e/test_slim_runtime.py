@@ -69,19 +69,47 @@ def run(*command: str | Path, **options: Any) -> str:
     return done.stdout
 
 
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+
+
 @pytest.fixture(scope="module")
-def slim_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of an environment with ``spikingbrain[iree]`` from a wheel."""
-    folder = tmp_path_factory.mktemp("slim")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"  # a build leaves files behind
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "tests", "__pycache__"))
-    run(*pip, "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--wheel-dir", folder, source)
-    wheel = next(folder.glob("spikingbrain-*.whl"))
+    run(*PIP, "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--wheel-dir", folder, source)
+    return next(folder.glob("spikingbrain-*.whl"))
+
+
+@pytest.fixture(scope="module")
+def slim_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of an environment with ``spikingbrain[iree]`` from a wheel."""
+    folder = tmp_path_factory.mktemp("slim")
     venv.EnvBuilder(with_pip=False, symlinks=True).create(folder / "environment")
     python = folder / "environment" / "bin" / "python"
-    run(*pip, "--python", python, "install", "--quiet", f"{wheel}[iree]")
+    run(*PIP, "--python", python, "install", "--quiet", f"{wheel}[iree]")
     return python
+
+
+@pytest.fixture(scope="module")
+def oldest_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of an environment with ``spikingbrain`` alone: of Python 3.10 where that is installed."""
+    folder = tmp_path_factory.mktemp("oldest")
+    run(_python_3_10() or sys.executable, "-m", "venv", "--without-pip", folder)
+    run(*PIP, "--python", folder / "bin" / "python", "install", "--quiet", wheel)
+    return folder / "bin" / "python"
+
+
+def _python_3_10() -> Path | None:
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    candidates = [shutil.which("python3.10"), *pyenv.glob("3.10.*/bin/python")]
+    for candidate in filter(None, candidates):
+        done = subprocess.run(
+            [candidate, "-c", "import sys, ctypes; print(sys.version)"], capture_output=True, text=True
+        )
+        if done.stdout.startswith("3.10."):  # a launcher of pyenv's may be there without it
+            return Path(candidate)
+    return None
 
 
 def test_an_artifact_runs_without_torch(slim_python: Path, tmp_path: Path) -> None:
@@ -116,6 +144,43 @@ def test_an_artifact_runs_without_torch(slim_python: Path, tmp_path: Path) -> No
     own.load(files[-1])
     np.testing.assert_array_equal(own.snapshot()["total"], results["state_total"])
     assert "pip install 'spikingbrain[compile]'" in output
+
+
+ON_A_CARD = """
+import importlib.util, sys
+import numpy as np
+import spikingbrain
+
+for name in ("torch", "torch_mlir", "iree"):
+    assert importlib.util.find_spec(name) is None, f"{name} is installed"
+path, inputs, results = sys.argv[1:]
+given = np.load(inputs)
+program = spikingbrain.load(path, device="maca-emulator")
+state = program.new_state(batch=2)
+np.savez(results, *(program.step(given[name], state=state) for name in sorted(given)), **state.snapshot())
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs a C++ compiler")
+def test_code_for_a_card_runs_on_the_emulator_with_numpy_alone(oldest_python: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Running().eval()
+    batch, length = Dim("B", min=1, max=8), Dim("T", min=1, max=64)
+    state = {"total": torch.zeros(2, 8), "count": torch.zeros(2, dtype=torch.int64)}
+    shapes = {"x": {0: batch, 1: length}, "state": {0: batch}}
+    entry = spikingbrain.Entry((torch.randn(2, 5, 8), state), dynamic_shapes=shapes)
+    path = tmp_path / "running.sbrain"
+    spikingbrain.export(model, {"step": entry}, path, state="state", target="maca,cpu")
+    inputs = {f"x{i}": torch.randn(2, length, 8).numpy() for i, length in enumerate((9, 1))}
+    np.savez(tmp_path / "inputs.npz", **inputs)
+    environment = {**os.environ, "SPIKINGBRAIN_CACHE": str(tmp_path / "cache")}
+    files = [path, tmp_path / "inputs.npz", tmp_path / "results.npz"]
+    run(oldest_python, "-I", "-c", ON_A_CARD, *files, env=environment, cwd=tmp_path)
+    results, here = np.load(files[-1]), spikingbrain.load(path, device="maca-emulator")
+    own = here.new_state(batch=2)
+    for i, x in enumerate(inputs.values()):
+        np.testing.assert_array_equal(results[f"arr_{i}"], here.step(x, state=own))
+    np.testing.assert_array_equal(results["count"], [10, 10])
 
 
 def test_the_command_works_without_torch(slim_python: Path) -> None:
