@@ -163,16 +163,18 @@ def _print(module: str, context: StageContext) -> dict[str, bytes]:
     _need_compiler_packages()
     from torch_mlir import ir
 
+    from spikingbrain.backend_maca import figures, plan, printer
     from spikingbrain.backend_maca import mlir as modules
-    from spikingbrain.backend_maca import plan, printer
     from spikingbrain.passes import dialect
 
     with dialect.load() as mlir, ir.Location.unknown():
         parsed = modules.parse(module, mlir)
         source, printed = printer.print_kernels(parsed)
         launches = plan.build_plan(parsed, printed, context.target.name)
+        scattered = figures.scattered_parameters(parsed, printed)
     context.report["kernels"] = len(launches["kernels"])
     context.report["steps"] = plan.providers(launches)
+    context.report["one_token"] = figures.figures(launches, scattered)
     if context.options.resources:
         context.report["resources"] = toolchains.resources(source)
     members = {"kernels.maca": source.encode(), "plan.json": (json.dumps(launches, indent=1) + "\n").encode()}

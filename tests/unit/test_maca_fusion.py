@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,9 @@ import pytest
 pytest.importorskip("torch_mlir")
 
 from test_maca_ops import program, pytestmark, run  # noqa: F401  (skips without a compiler)
+
+from spikingbrain.backend import StageContext
+from spikingbrain.backend_maca.backend import MacaBackend
 
 NORM = """
 #x = affine_map<(b, t, d) -> (b, t, d)>
@@ -193,3 +197,21 @@ def test_state_is_updated_where_it_lies(donated: bool) -> None:
     assert np.shares_memory(new, given) is donated
     if not donated:
         np.testing.assert_array_equal(given, before)
+
+
+def test_figures_of_one_token_count_what_is_touched() -> None:
+    text = STEP.replace("DONATED", "attributes {spikingbrain.donated = [1]}")
+    backend = MacaBackend()
+    (status,) = [s for s in backend.targets() if s.target.name == "maca-emulator"]
+    context = StageContext(status.target, backend.options(), Path("."))
+    form: Any = text
+    for stage in backend.stages(status.target).values():
+        form = stage(form, context)
+    # one launch: x, state and y, of one number each; nobody needs more than the state
+    assert context.report["one_token"]["main"] == {
+        "launches": 1,
+        "bytes": 12,
+        "least": 4,
+        "workspace": 0,
+        "workspace_least": 0,
+    }
