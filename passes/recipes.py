@@ -36,7 +36,8 @@ def _codes(weight: Array, scale: Array, bits: int) -> Array:
         raise ValueError(
             f"weight codes of {rounded.min():.0f} to {rounded.max():.0f} do not fit {bits} bits; compile the model anew"
         )
-    return rounded.astype(limits.dtype)
+    integers: Array = rounded.astype(limits.dtype)
+    return integers
 
 
 def matrix(arrays: list[Array]) -> list[Array]:
