@@ -52,7 +52,12 @@ def emit_bounds(positions: ir.Value, block: int) -> ir.Value:
             return op.result
     blocks = kind.shape[1] if kind.is_dynamic_dim(1) else -(-kind.shape[1] // block) + 1
     table = ir.RankedTensorType.get([kind.shape[0], 2, blocks], i32_type())
-    build = lambda place, memory: [_fill(row, place[0], *memory, block) for row in (LARGEST, SMALLEST)]  # noqa: E731
+
+    def build(place: list[ir.Value], memory: list[ir.Value]) -> None:
+        source, bounds = memory
+        for row in (LARGEST, SMALLEST):
+            _fill(row, place[0], source, bounds, block)
+
     kernel(name, [memref_of(kind), memref_of(table)], WAVE, build)
     batch, entries = size(positions, 0), add(ceil_div(size(positions, 1), block), 1)
     dynamic = [n for axis, n in ((0, batch), (2, entries)) if table.is_dynamic_dim(axis)]

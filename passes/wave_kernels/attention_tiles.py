@@ -9,6 +9,7 @@ table of bounds tells where to look.
 
 from __future__ import annotations
 
+import functools
 import math as numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -310,10 +311,10 @@ class Tiles:
                 made = vector.from_elements(matrix_zero().type, four)
                 when(inside, lambda: store(made, target, [*place, column]))
                 return
-            for i in range(QUARTER):
+            for i, value in enumerate(four):
                 channel = add(column, i)
                 inside = arith.andi(self.row.inside, compare("slt", channel, index(heads)))
-                when(inside, lambda i=i, channel=channel: put(four[i], target, [*place, channel]))
+                when(inside, functools.partial(put, value, target, [*place, channel]))
 
         loop(0, self.tiles, 1, write)
 
@@ -340,22 +341,30 @@ def combine(
     """Emits the body of the second launch: a wave adds what the shares of the keys found for one row."""
     row, key_head, batch = workgroup
     shares = size(totals, 2)
-    place = lambda share: [batch, key_head, share, row]  # noqa: E731
-    largest = loop(0, shares, 1, lambda s, m: [larger(get(totals, [*place(s), 0]), m)], [f32(FLOOR)])[0]
-    weight = lambda share: math.exp2(arith.subf(get(totals, [*place(share), 0]), largest))  # noqa: E731
 
-    def add_up(start: float, term: Callable[[ir.Value], ir.Value]) -> ir.Value:
-        body = lambda s, so_far: [math.fma(term(s), weight(s), so_far)]  # noqa: E731
-        return loop(0, shares, 1, body, [f32(start)])[0]
+    def at(share: ir.Value, number: Index) -> list[Index]:
+        return [batch, key_head, share, row, number]
 
-    total = add_up(0.0, lambda share: get(totals, [*place(share), 1]))
+    def larger_one(share: ir.Value, largest: ir.Value) -> list[ir.Value]:
+        return [larger(get(totals, at(share, 0)), largest)]
+
+    (largest,) = loop(0, shares, 1, larger_one, [f32(FLOOR)])
+
+    def add_up(term: Callable[[ir.Value], ir.Value]) -> ir.Value:
+        def body(share: ir.Value, so_far: ir.Value) -> list[ir.Value]:
+            weight = math.exp2(arith.subf(get(totals, at(share, 0)), largest))
+            return [math.fma(term(share), weight, so_far)]
+
+        return loop(0, shares, 1, body, [f32(0.0)])[0]
+
+    total = add_up(lambda share: get(totals, at(share, 1)))
     some = arith.cmpf(arith.CmpFPredicate.OGT, total, f32(0.0))
     inverse = arith.select(some, arith.divf(f32(1.0), total), f32(0.0))
     token, head = floor_div(row, problem.group), rem(row, problem.group)
 
-    def channel(at: ir.Value) -> None:
-        value = add_up(0.0, lambda share: get(sums, [*place(share), at]))
-        put(arith.mulf(value, inverse), out, [batch, token, add(mul(key_head, problem.group), head), at])
+    def channel(number: ir.Value) -> None:
+        value = add_up(lambda share: get(sums, at(share, number)))
+        put(arith.mulf(value, inverse), out, [batch, token, add(mul(key_head, problem.group), head), number])
 
     loop(thread(), problem.head_size, WAVE, channel)
 

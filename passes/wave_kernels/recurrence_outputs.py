@@ -181,21 +181,21 @@ class Outputs(Tiles):
 
         (sums,) = self._each_tile_of_keys(multiply, [matrix_zero()])
         any_left = self._any_channel_left()
-        token, inside = self.at_step(add(self.first, own))
         for i in range(QUARTER):
-            earlier = add(self.four, i)
-            reads = compare("slt" if self.problem.exclusive else "sle", earlier, self.row)
-            reads = arith.andi(reads, inside)
-            score = arith.select(reads, element_at(sums, i), f32(0.0))
-            (score,) = choose(
-                arith.andi(reads, any_left),
-                lambda score=score, earlier=earlier: [self._left_over(score, token, earlier)],
-                [score],
-            )
-            if self.problem.bonus:
-                itself = arith.andi(inside, compare("eq", earlier, self.row))
-                (score,) = choose(itself, lambda score=score: [self._bonus(score, token)], [score])
-            put(score, self.scores, [index(i)])
+            put(self._own_score(element_at(sums, i), add(self.four, i), any_left), self.scores, [index(i)])
+
+    def _own_score(self, product: ir.Value, earlier: ir.Value, any_left: ir.Value) -> ir.Value:
+        """Returns how much of the value of step ``earlier`` of the block the lane's row reads."""
+        token, inside = self.at_step(add(self.first, add(mul(self.wave, TILE), self.row)))
+        reads = compare("slt" if self.problem.exclusive else "sle", earlier, self.row)
+        reads = arith.andi(reads, inside)
+        score = arith.select(reads, product, f32(0.0))
+        left = arith.andi(reads, any_left)
+        (score,) = choose(left, lambda: [self._left_over(score, token, earlier)], [score])
+        if not self.problem.bonus:
+            return score
+        itself = arith.andi(inside, compare("eq", earlier, self.row))
+        return choose(itself, lambda: [self._bonus(score, token)], [score])[0]
 
     def _any_channel_left(self) -> ir.Value:
         """Returns whether a channel of the block counts as 0 in the products of tiles; the same in all lanes."""
