@@ -15,6 +15,8 @@ from spikingbrain.backend_maca.generic import Generic
 from spikingbrain.backend_maca.places import Count, root, size_of, stays_in_row
 
 LONGEST = 16384  # elements of a row; a longer one would keep too few blocks busy
+SHORTEST = 16  # elements of a row for which a block is worth it, unless there are only ...
+FEW = 1024  # ... rows
 LOOSE = 4096  # elements that one block may do when ops share no loops
 
 # What may stand between the ops of a group: it launches nothing and reads no memory.
@@ -99,10 +101,17 @@ class Group:
         rows = [r for r in self.rows if member.fits(r) and _independent(members, r)]
         return Group(members, rows) if rows else None
 
+    def parts(self) -> list[Group]:
+        """Returns the group, or one of each op where rows would not keep blocks busy."""
+        if len(self.members) == 1 or any(_busy(self.members, r) for r in self.rows):
+            return [self]
+        return [Group([member], self.rows) for member in self.members]
+
     @property
     def choice(self) -> Count:
-        """Returns the most rows: as many blocks as can be."""
-        return max(self.rows, key=lambda r: (len(r.symbols), r.number))
+        """Returns the most rows that keep their blocks busy."""
+        rows = [r for r in self.rows if _busy(self.members, r)]
+        return max(rows, key=lambda r: (len(r.symbols), r.number))
 
 
 def groups(block: ir.Block) -> list[Group]:
@@ -122,7 +131,7 @@ def groups(block: ir.Block) -> list[Group]:
             current = joined if joined.rows else None
         elif op.name not in TRANSPARENT and not op.name.startswith("arith."):
             current = None
-    return found
+    return [part for group in found for part in group.parts()]
 
 
 def _independent(members: Sequence[Member], rows: Count) -> bool:
@@ -140,6 +149,14 @@ def _independent(members: Sequence[Member], rows: Count) -> bool:
         if _captures(member, written):
             return rows == Count()
     return True
+
+
+def _busy(members: Sequence[Member], rows: Count) -> bool:
+    """Returns whether rows are long enough for a block each, or few."""
+    if rows.static and rows.number <= FEW:
+        return True
+    inner = [member.loops[member.outer(rows) or 0 :] for member in members]
+    return any(_number(sizes) >= SHORTEST or not all(size.static for size in sizes) for sizes in inner)
 
 
 def _captures(member: Member, written: set[ir.Value]) -> bool:
