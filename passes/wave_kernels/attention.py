@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from spikingbrain.passes.kernels.attention import Problem
 
 LARGEST_HEAD = 256  # queries and outputs of a row lie in the registers of four lanes
-WAVES = 4  # of a block
-SHARES = 16  # of the keys, for one token
+WAVES = 4  # of a block: neighbouring tiles read the same keys
 FEW_KEYS = 512  # that one wave visits by itself
+KEYS_OF_A_SHARE, MOST_SHARES = 2 * KEYS, 32  # of many keys, for one token: each wave is a block, so that they spread
 
 
 def plan(problem: Problem, segments: Sequence[Segment]) -> Schedule:
@@ -41,7 +41,7 @@ def plan(problem: Problem, segments: Sequence[Segment]) -> Schedule:
     counts = [ir.RankedTensorType(segment.keys.type).shape[1] for segment in segments]
     known = all(count != ir.ShapedType.get_dynamic_size() for count in counts)
     if problem.time == 1 and not (known and sum(counts) <= FEW_KEYS):
-        return Schedule(WAVES, SHARES)
+        return Schedule(1, min(MOST_SHARES, -(-sum(counts) // KEYS_OF_A_SHARE)) if known else MOST_SHARES)
     few_rows = problem.time is not None and problem.time * problem.group <= TILE
     return Schedule(1 if few_rows else WAVES, 1)
 
