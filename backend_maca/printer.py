@@ -18,19 +18,13 @@ from torch_mlir import ir
 from spikingbrain.backend_maca import vectors
 from spikingbrain.backend_maca.expressions import PRODUCT, SUM, WORD, Expressions
 from spikingbrain.backend_maca.mlir import constant, is_shared, nested, source_of, sources_of
-from spikingbrain.backend_maca.subset import (
-    MAX_UNROLLED,
-    rounds,
-    verify,
-)
+from spikingbrain.backend_maca.subset import MAX_UNROLLED, rounds, verify
 from spikingbrain.backend_maca.types import TYPES
-from spikingbrain.backend_maca.uniform import STORES, WAVE
+from spikingbrain.backend_maca.uniform import STORES
 from spikingbrain.errors import UnsupportedOp
+from spikingbrain.passes.wave_kernels.builders import SHARED_BYTES, WAVE
 
 MAX_SHARED_BYTES = 64 << 10
-MAX_STATIC_BYTES = (
-    36 << 10
-)  # what goes beyond is asked for at the launch; stand-ins for the device need the rest
 SHARED_ALIGNMENT = 16
 MAX_PLACES = 8  # lines of the model that a kernel's comment lists
 MAX_LINE = 100  # of a list of parameters; a longer one has a line for each
@@ -197,11 +191,11 @@ class _Printer(Expressions):
         return {self.number[buffer] for buffer in buffers if buffer in self.number}
 
     def _shared(self, value: ir.Value) -> None:
-        """Declares an array that the block shares, static while there is room for it."""
+        """Declares an array that the block shares: static while there is room for it, else asked for at the launch."""
         count, kind = int(np.prod(value.type.shape)), str(value.type.element_type)
         size = -(-count * TYPES[kind][1] // SHARED_ALIGNMENT) * SHARED_ALIGNMENT
         name, word = self._new(value, "shared"), self.type_name(value.type.element_type)
-        if self.static_bytes + size <= MAX_STATIC_BYTES:
+        if self.static_bytes + size <= SHARED_BYTES:
             self.static_bytes += size
             vectors_meet = any(use.owner.operation.name.startswith("vector.") for use in value.uses)
             aligned = f"alignas({SHARED_ALIGNMENT}) " if vectors_meet else ""

@@ -16,10 +16,10 @@ from torch_mlir import ir
 from spikingbrain.backend_maca import vectors
 from spikingbrain.backend_maca.mlir import constant, is_shared, nested, place_of
 from spikingbrain.backend_maca.types import STORAGE_ONLY, TYPES
-from spikingbrain.backend_maca.uniform import WAVE, is_reached_together
+from spikingbrain.backend_maca.uniform import is_reached_together
 from spikingbrain.errors import UnsupportedOp
+from spikingbrain.passes.wave_kernels.builders import MAX_THREADS, WAVE
 
-MAX_THREADS = 1024
 MAX_REGISTER_BYTES = 1024  # of one array of a thread: 256 registers
 MAX_UNROLLED = 64  # rounds of a loop over a register array
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from torch_mlir import ir
 
 from spikingbrain.backend_maca.mlir import constant, is_shared, nested
+from spikingbrain.passes.wave_kernels.builders import WAVE
 
-WAVE = 64
 SAME_FOR_THE_BLOCK = ("gpu.block_id", "gpu.grid_dim", "memref.dim", "arith.constant")
 STORES = {"memref.store": 1, "vector.store": 1}  # op -> the operand that is the buffer
 

@@ -601,6 +601,58 @@ def test_what_has_no_form_is_refused(why: str) -> None:
     assert why in str(refused.value)
 
 
+DIFFERENT = {
+    "the rounds of a loop that starts at the thread": """
+      scf.for %k = %t to %c64 step %c1 {
+        gpu.barrier
+      }""",
+    "a value that the kernel writes": """
+      %v = memref.load %out[%bx] : memref<192xf32>
+      memref.store %v, %out[%t] : memref<192xf32>
+      %zero = arith.constant 0.0 : f32
+      %some = arith.cmpf one, %v, %zero : f32
+      scf.if %some {
+        gpu.barrier
+      }""",
+    "shared memory that is written before the next barrier": f"""
+      %s = memref.alloca() : memref<1xi32, {SHARED}>
+      %zero = arith.constant 0 : i32
+      gpu.barrier
+      %n = memref.load %s[%c0] : memref<1xi32, {SHARED}>
+      %some = arith.cmpi ne, %n, %zero : i32
+      memref.store %zero, %s[%c0] : memref<1xi32, {SHARED}>
+      scf.if %some {{
+        gpu.barrier
+      }}""",
+    "a carried value that goes on by the thread": """
+      %last = scf.while (%k = %c16) : (index) -> index {
+        %more = arith.cmpi ugt, %k, %c1 : index
+        scf.condition(%more) %k : index
+      } do {
+      ^bb0(%k: index):
+        gpu.barrier
+        %next = arith.subi %k, %t : index
+        scf.yield %next : index
+      }""",
+    "the lanes of a shuffle": """
+      %v = memref.load %in0[%t] : memref<192xf32>
+      %one = arith.constant 1 : i32
+      %width = arith.constant 64 : i32
+      %o, %valid = gpu.shuffle xor %v, %one, %width : f32
+      %zero = arith.constant 0.0 : f32
+      %some = arith.cmpf one, %o, %zero : f32
+      scf.if %some {
+        gpu.barrier
+      }""",
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_barriers_under_what_may_differ_are_refused(name: str) -> None:
+    with pytest.raises(UnsupportedOp, match="part of a block could miss it"):
+        compile_text(scheduled(DIFFERENT[name], "192xf32", "192xf32", threads=128), target="maca")
+
+
 UNIFORM = {
     "the number of the wave": """
       %wave = arith.divui %t, %c64 : index
