@@ -19,7 +19,13 @@ from spikingbrain.backend import StageContext
 from spikingbrain.backend_maca import emulate
 from spikingbrain.backend_maca.backend import MacaBackend
 from spikingbrain.backend_maca.emulate import ORDERS, KernelFault, Kernels, build
-from spikingbrain.errors import CallError, CorruptArtifact, MissingDependency, SpikingBrainError, UnsupportedOp
+from spikingbrain.errors import (
+    CallError,
+    CorruptArtifact,
+    MissingDependency,
+    SpikingBrainError,
+    UnsupportedOp,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "maca"
 needs_cxx = pytest.mark.skipif(shutil.which(emulate.compiler()) is None, reason="no C++ compiler")
@@ -412,7 +418,7 @@ def test_missing_parts_are_named() -> None:
         load(code)
     with pytest.raises(CorruptArtifact, match=r"the artifact has no plan.json"):
         load({"kernels.maca": b""})
-    with pytest.raises(MissingDependency, match="the runtime libmcruntime.so does not load"):
+    with pytest.raises(MissingDependency, match=r"the runtime libmcruntime\.so does not load"):
         load(compile_text(gemv(5, 9), target="maca"))
 
 
