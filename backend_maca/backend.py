@@ -180,5 +180,6 @@ def _print(module: str, context: StageContext) -> dict[str, bytes]:
     members = {"kernels.maca": source.encode(), "plan.json": (json.dumps(launches, indent=1) + "\n").encode()}
     if context.target.name == "maca" and (sdk := mxcc.find()):
         members[f"kernels.{mxcc.ARCH}.mcbin"] = mxcc.build(source, sdk)
+        members[f"probe.{mxcc.ARCH}.mcbin"] = mxcc.build(probe.SOURCE.read_text(), sdk)
         context.report["native"] = {"arch": mxcc.ARCH, "flags": mxcc.FLAGS, "compiler": sdk.version}
     return members

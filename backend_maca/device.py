@@ -313,4 +313,4 @@ def open_card(device: str, code: Mapping[str, memoryview], plan: Mapping[str, An
     driver = open_driver(device)
     calls = any("library" in step for entry in plan["entries"].values() for step in entry["launches"])
     blas = Blas(*blas_library(driver)) if calls else None
-    return Card(driver, image_of(driver, code), convention(driver), blas=blas)
+    return Card(driver, image_of(driver, code), convention(driver, code), blas=blas)

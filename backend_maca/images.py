@@ -12,7 +12,7 @@ from pathlib import Path
 
 from spikingbrain.artifact import cache_folder
 from spikingbrain.backend_maca import mxcc, probe
-from spikingbrain.backend_maca.driver import CONVENTIONS, CudaDriver, Driver
+from spikingbrain.backend_maca.driver import CONVENTIONS, CudaDriver, DeviceError, Driver
 from spikingbrain.backend_maca.toolchains import CUDA, ROOT
 from spikingbrain.errors import MissingDependency, PassFailed
 from spikingbrain.files import write_atomically
@@ -67,16 +67,42 @@ def _version(command: str) -> str:
     return subprocess.run([command, "--version"], capture_output=True, text=True).stdout
 
 
-@functools.cache
-def convention(driver: Driver) -> int | None:
+# Probe -> what kernels that rely on it have in their source.
+USES = {
+    "votes of 64 lanes": "__ballot_sync",
+    "shuffles over 64 lanes": "__shfl_xor_sync",
+    "matrix instruction, i8": "__builtin_mxc_mma_16x16x16i8",
+    "matrix instruction, f16": "__builtin_mxc_mma_16x16x16f16",
+    "matrix instruction, bf16": "__builtin_mxc_mma_16x16x16bf16",
+    "matrix instruction, f32": "__builtin_mxc_mma_16x16x4f32",
+    "64 KiB of shared memory": "SB_DYNAMIC_SHARED",
+}
+
+
+def convention(driver: Driver, code: Mapping[str, memoryview]) -> int | None:
     """Returns how a card's runtime takes arguments, found by running the probe; see ``Driver.launch``.
 
-    Where no compiler can build the probe it is ``void**``, what public programs for these cards use most.
+    Where no compiler can build the probe, and the artifact does not bring it, it is ``void**``, what public programs for
+    these cards use most. Raises DeviceError where the card fails a probe of what the artifact's kernels rely on.
     """
     if isinstance(driver, CudaDriver):
         return CONVENTIONS[0]
     try:
-        image = image_of(driver, {"probe.maca": memoryview(probe.SOURCE.read_bytes())}, "probe")
+        image = image_of(driver, {**code, "probe.maca": memoryview(probe.SOURCE.read_bytes())}, "probe")
     except MissingDependency:
         return CONVENTIONS[0]
-    return probe.examine(driver, image).convention
+    record = _examined(driver, image)
+    source = bytes(code["kernels.maca"]).decode()
+    for finding in record.findings:
+        if not finding.passed and USES.get(finding.name, "\0") in source:
+            raise DeviceError(
+                f"{record.device} does not do what the kernels of this artifact rely on: {finding.name}",
+                why=finding.found,
+                hint="export again on this machine, where the probe turns such kernels off; or --device maca-emulator",
+            )
+    return record.convention
+
+
+@functools.cache
+def _examined(driver: Driver, image: bytes) -> probe.Record:
+    return probe.examine(driver, image)

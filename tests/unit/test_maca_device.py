@@ -25,7 +25,7 @@ pytest.importorskip("torch_mlir")
 
 import spikingbrain
 from spikingbrain.backend_maca import device as devices
-from spikingbrain.backend_maca import driver, emulate, images
+from spikingbrain.backend_maca import driver, emulate, images, mxcc, probe
 from spikingbrain.backend_maca.backend import MacaBackend
 from spikingbrain.errors import CallError, MissingDependency, OutOfMemory
 
@@ -62,12 +62,12 @@ def runtimes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Runtime]:
 @pytest.fixture
 def clean(runtimes: dict[str, Runtime]) -> Iterator[None]:
     driver.open_driver.cache_clear()
-    images.convention.cache_clear()
+    images._examined.cache_clear()
     yield
     for runtime in runtimes.values():
         runtime.reset()
     driver.open_driver.cache_clear()
-    images.convention.cache_clear()
+    images._examined.cache_clear()
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_a_runtime_that_cannot_record_is_told_of_once(
 def test_arguments_go_the_way_that_the_probe_finds(exported: Any, card: Runtime, end: int | None) -> None:
     card.set(TAKES_ADDRESSES, int(end is None))
     card.set(PACKED_END, -1 if end is None else end)
-    assert images.convention(driver.open_driver("maca")) == end
+    assert images.convention(driver.open_driver("maca"), exported.code) == end
     np.testing.assert_array_equal(
         steps(program(exported, "maca"), (3,))[0], steps(program(exported, "maca-emulator"), (3,))[0]
     )
@@ -313,6 +313,41 @@ def test_an_old_runtime(
 def test_without_native_code_and_sdk(exported: Any, card: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MACA_PATH")
     with pytest.raises(MissingDependency, match="set MACA_PATH"):
+        program(exported, "maca")
+
+
+def test_an_artifact_with_native_code_needs_no_sdk(
+    exported: Any, card: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = {"kernels": bytes(exported.code["kernels.maca"]), "probe": probe.SOURCE.read_bytes()}
+    built = {f"{name}.{mxcc.ARCH}.mcbin": memoryview(native(text.decode())) for name, text in sources.items()}
+    monkeypatch.delenv("MACA_PATH")
+    card.set(TAKES_ADDRESSES, 0)
+    card.set(PACKED_END, 3)
+    code = {**exported.code, **built}
+    executable = MacaBackend().load(code, {"device": "maca"}, exported.weights())
+    executable.call("step", [executable.to_device(np.ones(shape, dtype)) for shape, dtype in ARGUMENTS])
+    assert card.launches > 0
+
+
+def test_kernels_that_the_card_would_run_wrongly_are_refused(
+    exported: Any, card: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = bytes(exported.code["kernels.maca"]).decode()
+    relied = next(name for name, word in images.USES.items() if word in source)
+    spared = next(name for name, word in images.USES.items() if word not in source)
+
+    def failing(name: str) -> Any:
+        return lambda driver, image: probe.Record(
+            "a card", "", None, (probe.Finding(name, False, "it was 3", "off"),)
+        )
+
+    monkeypatch.setattr(images, "_examined", failing(spared))
+    program(exported, "maca")
+    monkeypatch.setattr(images, "_examined", failing(relied))
+    with pytest.raises(
+        driver.DeviceError, match=f"this artifact rely on: {relied}\n  because: it was 3\n  try: export"
+    ):
         program(exported, "maca")
 
 

@@ -161,6 +161,7 @@ def test_loops_that_data_ends(loops: Path, tmp_path: Path) -> None:
             np.testing.assert_array_equal(np.load(tmp_path / f"out0.{i}.npy"), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def test_nvcc_builds_a_program(loops: Path) -> None:
     subprocess.run([loops / "build.sh", "cuda"], env={**os.environ, "ARCH": "sm_80"}, check=True)
