@@ -18,7 +18,7 @@ from spikingbrain.passes.base import PassContext
 class FuseSharedInput:
     """Joins ``spikingbrain.linear`` ops that read one value (query, key and value; gate and up).
 
-    Where the target has wave kernels, each launch costs: there it joins ``spikingbrain.spike_linear`` ops of one input, too.
+    Where the target has wave kernels, each launch costs: there it joins projections of spikes and by experts, too.
     In and out: our dialect on builtin tensors. The weights must be whole model tensors, or codes of them; each result
     becomes a slice of the joint one. Projections in different blocks stay apart. Not handled: a weight that other ops read
     too, in its own form, is then stored twice.
@@ -39,17 +39,17 @@ class FuseSharedInput:
             for op in group:
                 op.erase()
         if context.target.wave_kernels:
-            self._join_spikes(module, context)
+            self._join(module, context)
 
-    def _join_spikes(self, module: ir.Module, context: PassContext) -> None:
+    def _join(self, module: ir.Module, context: PassContext) -> None:
         groups: dict[tuple[object, ...], list[ir.Operation]] = defaultdict(list)
-        for op in torch_ir.operations(module, "spikingbrain.spike_linear"):
-            if (key := _spikes_key(op)) is not None:
+        for op in torch_ir.walk(module):
+            if op.name in _STORED and (key := _key(op)) is not None:
                 groups[key].append(op)
         for group in groups.values():
             if len(group) > 1:
-                context.record(self, "fused", group[0], f"{len(group)} projections of one neuron's spikes")
-                _fuse_spikes(group)
+                context.record(self, "fused", group[0], f"{len(group)} projections of one input")
+                _fuse_stored(group)
                 for op in group:
                     op.erase()
 
@@ -79,54 +79,63 @@ def _fuse(group: list[ir.Operation]) -> None:
         _cut(joint, x, group)
 
 
-# What makes a stored tensor whose rows can be joined with those of others.
-_BY_ROW = ("matrix", "column", "ones", "float32", "codes bits=4", "codes bits=8", "codes bits=16")
+# Where projections have what is stored for them, and its axis of columns.
+_STORED = {
+    "spikingbrain.spike_linear": ((2, 3, 4), 0),
+    "spikingbrain.grouped_linear": ((1,), 1),
+    "spikingbrain.spike_grouped_linear": ((2, 3), 1),
+}
+# What may have been done to stored tensors that can be joined along that axis.
+_STEPS = {"matrix", "column", "ones", "float32", "codes bits=4", "codes bits=8", "codes bits=16"}
 
 
-def _spikes_key(op: ir.Operation) -> tuple[object, ...] | None:
-    """Returns what projections of spikes that can be joined have in common; None for one that cannot be."""
-    counts, threshold, *stored = op.operands
-    encode = torch_ir.defining(counts, "spikingbrain.spike_encode")
-    if encode is None or counts != encode.results[0] or threshold != encode.results[1]:
-        return None
-    recipes = []
-    for value in stored:
-        owner = parameters.parameter(value)
-        if owner is None or not set(parameters.stored(owner).recipe) <= set(_BY_ROW):
+def _key(op: ir.Operation) -> tuple[object, ...] | None:
+    """Returns what projections that can be joined have in common; None for one that cannot be."""
+    numbers, axis = _STORED[op.name]
+    key: list[object] = [op.name, hash(op.block), len(op.operands)]
+    for i, value in enumerate(op.operands):
+        encode = torch_ir.defining(value, "spikingbrain.spike_encode")
+        if encode is not None:  # each projection in the model's code has a neuron of its own
+            settings = [str(encode.attributes[name]) for name in ("k", "lower", "upper")]
+            key += [hash(encode.operands[0]), value == encode.results[0], *settings]
+            continue
+        if i not in numbers:
+            key.append(hash(value))
+            continue
+        owner, type_ = parameters.parameter(value), ir.RankedTensorType(value.type)
+        if owner is None or not set(parameters.stored(owner).recipe) <= _STEPS:
             return None
-        recipes.append(parameters.stored(owner).recipe)
-    settings = [str(encode.attributes[name]) for name in ("k", "lower", "upper")]
-    shapes = [str(value.type.element_type) for value in stored] + [
-        ir.RankedTensorType(stored[1].type).shape[1]
-    ]
-    own = [str(op.attributes[name]) if name in op.attributes else "" for name in ("bits", "silent")]
-    return (hash(encode.operands[0]), hash(op.block), *settings, *recipes, *shapes, *own)
+        sizes = [n for d, n in enumerate(type_.shape) if d != axis]
+        key += [parameters.stored(owner).recipe, str(type_.element_type), *sizes]
+    key += [str(op.attributes[name]) for name in op.attributes if name != "columns"]
+    return tuple(key)
 
 
-def _fuse_spikes(group: list[ir.Operation]) -> None:
+def _fuse_stored(group: list[ir.Operation]) -> None:
     first = group[0]
-    counts, threshold, *stored = first.operands
-    columns = sum(ir.RankedTensorType(op.operands[2].type).shape[0] for op in group)
-    attributes = {name: first.attributes[name] for name in ("bits", "silent") if name in first.attributes}
+    numbers, axis = _STORED[first.name]
+    columns = sum(ir.RankedTensorType(op.results[0].type).shape[-1] for op in group)
+    attributes = {name: first.attributes[name] for name in first.attributes}
+    if "columns" in attributes:
+        attributes["columns"] = ir.IntegerAttr.get(attributes["columns"].type, columns)
     with ir.InsertionPoint(first), first.location:
-        joined = [_joined([op.operands[2 + i] for op in group]) for i in range(len(stored))]
-        joint = ir.Operation.create(
-            "spikingbrain.spike_linear",
-            [_wider(first.results[0].type, columns)],
-            [counts, threshold, *joined],
-            attributes,
-        ).result
-        _cut(joint, counts, group)
+        operands = [
+            _joined([op.operands[i] for op in group], axis) if i in numbers else value
+            for i, value in enumerate(first.operands)
+        ]
+        type_ = _wider(first.results[0].type, columns)
+        joint = ir.Operation.create(first.name, [type_], operands, attributes).result
+        _cut(joint, first.operands[0], group)
 
 
-def _joined(values: list[ir.Value]) -> ir.Value:
-    """Returns stored tensors of one recipe joined along their first axis, stored."""
+def _joined(values: list[ir.Value], axis: int = 0) -> ir.Value:
+    """Returns stored tensors of one recipe joined along an axis, stored."""
     all_stored = [parameters.stored(value.owner.operation) for value in values]
-    first = ir.RankedTensorType(values[0].type)
-    rows = sum(ir.RankedTensorType(value.type).shape[0] for value in values)
-    type_ = ir.RankedTensorType.get([rows, *first.shape[1:]], first.element_type)
+    shape = list(ir.RankedTensorType(values[0].type).shape)
+    shape[axis] = sum(ir.RankedTensorType(value.type).shape[axis] for value in values)
+    type_ = ir.RankedTensorType.get(shape, ir.RankedTensorType(values[0].type).element_type)
     sources = [source for stored in all_stored for source in stored.sources]
-    return parameters.create(sources, [*all_stored[0].recipe, "concat axis=0"], type_)
+    return parameters.create(sources, [*all_stored[0].recipe, f"concat axis={axis}"], type_)
 
 
 def _wider(type_: ir.Type, columns: int) -> ir.RankedTensorType:

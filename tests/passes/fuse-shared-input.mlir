@@ -105,3 +105,22 @@ func.func @spikes(%x: tensor<3x4xf32>) -> (tensor<3x3xf32>, tensor<3x2xf32>, ten
   %r = "spikingbrain.spike_linear"(%c2, %v2, %b, %bs) {bits = 8 : i64} : (tensor<3x4xf32>, tensor<3xf32>, tensor<2x4xi8>, tensor<2x1xf32>) -> tensor<3x2xf32>
   return %p, %q, %r : tensor<3x3xf32>, tensor<3x2xf32>, tensor<3x2xf32>
 }
+
+// Projections by experts: joined for waves by the columns of each expert; not those of rows that go other ways.
+// CHECK-LABEL: func.func @experts(
+// CHECK-COUNT-3: "spikingbrain.grouped_linear"
+// WAVES-LABEL: func.func @experts(
+// WAVES:         %[[W:.+]] = "spikingbrain.parameter"() {recipe = ["concat axis=1"], sources = ["a", "b"]} : () -> tensor<2x5x4xf32>
+// WAVES:         %[[Y:.+]] = "spikingbrain.grouped_linear"(%{{.+}}, %[[W]], %{{.+}}) {columns = 5 : i64}
+// WAVES:         tensor.extract_slice %[[Y]][0, 0] [7, 3] [1, 1]
+// WAVES:         tensor.extract_slice %[[Y]][0, 3] [7, 2] [1, 1]
+// WAVES:         "spikingbrain.grouped_linear"
+// WAVES-NOT:     "spikingbrain.grouped_linear"
+func.func @experts(%x: tensor<7x4xf32>, %e: tensor<7xi64>, %f: tensor<7xi64>) -> (tensor<7x3xf32>, tensor<7x2xf32>, tensor<7x2xf32>) {
+  %a = "spikingbrain.parameter"() {sources = ["a"], recipe = []} : () -> tensor<2x3x4xf32>
+  %b = "spikingbrain.parameter"() {sources = ["b"], recipe = []} : () -> tensor<2x2x4xf32>
+  %p = "spikingbrain.grouped_linear"(%x, %a, %e) {columns = 3 : i64} : (tensor<7x4xf32>, tensor<2x3x4xf32>, tensor<7xi64>) -> tensor<7x3xf32>
+  %q = "spikingbrain.grouped_linear"(%x, %b, %e) {columns = 2 : i64} : (tensor<7x4xf32>, tensor<2x2x4xf32>, tensor<7xi64>) -> tensor<7x2xf32>
+  %r = "spikingbrain.grouped_linear"(%x, %b, %f) {columns = 2 : i64} : (tensor<7x4xf32>, tensor<2x2x4xf32>, tensor<7xi64>) -> tensor<7x2xf32>
+  return %p, %q, %r : tensor<7x3xf32>, tensor<7x2xf32>, tensor<7x2xf32>
+}
