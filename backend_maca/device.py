@@ -16,6 +16,7 @@ from spikingbrain.backend_maca.blas import Blas
 from spikingbrain.backend_maca.driver import CudaDriver, DeviceError, Driver, blas_library, open_driver
 from spikingbrain.backend_maca.images import convention, image_of
 from spikingbrain.backend_maca.machine import Launch, Product, Steps
+from spikingbrain.backend_maca.plan import every_step
 from spikingbrain.errors import CallError, OutOfMemory, SpikingBrainError
 
 log = logging.getLogger(__name__)
@@ -311,6 +312,8 @@ class Card:
 def open_card(device: str, code: Mapping[str, memoryview], plan: Mapping[str, Any]) -> Card:
     """Returns the card of a kind with an artifact's kernels loaded, and the matrix library if the plan calls it."""
     driver = open_driver(device)
-    calls = any("library" in step for entry in plan["entries"].values() for step in entry["launches"])
+    calls = any(
+        "library" in step for entry in plan["entries"].values() for step in every_step(entry["launches"])
+    )
     blas = Blas(*blas_library(driver)) if calls else None
     return Card(driver, image_of(driver, code), convention(driver, code), blas=blas)

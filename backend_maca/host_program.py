@@ -268,13 +268,32 @@ class _Entry:
             lines.append(f"  Buffer {', '.join(temporaries)};")
         ready: set[int] = set()
         checks = [f"  {self._check(formula, message)}" for formula, message in self.entry["checks"]]
-        body = [*dict.fromkeys(checks), *self._steps(self.entry["launches"], ready, "  ")]
+        body = list(dict.fromkeys(checks))
+        last = self._last_uses()
+        for number, step in enumerate(self.entry["launches"]):
+            body += self._step(step, ready, "  ")
+            body += [f"  b{i} = Buffer();" for i in last.get(number, ()) if i in ready]
         values = sorted(_values(self.entry["launches"]))
         lines += [f"  {'double' if v in self.floats else 'int64_t'} v{v} = 0;" for v in values]
         outputs = self.entry["outputs"]
         body += self._needs([o["buffer"] for o in outputs], ready, "  ")
         results = [f"b{o['buffer']}.as({self._shape(o['shape'])})" for o in outputs]
         return "\n".join([*lines, *body, f"  return {_braced(results)};", "}\n\n"])
+
+    def _last_uses(self) -> dict[int, list[int]]:
+        """Returns for each step the temporaries whose memory is free after it."""
+        last: dict[int, int] = {}
+        for number, step in enumerate(self.entry["launches"]):
+            for inner in every_step([step]):
+                used = [a["buffer"] for a in inner.get("arguments", ()) if "buffer" in a]
+                for i in [*used, *([inner["buffer"]] if "read" in inner else [])]:
+                    last[i] = number
+        kept = {o["buffer"] for o in self.entry["outputs"]}
+        ends: dict[int, list[int]] = {}
+        for i, number in last.items():
+            if self.records[i]["role"] == "temporary" and i not in kept:
+                ends.setdefault(number, []).append(i)
+        return ends
 
     def _check(self, formula: Any, message: str) -> str:
         return f"require({self._size(formula)}, {_quoted(self.name)}, {_quoted(message)});"
