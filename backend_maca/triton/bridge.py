@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spikingbrain.backend import TorchKernel, TorchKernels
-from spikingbrain.backend_maca.triton import recurrence, scan, spikes
+from spikingbrain.backend_maca.triton import delta, recurrence, scan, spikes
 from spikingbrain.backend_maca.triton.device import Device
 from spikingbrain.backend_maca.triton.dots import DOTS
 
@@ -51,8 +51,10 @@ def _refuse_recurrence(
     exclusive: bool,
     reverse: bool,
 ) -> str | None:
-    if erase is not None:
-        return "the rank-one part (erase, predict) has no Triton kernel"
+    if erase is not None and isinstance(q.shape[3], int) and q.shape[3] > delta.KEYS:
+        return (
+            f"{q.shape[3]} keys; the Triton kernel of the rank-one part (erase, predict) holds {delta.KEYS}"
+        )
     if decay_axis not in recurrence.AXES:
         return f"a decay of {decay_axis}s has no Triton kernel"
     if decay is not None and not log_decay:
@@ -63,6 +65,8 @@ def _refuse_recurrence(
 
 
 def _refuse_recurrence_backward(do: Tensor, dlast: Tensor, *given: object) -> str | None:
+    if given[4] is not None:
+        return "the backward of the rank-one part (erase, predict) has no Triton kernel"
     return _refuse_recurrence(*given)  # type: ignore[arg-type]
 
 
@@ -80,15 +84,13 @@ def _recurrence(
     exclusive: bool,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    o, last = recurrence.forward(
-        _in_order(q, reverse),
-        _in_order(k, reverse),
-        _in_order(v, reverse),
-        None if decay is None else _in_order(decay, reverse),
-        state,
-        decay_axis,
-        exclusive,
-    )
+    q_, k_, v_ = (_in_order(x, reverse) for x in (q, k, v))
+    decay = None if decay is None else _in_order(decay, reverse)
+    if erase is None or predict is None:
+        o, last = recurrence.forward(q_, k_, v_, decay, state, decay_axis, exclusive)
+    else:
+        u, w = _in_order(erase, reverse), _in_order(predict, reverse)
+        o, last = delta.forward(q_, k_, v_, decay, u, w, state, decay_axis, exclusive)
     o = _in_order(o, reverse)
     if bonus is not None:
         groups = q.shape[2] // k.shape[2]

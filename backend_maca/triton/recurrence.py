@@ -106,6 +106,28 @@ class Plan:
         )  # fmt: skip
         return made
 
+    def read(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        decay: Tensor,
+        states: Tensor,
+        o: Tensor,
+        erase: Tensor | None = None,
+        predicted: Tensor | None = None,
+    ) -> None:
+        """Writes the outputs into ``o``, from the states at the start of blocks."""
+        scores = self.scores(q, k, decay, self.axis)
+        of_erase = scores if erase is None else self.scores(q, erase, decay, self.axis)
+        grid = (self.blocks, self.batch * self.heads, -(-self.value_size // self.value_tile))
+        kernels.read_states[grid](
+            q, v, decay, states, scores, of_erase, scores if predicted is None else predicted, o,
+            self.steps, self.blocks, self.states, self.groups, self.key_size, self.value_size,
+            DECAY=self.axis, EXCLUSIVE=self.exclusive, DELTA=erase is not None,
+            DOT=self.dot, C=self.block, BK=self.key_tile, BV=self.value_tile, num_warps=WARPS, num_stages=1,
+        )  # fmt: skip
+
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None, axis: str, exclusive: bool
@@ -132,14 +154,7 @@ def forward(
         )  # fmt: skip
         return o, last
     states, last = plan.carry(k, v, gates, state, backward=False)
-    scores = plan.scores(q, k, gates, plan.axis)
-    grid = (plan.blocks, plan.batch * plan.heads, -(-plan.value_size // plan.value_tile))
-    kernels.read_states[grid](
-        q, v, gates, states, scores, o,
-        plan.steps, plan.blocks, plan.states, plan.groups, plan.key_size, plan.value_size,
-        DECAY=plan.axis, EXCLUSIVE=exclusive, DOT=plan.dot, C=plan.block, BK=plan.key_tile, BV=plan.value_tile,
-        num_warps=WARPS, num_stages=1,
-    )  # fmt: skip
+    plan.read(q, k, v, gates, states, o)
     return o, last
 
 

@@ -110,6 +110,53 @@ def carry_states(
 
 
 @triton.jit
+def carry_delta(
+    key, value, erase, constant, linear, decay, first_state, states, last_state, predicted, steps, blocks, S, K, V,
+    DECAY: tl.constexpr, HAS_FIRST: tl.constexpr,
+    DOT: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Carries a state through all blocks where each step also adds erase p^T, p = S^T predict of the state before the step.
+
+    Inside a block p = constant + linear S, [B * S, blocks, C, .], with S the state at its start. Holds all keys at a time.
+    """
+    which = tl.program_id(0).to(tl.int64)
+    batch, state = which // S, which % S
+    rows, keys = tl.arange(0, C), tl.arange(0, BK)
+    values = tl.program_id(1) * BV + tl.arange(0, BV)
+    matrix = keys[:, None] * V + values[None, :]
+    inside = (keys < K)[:, None] & (values < V)[None, :]
+    carried = tl.zeros([BK, BV], dtype=tl.float32)
+    if HAS_FIRST:
+        carried = tl.load(first_state + which * K * V + matrix, mask=inside, other=0.0)
+    for n in range(blocks):
+        block = which * blocks + n
+        tl.store(states + block * K * V + matrix, carried, mask=inside)
+        first = n * C
+        time = first + rows
+        end = tl.minimum(first + C, steps)
+        live = time < end
+        row = block * C + rows
+        w = tl.load(linear + row[:, None] * K + keys[None, :], mask=(keys < K)[None, :], other=0.0)
+        p = tl.load(constant + row[:, None] * V + values[None, :], mask=(values < V)[None, :], other=0.0)
+        p += tl.dot(w.to(DOT), carried.to(DOT), input_precision="ieee")
+        row = (batch * steps + time) * S + state
+        there = live[:, None] & (values < V)[None, :]
+        tl.store(predicted + row[:, None] * V + values[None, :], p, mask=there)
+        k = rows_of(key, batch, state, steps, S, K, time, live, keys).to(tl.float32)
+        u = rows_of(erase, batch, state, steps, S, K, time, live, keys).to(tl.float32)
+        v = rows_of(value, batch, state, steps, S, V, time, live, values)
+        if DECAY > 0:
+            g = gates(decay, batch, state, steps, S, K, time, live, keys, DECAY)
+            carried = carried * tl.exp(tl.sum(g, 0))[:, None]
+            after = tl.exp(gates_from(decay, batch, state, steps, S, K, time, end, keys, DECAY))
+            k = k * after
+            u = u * after
+        carried += tl.dot(tl.trans(k.to(DOT)), v.to(DOT), input_precision="ieee")
+        carried += tl.dot(tl.trans(u.to(DOT)), p.to(DOT), input_precision="ieee")
+    tl.store(last_state + which * K * V + matrix, carried, mask=inside)
+
+
+@triton.jit
 def pair_scores(
     query, key, decay, scores, steps, S, G, K,
     DECAY: tl.constexpr, EXCLUSIVE: tl.constexpr,
@@ -165,11 +212,11 @@ def pair_scores(
 
 @triton.jit
 def read_states(
-    query, value, decay, states, scores, out, steps, blocks, S, G, K, V,
-    DECAY: tl.constexpr, EXCLUSIVE: tl.constexpr,
+    query, value, decay, states, scores, erase_scores, predicted, out, steps, blocks, S, G, K, V,
+    DECAY: tl.constexpr, EXCLUSIVE: tl.constexpr, DELTA: tl.constexpr,
     DOT: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Stores o of one block, head and tile of values."""
+    """Stores o of one block, head and tile of values; with DELTA ``erase_scores`` weigh what was ``predicted`` [B, T, S, V]."""
     head = tl.program_id(1) % (S * G)
     batch, state = (tl.program_id(1) // (S * G)).to(tl.int64), head // G
     block = tl.program_id(0)
@@ -195,6 +242,10 @@ def read_states(
     a = tl.load(scores + row[:, None] * C + rows[None, :], mask=live[:, None], other=0.0)
     v = rows_of(value, batch, state, steps, S, V, time, live, values)
     o += tl.dot(a.to(DOT), v.to(DOT), input_precision="ieee")
+    if DELTA:
+        a = tl.load(erase_scores + row[:, None] * C + rows[None, :], mask=live[:, None], other=0.0)
+        p = rows_of(predicted, batch, state, steps, S, V, time, live, values)
+        o += tl.dot(a.to(DOT), p.to(DOT), input_precision="ieee")
     row = (batch * steps + time) * S * G + head
     there = live[:, None] & (values < V)[None, :]
     tl.store(out + row[:, None] * V + values[None, :], o.to(out.dtype.element_ty), mask=there)

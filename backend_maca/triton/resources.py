@@ -26,6 +26,7 @@ from triton.compiler import ASTSource
 from spikingbrain.backend_maca.triton import (
     attention,
     attention_kernels,
+    delta,
     recurrence,
     recurrence_kernels,
     scan_kernels,
@@ -131,6 +132,10 @@ def problems() -> dict[str, Callable[[], Any]]:
         codes = empty(4096, 4096, dtype=torch.int8)
         spikes.spike_linear(empty(rows, 4096), empty(rows), codes, empty(4096, 1), empty(4096))
 
+    def delta_rule(dtype: torch.dtype, axis: str) -> None:
+        q, k = empty(1, 2048, 8, 128, dtype=dtype), empty(1, 2048, 4, 128, dtype=dtype)
+        delta.forward(q, k, k, k[..., 0] if axis == "head" else k, k, k, empty(1, 4, 128, 128), axis, False)
+
     def scan() -> None:
         x = empty(4, 2048, 4096)
         elements.linear_scan(x, x, empty(4, 4096), True, False)
@@ -140,6 +145,8 @@ def problems() -> dict[str, Callable[[], Any]]:
         name = str(dtype).removeprefix("torch.")
         for axis in ("none", "head", "key"):
             made[f"recurrence {axis} {name}"] = lambda dtype=dtype, axis=axis: recur(dtype, axis)  # type: ignore[misc]
+        for axis in ("head", "key"):
+            made[f"delta rule {axis} {name}"] = lambda dtype=dtype, axis=axis: delta_rule(dtype, axis)  # type: ignore[misc]
         for size in (64, 128, 256)[: 2 if dtype == torch.float32 else 3]:
             made[f"attention {size} {name}"] = lambda dtype=dtype, size=size: attend(dtype, size)  # type: ignore[misc]
     for rows in (1, 2048):

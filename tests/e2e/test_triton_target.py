@@ -48,6 +48,7 @@ def test_results_and_gradients_are_eager_ones(found: dict[str, Any]) -> None:
     assert len(found["errors"]) == 1 + 1 + 4  # the result, the gradients of x, of two weights and two biases
     assert max(found["errors"]) < 1e-6
     assert max(found["bonus"]) < 2e-6
+    assert max(found["delta rule"]) < 5e-6  # forward and backward, in strict mode: all of it on kernels
 
 
 def test_spikes_are_exact(found: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import spikingbrain
 from spikingbrain.frontend.ops import spike_linear
+from spikingbrain.models.recurrences import gated_delta_rule
 from spikingbrain.models.recurrences.gated import gla
 from spikingbrain.models.recurrences.linear_recurrence import linear_recurrence
 from spikingbrain.models.recurrences.scan import linear_scan
@@ -31,6 +32,11 @@ class Mixed(nn.Module):
         h, _ = linear_scan(torch.sigmoid(x), x, None)
         factor, _ = linear_recurrence(q, k, v, torch.sigmoid(g), decay_axis="key")
         return self.out((o + factor).flatten(2)) + h
+
+
+def ruled(q: Tensor, k: Tensor, v: Tensor, g: Tensor, strength: Tensor) -> Tensor:
+    k = F.normalize(k, dim=-1)
+    return gated_delta_rule(q, k, v, F.logsigmoid(g), torch.sigmoid(strength))[0]
 
 
 def gradients(model: nn.Module, call, x: Tensor) -> list[Tensor]:
@@ -63,6 +69,14 @@ def main() -> None:
         o, last = ops.linear_recurrence(q, k, v, decay, None, None, bonus, None, "key", log, True, True)
         into += [o, last, *torch.autograd.grad(o.square().sum() + last.sum(), [q, k, v, g, bonus])]
 
+    # the gated delta rule, whose backward is calls of the op
+    delta = [torch.randn(1, 9, 2, 8, requires_grad=True) for _ in range(3)]
+    delta += [torch.randn(1, 9, 2, requires_grad=True) for _ in range(2)]
+    of_delta = []
+    for call in (ruled, torch.compile(ruled, backend="spikingbrain", options=OPTIONS | {"strict": True})):
+        o = call(*delta)
+        of_delta.append([o.detach(), *torch.autograd.grad(o.square().sum(), delta)])
+
     spiking = SpikeLinear.of(nn.Linear(40, 24))
     y = torch.randn(3, 5, 40)
     y[0, 0, 0] = 1e6  # a count outside int8
@@ -82,6 +96,7 @@ def main() -> None:
         json.dumps(
             {
                 "errors": [error(a, b) for a, b in zip(found, wanted, strict=True)],
+                "delta rule": [error(a, b) for a, b in zip(*of_delta, strict=True)],
                 "bonus": [error(a, b) for a, b in zip(of_kernel, of_body, strict=True)],
                 "regions": told["regions"],
                 "of layer": of_layer,

@@ -13,11 +13,18 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed")
 
 # Errors relative to the largest value: of float32 sums, and of operands rounded to 8 or 11 bits.
-BOUNDS = {"bfloat16": 1e-2, "attention in bfloat16": 1e-2, "float16": 2e-3, "elements in float16": 1e-3}
+BOUNDS = {
+    "bfloat16": 1e-2,
+    "attention in bfloat16": 1e-2,
+    "delta rule in bfloat16": 2e-2,
+    "float16": 2e-3,
+    "elements in float16": 1e-3,
+}
 CASES = """
 no decay/no decay, exclusive, one step/no steps/one step, gates of keys
 one step, gates of heads, extreme/gates of heads, extreme/gates of heads, exclusive
 gates of keys, extreme/gates of keys, exclusive/bfloat16/float16
+delta rule/delta rule, one step/delta rule, gates of heads, extreme/delta rule, gates of keys/delta rule in bfloat16
 elements, factors of any sign/elements, logarithms, backwards/elements in float16
 causal/window and sinks, later queries/many sinks/one query/no queries/attention in bfloat16
 bytes/bytes, weights turned/counts outside int8/groups/clamped thresholds/clamped thresholds: large/no rows

@@ -8,7 +8,7 @@ import json
 import torch
 from torch import Tensor
 
-from spikingbrain.backend_maca.triton import attention, recurrence, spikes
+from spikingbrain.backend_maca.triton import attention, delta, recurrence, spikes
 from spikingbrain.backend_maca.triton import scan as elements
 from spikingbrain.models import spiking
 from spikingbrain.models.reference.recurrences import linear_recurrence as by_steps
@@ -63,6 +63,22 @@ def recur(
     gradients = recurrence.backward(do, dlast, q, k, v, decay, state, axis, exclusive)
     of = [None if x is None else x.grad for x in exact]
     record(case, "o last dq dk dv ddecay dstate", [o, last, *gradients], [o_.detach(), last_.detach(), *of])
+
+
+def delta_rule(case, steps, axis, exclusive, dtype=torch.float32, gates=None):
+    keys, values, states, heads = 20, 24, 2, 4
+    q, k, v = (torch.randn(1, steps, n, d) for n, d in ((heads, keys), (states, keys), (states, values)))
+    k = torch.nn.functional.normalize(k, dim=-1)
+    strength = torch.rand(1, steps, states, 1) * 2  # up to a reflection
+    size = {"none": None, "head": (1, steps, states), "key": (1, steps, states, keys)}[axis]
+    decay = None if size is None else torch.nn.functional.logsigmoid(torch.randn(size))
+    decay = gates(torch.randn(size)) if gates else decay
+    given = [q, k, v, decay, -strength * k, k + 0.01 * torch.randn(k.shape)]
+    given = [None if x is None else x.to(dtype) for x in given]
+    state = torch.randn(1, states, keys, values)
+    exact = [None if x is None else x.double() for x in (*given, None, state)]
+    o_, last_ = by_steps(*exact, decay_axis=axis, log_decay=True, exclusive=exclusive)
+    record(case, "o last", [*delta.forward(*given, state, axis, exclusive)], [o_, last_])
 
 
 def scan(case, dtype, log, reverse, state):
@@ -129,6 +145,11 @@ def main() -> None:
     recur("gates of keys, exclusive", 21, "key", True, heads=1)
     recur("bfloat16", 20, "head", False, dtype=torch.bfloat16)
     recur("float16", 17, "key", False, heads=1, keys=16, dtype=torch.float16)
+    delta_rule("delta rule", 37, "none", False)
+    delta_rule("delta rule, one step", 1, "key", True)
+    delta_rule("delta rule, gates of heads, extreme", 70, "head", False, gates=extreme)
+    delta_rule("delta rule, gates of keys", 35, "key", True)
+    delta_rule("delta rule in bfloat16", 20, "head", False, dtype=torch.bfloat16)
     scan("elements, factors of any sign", torch.float32, False, False, False)
     scan("elements, logarithms, backwards", torch.float32, True, True, True)
     scan("elements in float16", torch.float16, True, False, True)
