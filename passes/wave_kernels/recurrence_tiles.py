@@ -27,6 +27,7 @@ from spikingbrain.passes.wave_kernels.builders import (
 )
 from spikingbrain.passes.wave_kernels.recurrence_base import Places, element
 
+MOST_VALUES = 512  # of an output's row, kept in the registers of 16 lanes until its sums are known
 QUARTER = 4  # lanes that hold a row of a tile, and the numbers of it that each holds
 
 
@@ -50,8 +51,8 @@ class Schedule:
         return self.chunk // TILE
 
     def blocks(self, problem: Problem) -> int:
-        """Returns how many blocks share the outputs of a head: one."""
-        return 1
+        """Returns how many blocks would have to share a row of outputs for registers to keep it."""
+        return -(-problem.value_size // MOST_VALUES)
 
 
 class Tiles(Places):

@@ -110,7 +110,7 @@ def test_large_scores_and_positions_in_any_order() -> None:
     np.testing.assert_allclose(got, reference(inputs, rule), rtol=0, atol=2e-2)
 
 
-@pytest.mark.parametrize("element", ["f16", "bf16", "i8"])
+@pytest.mark.parametrize("element", [pytest.param("f16", marks=pytest.mark.slow), "bf16", "i8"])
 def test_narrow_caches(element: str) -> None:
     heads, rule = (4, 2, 32), (40, 2)
     for time in ("1", "?"):

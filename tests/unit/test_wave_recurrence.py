@@ -67,7 +67,9 @@ def test_steps_equal_a_loop(case: Case) -> None:
     check(case, FEW)
 
 
-@pytest.mark.parametrize("case", TILES, ids=Case.name)
+@pytest.mark.parametrize(
+    "case", [*TILES[:2], *(pytest.param(c, marks=pytest.mark.slow) for c in TILES[2:])], ids=Case.name
+)
 def test_tiles_equal_a_loop(case: Case) -> None:
     check(case, MANY)
 
