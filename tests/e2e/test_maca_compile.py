@@ -16,7 +16,6 @@ from zoo import ZOO
 from spikingbrain.frontend.dynamo import report
 from spikingbrain.models.spikingbrain import SpikingBrain, tiny_7b
 
-QUICK = ("bert",)
 OPTIONS = {"target": "maca-emulator", "library": False}
 
 
@@ -27,9 +26,8 @@ def fresh_dynamo() -> Any:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in ZOO]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ZOO)
 def test_every_op_of_a_model_has_a_kernel(name: str) -> None:
     model, inputs = ZOO[name].build("tiny"), ZOO[name].inputs("tiny", 0)
     with report.collect() as reports, torch.no_grad():
