@@ -71,7 +71,7 @@ def test_the_wheel_holds_every_source_file(wheel: Path) -> None:
     expected = {"spikingbrain/py.typed", "spikingbrain/backend_maca/probe.maca"}
     for package, folder in FOLDERS.items():
         expected |= {f"{package.replace('.', '/')}/{file.name}" for file in (ROOT / folder).glob("*.py")}
-    for folder in ("emulator", "compat_cuda", "compat_amdgcn"):
+    for folder in ("emulator", "compat_cuda", "compat_amdgcn", "host"):
         files = (ROOT / "backend_maca" / folder).iterdir()
         expected |= {f"spikingbrain/backend_maca/{folder}/{file.name}" for file in files}
     with zipfile.ZipFile(wheel) as archive:
