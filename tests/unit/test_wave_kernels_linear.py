@@ -103,14 +103,14 @@ func.func @{name}(%x: {x}, %r: {y}) -> {y} {{
 
 
 CASES = {
-    "tiny": Case(1, 1),
+    "tiny": Case(1, 1, rows=1),
     "odd": Case(37, 70),
     "vectors": Case(96, 33, sum=True),
     "row": Case(1028, 19, rows=1),
     "rows": Case(333, 17, rows=3, sum=True),
     "no_rows": Case(20, 5, rows=0),
-    "halves": Case(37, 20, sum=True, element="f16"),
-    "bfloats": Case(80, 33, element="bf16"),
+    "halves": Case(37, 20, rows=3, sum=True, element="f16"),
+    "bfloats": Case(80, 33, rows=17, element="bf16"),
     "experts": Case(36, 70, experts=5),
     "many_experts": Case(5, 3, experts=300),
     "experts_row": Case(130, 67, rows=1, experts=3),

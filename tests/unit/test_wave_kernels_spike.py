@@ -23,7 +23,7 @@ from spikingbrain.passes.spike_to_int import SpikeToInt
 pytestmark = pytest.mark.skipif(shutil.which(emulate.compiler()) is None, reason="no C++ compiler")
 
 CASES = {
-    "tiny": Case(1, 1),
+    "tiny": Case(1, 1, rows=1),
     "odd": Case(37, 70),
     "rows": Case(300, 19, rows=3, bias=True),
     "no_rows": Case(20, 5, rows=0),
@@ -94,7 +94,7 @@ def test_rows_that_are_not_ordinary(loaded: Any, name: str) -> None:
 @pytest.mark.parametrize("bits", [8, 16])
 def test_rows_at_the_limits_of_32_bits(bits: int) -> None:
     """Many channels, with counts just small enough for their sums, just too large, and of two bytes."""
-    case = Case(18944, 3, bits=bits)
+    case = Case(18944, 3, bits=bits, rows=4)
     program = Program(joined({"main": case}), [SpikeToInt()])
     x = np.ones((4, case.k))
     x[1, 0], x[2, : case.k // 2] = 1e6, 0
