@@ -8,7 +8,7 @@ other one. ``least`` is what must be touched: every weight and all state, once.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch_mlir import ir
@@ -79,10 +79,9 @@ def _sources(op: ir.Operation) -> list[ir.Value]:
 
 def _of_entry(plan: Mapping[str, Any], entry: str, scattered: Mapping[str, set[int]]) -> dict[str, Any]:
     records = plan["entries"][entry]["buffers"]
-    one = lambda shape: tuple(size if isinstance(size, int) else 1 for size in shape)  # noqa: E731
-    inputs = {i: one(b["shape"]) for i, b in enumerate(records) if b["role"] == "input"}
+    inputs = {i: _smallest(b["shape"]) for i, b in enumerate(records) if b["role"] == "input"}
     steps = resolve(plan, entry, inputs)
-    shapes = {**{i: one(b["shape"]) for i, b in enumerate(records)}, **steps.temporaries}
+    shapes = {**{i: _smallest(b["shape"]) for i, b in enumerate(records)}, **steps.temporaries}
 
     def size(buffer: int) -> int:
         return math.prod(shapes[buffer]) * storage(records[buffer]["dtype"]).itemsize
@@ -114,3 +113,8 @@ def _of_entry(plan: Mapping[str, Any], entry: str, scattered: Mapping[str, set[i
         "workspace": space.size if space else 0,
         "workspace_least": space.least if space else 0,
     }
+
+
+def _smallest(shape: Sequence[Any]) -> tuple[int, ...]:
+    """Returns a shape with 1 for every size that is known at run time only."""
+    return tuple(size if isinstance(size, int) else 1 for size in shape)

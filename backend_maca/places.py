@@ -104,7 +104,7 @@ def _first_cut(op: ir.Operation) -> int:
         size = _value(next(given)) if sizes[axis] == DYNAMIC else Count(sizes[axis])
         if offsets[axis] != 0 or size != size_of(op.operands[0], axis):
             return axis
-    return source.rank
+    return int(source.rank)
 
 
 def _covers(buffer: ir.Value, end: int, rows: Count) -> bool:
