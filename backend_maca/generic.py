@@ -103,6 +103,8 @@ class Generic:
         if len(set(places)) != ir.MemRefType(self.outputs[0].type).rank:
             return  # it may not write all that was filled
         users = {use.owner.operation for use in self.outputs[0].uses} - {self.op}
+        if any(user.block != self.op.block for user in users):
+            return  # a loop or another op's body may come in between
         before = itertools.takewhile(lambda v: v.operation != self.op, self.op.block.operations)
         found = [v.operation for v in before if v.operation in users and v.operation.name != "memref.dim"]
         number = _filled_with(found[0], self.outputs[0]) if len(found) == 1 else None

@@ -230,3 +230,37 @@ def test_short_rows_do_not_become_a_block_each() -> None:
     text += one.format("z", "y") + "\n  return %y, %z : tensor<40000x3xf32>, tensor<40000x3xf32>\n}"
     entry = program(text).plan["entries"]["main"]
     assert [step["grid"][0] for step in entry["launches"]] == [469, 469]  # of 256 elements each
+
+
+def test_a_fill_that_a_loop_reads_first_stays() -> None:
+    text = """
+#v = affine_map<(i) -> (i)>
+#s = affine_map<(i) -> ()>
+func.func public @main(%x: tensor<5xf32>) -> (tensor<f32>, tensor<f32>) {
+  %c0 = arith.constant 0 : index
+  %c1 = arith.constant 1 : index
+  %c3 = arith.constant 3 : index
+  %two = arith.constant 2.0 : f32
+  %e = tensor.empty() : tensor<f32>
+  %f = linalg.fill ins(%two : f32) outs(%e : tensor<f32>) -> tensor<f32>
+  %r = scf.for %i = %c0 to %c3 step %c1 iter_args(%a = %f) -> (tensor<f32>) {
+    %o = tensor.empty() : tensor<f32>
+    %d = linalg.generic {indexing_maps = [affine_map<() -> ()>, affine_map<() -> ()>], iterator_types = []}
+        ins(%a : tensor<f32>) outs(%o : tensor<f32>) {
+      ^bb0(%p: f32, %u: f32):
+        %0 = arith.addf %p, %p : f32
+        linalg.yield %0 : f32
+    } -> tensor<f32>
+    scf.yield %d : tensor<f32>
+  }
+  %y = linalg.generic {indexing_maps = [#v, #s], iterator_types = ["reduction"]}
+      ins(%x : tensor<5xf32>) outs(%f : tensor<f32>) {
+    ^bb0(%p: f32, %o: f32):
+      %0 = arith.addf %p, %o : f32
+      linalg.yield %0 : f32
+  } -> tensor<f32>
+  return %r, %y : tensor<f32>, tensor<f32>
+}"""
+    x = np.float32([1, 2, 3, 4, 5])
+    doubled, total = run(program(text), x)
+    assert (doubled, total) == (16, 17)
