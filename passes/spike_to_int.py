@@ -25,7 +25,7 @@ from spikingbrain.passes.kernels.spike_encode import (
     encoding,
 )
 from spikingbrain.passes.kernels.spike_linear import Shape, emit_spike_linear, scale_recipe
-from spikingbrain.passes.kernels.spike_rows import emit_rows
+from spikingbrain.passes.kernels.spike_rows import emit_rows, emit_rows_of_words
 from spikingbrain.passes.spike_forms import form
 from spikingbrain.passes.wave_kernels import spike_encode as wave_encode
 from spikingbrain.passes.wave_kernels import spike_grouped_linear as wave_grouped
@@ -55,7 +55,7 @@ class SpikeToInt:
     def run(self, module: ir.Module, context: PassContext) -> None:
         _merge_encoders(module)
         encoded: _Encoded = {}
-        packed: dict[str, Dot] = {}  # weights and scales, by what they were before
+        packed: dict[str, Dot | Codes] = {}  # weights and scales, by what they were before
         for op in torch_ir.operations(module, "spikingbrain.spike_linear"):
             bits = op.attributes["bits"].value
             by_channel = form(silent_share(op)) == "events" and not context.target.wave_kernels
@@ -72,7 +72,7 @@ class SpikeToInt:
             way = f"kernel of events, {silent_share(op):.0%} silent" if by_channel else "kernel"
             context.record(self, "lowered", op, f"linalg: {reason}" if reason else way)
             stored = [parameters.parameter(value) for value in op.operands]
-            if isinstance(dot, Dot) and not reason and not by_channel:
+            if dot and not reason and not by_channel:
                 packed |= {parameters.stored(p).key: dot for p in stored[2:4] if p}
             op.erase()
             for parameter in {hash(p): p for p in stored if p}.values():
@@ -130,7 +130,7 @@ def _erase_unused(parameter: ir.Operation) -> None:
         parameter.erase()
 
 
-def _share(op: ir.Operation, dot: Dot) -> None:
+def _share(op: ir.Operation, dot: Dot | Codes) -> None:
     """Lets a look-up in codes or scales read the form that a projection has stored them in."""
     ids, table = op.operands
     rows, channels = ir.RankedTensorType(table.type).shape
@@ -138,7 +138,13 @@ def _share(op: ir.Operation, dot: Dot) -> None:
     assert stored is not None
     if ir.RankedTensorType(table.type).element_type == ir.F32Type.get():  # scales: packed as any table is
         type_ = ir.RankedTensorType.get([-(-rows // dot.block), channels, dot.block], ir.F32Type.get())
-        op.operands[1] = _with_steps(table, [scale_recipe(dot)], type_)
+        step = dot.scale_recipe() if isinstance(dot, Codes) else scale_recipe(dot)
+        op.operands[1] = _with_steps(table, [step], type_)
+    elif isinstance(dot, Codes):
+        packed = _with_steps(table, dot.recipe(), dot.stored_type(rows, channels))
+        value = emit_rows_of_words(ids, packed, rows, op.results[0].type, dot)
+        op.results[0].replace_all_uses_with(value)
+        op.erase()
     else:
         packed = _with_steps(table, [dot.recipe()], dot.stored_type(rows, channels))
         op.results[0].replace_all_uses_with(emit_rows(ids, packed, rows, op.results[0].type, dot))

@@ -7,8 +7,30 @@ from torch_mlir.dialects import arith, linalg, tensor
 
 from spikingbrain.passes import linalg_build as build
 from spikingbrain.passes.kernels.spike_dot import Dot
+from spikingbrain.passes.wave_kernels.spike_codes import Codes
 
 _UNSIGNED_LESS = 6
+
+
+def emit_rows_of_words(ids: ir.Value, packed: ir.Value, rows: int, type_: ir.Type, codes: Codes) -> ir.Value:
+    """Returns the same as ``emit_rows`` for a weight that wave kernels read."""
+    result = ir.RankedTensorType(type_)
+    rank, index, element = len(result.shape), ir.IndexType.get(), result.element_type
+    zero, count, width = (build.constant_index(n) for n in (0, rows, codes.block))
+    dims = [ir.AffineDimExpr.get(d) for d in range(rank)]
+    maps = [ir.AffineMap.get(rank, 0, dims[:-1]), ir.AffineMap.get(rank, 0, dims)]
+
+    def body(token: ir.Value, _: ir.Value) -> ir.Value:
+        row = arith.index_cast(index, token)
+        inside = arith.cmpi(arith.CmpIPredicate.ult, row, count)
+        row = arith.select(inside, row, zero)
+        channel = linalg.IndexOp(rank - 1).result
+        panel, column = arith.divui(row, width), arith.remui(row, width)
+        code = codes.code_at(lambda at: tensor.extract(packed, at), panel, channel, column)
+        return arith.select(inside, arith.trunci(element, code), arith.constant(element, 0))
+
+    init = build.empty(result, build.dynamic_sizes(ids))
+    return build.generic([ids], init, maps, ["parallel"] * rank, body)
 
 
 def emit_rows(ids: ir.Value, packed: ir.Value, rows: int, type_: ir.Type, dot: Dot) -> ir.Value:

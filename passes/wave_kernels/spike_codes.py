@@ -15,7 +15,7 @@ encoder marks rows whose sums could exceed 32 bits (``spike_encode.py``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch_mlir import ir
@@ -26,7 +26,6 @@ from spikingbrain.passes.kernels.builders import (
     add,
     compare,
     floor_div,
-    get,
     i32,
     i32_type,
     load,
@@ -107,15 +106,17 @@ class Codes:
         first = mul(rem(lane, TILE), 4 * self.code_vectors)
         return [load(weight, [panel, step, add(first, 4 * i)], 4) for i in range(self.code_vectors)]
 
-    def code_at(self, weight: ir.Value, panel: ir.Value, channel: ir.Value, column: ir.Value) -> ir.Value:
-        """Returns one code as an i32; ``column`` is that of the panel."""
+    def code_at(
+        self, read: Callable[[list[ir.Value]], ir.Value], panel: ir.Value, channel: ir.Value, column: ir.Value
+    ) -> ir.Value:
+        """Returns one code as an i32; ``read`` returns a word of the packed weight, ``column`` is that of the panel."""
         step, part = floor_div(channel, LANE_CHANNELS), rem(channel, LANE_CHANNELS)
         half = None
         if self.bits == 4:
             step, half = floor_div(step, 2), rem(step, 2)
         bits = 16 if self.bits == 16 else 8
         each = 32 // bits
-        word = get(weight, [panel, step, add(mul(column, LANE_CHANNELS // each), floor_div(part, each))])
+        word = read([panel, step, add(mul(column, LANE_CHANNELS // each), floor_div(part, each))])
         up = arith.index_cast(i32_type(), mul(arith.subi(_index(each - 1), rem(part, each)), bits))
         word = arith.shli(word, up)
         if half is None:

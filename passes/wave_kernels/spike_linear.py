@@ -391,7 +391,8 @@ class SpikeKernel:
             def channel(at: ir.Value, so_far: ir.Value) -> list[ir.Value]:
                 k = add(mul(g, width), at)
                 count = math.roundeven(arith.divf(get(self.counts.x, [row, k]), threshold))
-                code = arith.sitofp(f64, self.codes.code_at(self.weight, panel, k, column))
+                word = partial(get, self.weight)
+                code = arith.sitofp(f64, self.codes.code_at(word, panel, k, column))
                 return [arith.addf(so_far, arith.mulf(arith.extf(f64, count), code))]
 
             (whole,) = loop(0, width, 1, channel, [arith.constant(f64, 0.0)])

@@ -150,3 +150,23 @@ def test_experts(loaded_experts: Any, name: str) -> None:
             one = {n: w[e] for n, w in weights.items()}
             expected[sent] = spike_cases.linear(x[sent], one, False)[0]
         np.testing.assert_array_equal(run(loaded_experts, name, x, expert), expected)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_head_and_an_embedding_share_codes(bits: int) -> None:
+    """Tokens read the codes as the head has packed them; one outside the table is zero."""
+    case = Case(70, 37, bits=bits, rows=1)
+    x, w = "tensor<1x70xf32>", "tensor<37x70xi8>"
+    text = joined({"main": case}).replace(
+        f"(%x: {x}) -> tensor<1x37xf32>",
+        f"(%x: {x}, %ids: tensor<?xi64>) -> (tensor<?x70xi8>, tensor<1x37xf32>)",
+    )
+    row = f'%rows = "spikingbrain.embedding"(%ids, %w) {{rows = 37 : i64}} : (tensor<?xi64>, {w}) -> tensor<?x70xi8>'
+    text = text.replace("  return %y : ", f"  {row}\n  return %rows, %y : tensor<?x70xi8>, ")
+    program = Program(text, [SpikeToInt()])
+    assert len(program.stored) == 2  # codes and scales
+    codes = case.weights(np.random.default_rng(0))
+    ids = np.array([0, 36, 5, 15, 16, 37, -1], np.int64)
+    got = run(program.load({"main": codes}), "main", np.ones((1, 70), np.float32), ids)
+    np.testing.assert_array_equal(got[:5], codes["w"][ids[:5]])
+    assert not got[5:].any()
