@@ -358,9 +358,28 @@ def test_special_tokens_reach_the_template() -> None:
 def commanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Program, str]:
     """A program that every artifact file is loaded as, and such a file."""
     made = chatting()
-    monkeypatch.setattr(spikingbrain, "load", lambda path, check_memory: made, raising=False)
+
+    def load(path: Path, *, device: str | None, check_memory: bool) -> Program:
+        assert device in (None, "maca-emulator")
+        made.manifest = {**made.manifest, "device": device}
+        return made
+
+    monkeypatch.setattr(spikingbrain, "load", load, raising=False)
     (tmp_path / "a.sbrain").touch()
     return made, str(tmp_path / "a.sbrain")
+
+
+@pytest.mark.parametrize("command", [["run", "FILE", "Once"], ["chat", "FILE"]])
+def test_commands_choose_the_device(
+    commanded: tuple[Program, str], command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, file = commanded
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    words = [file if word == "FILE" else word for word in command]
+    assert cli.main([*words, "--tokens", "2", "--device", "maca-emulator"]) == 0
+    assert made.manifest["device"] == "maca-emulator"
+    assert cli.main([*words, "--tokens", "2"]) == 0
+    assert made.manifest["device"] is None
 
 
 def test_run_passes_its_options_on(
