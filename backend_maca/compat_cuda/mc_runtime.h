@@ -69,9 +69,17 @@ __device__ __forceinline__ unsigned long long ballot(unsigned long long, int pre
 }
 
 struct ByI8 {
-  static constexpr int held = 4, bytes = 4;
-  static __device__ int element(unsigned long long bits, int k) { return (int8_t)(bits >> (8 * k)); }
+  static constexpr int bytes = 4;
+  static __device__ int add(unsigned long long x, unsigned long long y, int sum) {
+    return __dp4a((int)x, (int)y, sum);
+  }
 };
+// Adds the products of ``held`` floats of each side, in order.
+template <class By, class T>
+__device__ __forceinline__ T add_products(unsigned long long x, unsigned long long y, T sum) {
+  for (int k = 0; k < By::held; ++k) sum += By::element(x, k) * By::element(y, k);
+  return sum;
+}
 struct ByF16 {
   static constexpr int held = 4, bytes = 8;
   static __device__ float element(unsigned long long bits, int k) {
@@ -79,11 +87,17 @@ struct ByF16 {
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"((unsigned short)(bits >> (16 * k))));
     return value;
   }
+  static __device__ float add(unsigned long long x, unsigned long long y, float sum) {
+    return add_products<ByF16>(x, y, sum);
+  }
 };
 struct ByBF16 {
   static constexpr int held = 4, bytes = 8;
   static __device__ float element(unsigned long long bits, int k) {
     return __uint_as_float((unsigned)(bits >> (16 * k)) << 16);
+  }
+  static __device__ float add(unsigned long long x, unsigned long long y, float sum) {
+    return add_products<ByBF16>(x, y, sum);
   }
 };
 struct ByTF32 {
@@ -91,19 +105,26 @@ struct ByTF32 {
   static __device__ float element(unsigned long long bits, int k) {
     return __uint_as_float((unsigned)(bits >> (32 * k)) & 0xffffe000u);
   }
+  static __device__ float add(unsigned long long x, unsigned long long y, float sum) {
+    return add_products<ByTF32>(x, y, sum);
+  }
 };
 struct ByF32 {
-  static constexpr int held = 1, bytes = 4;
-  static __device__ float element(unsigned long long bits, int) { return __uint_as_float((unsigned)bits); }
+  static constexpr int bytes = 4;
+  static __device__ float add(unsigned long long x, unsigned long long y, float sum) {
+    return sum + __uint_as_float((unsigned)x) * __uint_as_float((unsigned)y);
+  }
 };
 struct ByF64 {
-  static constexpr int held = 1, bytes = 8;
-  static __device__ double element(unsigned long long bits, int) { return __longlong_as_double(bits); }
+  static constexpr int bytes = 8;
+  static __device__ double add(unsigned long long x, unsigned long long y, double sum) {
+    return sum + __longlong_as_double(x) * __longlong_as_double(y);
+  }
 };
 
-// D = X Y^T + C; see the emulator for who holds what.
+// D = X Y^T + C; see the emulator for who holds what. A call, so that kernels with many stay small.
 template <class By, class V, class C>
-__device__ __forceinline__ C multiply(V x, V y, C c) {
+__device__ __noinline__ C multiply(V x, V y, C c) {
   static_assert(sizeof(V) == By::bytes, "a lane's part of X and Y has another size");
   unsigned long long* slots = scratch();
   unsigned long long columns[4];
@@ -116,7 +137,7 @@ __device__ __forceinline__ C multiply(V x, V y, C c) {
   for (int quarter = 0; quarter < 4; ++quarter)
     for (int v = 0; v < 4; ++v) {
       const unsigned long long row = slots[16 * quarter + 4 * (lane() / 16) + v];
-      for (int k = 0; k < By::held; ++k) c[v] += By::element(row, k) * By::element(columns[quarter], k);
+      c[v] = By::add(row, columns[quarter], c[v]);
     }
   wave_barrier();
   return c;
