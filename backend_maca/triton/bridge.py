@@ -1,4 +1,4 @@
-"""Which op of ours goes to which Triton kernel, and what a kernel does not take.
+"""Which op of ours goes to which Triton kernel, and what those do not take.
 
 Arguments are those of the ops `spikingbrain::...`, checked, with their defaults filled in.
 """
@@ -58,7 +58,7 @@ def _refuse_recurrence(
     if decay_axis not in recurrence.AXES:
         return f"a decay of {decay_axis}s has no Triton kernel"
     if decay is not None and not log_decay:
-        return "a decay given as a factor, which may be negative; the Triton kernel takes its logarithm"
+        return "a decay given as a factor, which may be negative; the Triton kernel takes its logarithm (log_decay=True)"
     if any(isinstance(n, int) and n == 0 for n in (q.shape[0], q.shape[2], q.shape[3], v.shape[3])):
         return "a tensor without elements"
     return _refuse(q, q.shape[0] * q.shape[2])

@@ -1,7 +1,7 @@
 """What the Triton kernels take of a device, found by compiling them ahead of time, without one.
 
 ``python -m spikingbrain.backend_maca.triton.resources`` prints the table. The kernels are those that the launchers launch for
-a set of problems: tensors without data go through the launchers, and the launches are recorded. No public Triton compiles for
+some problems: tensors without data go through the launchers, and the launches are recorded. No public Triton compiles for
 MetaX; gfx942 is the nearest relative, with waves of 64 lanes and 64 KiB of shared memory.
 """
 

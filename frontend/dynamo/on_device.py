@@ -78,15 +78,14 @@ def _verdict(node: fx.Node, kernels: TorchKernels) -> Verdict:
     if name == "getitem":  # one of several results: shares its source's fate
         source = node.args[0]
         return _verdict(source, kernels) if source.op == "call_function" else Verdict(Kind.SCALAR)
-    ours = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "spikingbrain"
-    if not ours:
+    devices = {t.device.type for t in [*operands(node), *tensors_of(node.meta.get("val"))]}
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "spikingbrain":
         usual = classify(node)
         scalar = usual.kind is Kind.SCALAR
-        return usual if scalar else Verdict(Kind.LIBRARY, f"torch's kernels on {kernels.device}")
-    elsewhere = {t.device.type for t in [*operands(node), *tensors_of(node.meta.get("val"))]} - {
-        kernels.device
-    }
-    if elsewhere:
+        return (
+            usual if scalar else Verdict(Kind.LIBRARY, f"torch's kernels on {' and '.join(sorted(devices))}")
+        )
+    if elsewhere := devices - {kernels.device}:
         return Verdict(
             Kind.EAGER,
             f"a tensor on {', '.join(sorted(elsewhere))}; the target's are on {kernels.device}",
@@ -100,12 +99,7 @@ def _verdict(node: fx.Node, kernels: TorchKernels) -> Verdict:
     reason = kernels.table[name].refuse(*arguments(name, args, kwargs))
     if reason is None:
         return Verdict(Kind.KERNEL, kernels.name)
-    return Verdict(Kind.EAGER, reason, _REMEDIES.get(reason.split(",")[0], ""))
-
-
-_REMEDIES = {
-    "a decay given as a factor": "give its logarithm: log_decay=True, or gla and its kin of spikingbrain.models.recurrences"
-}
+    return Verdict(Kind.EAGER, reason)
 
 
 def arguments(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
