@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -64,3 +65,11 @@ def test_kernel(case: str, found: dict[str, dict[str, float]]) -> None:
         if e > (0 if name in ("different", "NaN") else BOUNDS.get(case, 2e-6))
     }
     assert not wrong, errors
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch has no GPU")
+def test_kernels_on_a_gpu() -> None:
+    script = Path(__file__).parents[2] / "benchmarks" / "triton_kernels.py"
+    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
