@@ -264,7 +264,9 @@ def _flat_gradients(parts: Sequence[Sequence[Tensor]], wanted: Sequence[Tensor])
     return list(torch.autograd.grad(starts, wanted, [_weight(r) for r in starts], allow_unused=True))
 
 
-def conform(info: Any, mode: str, count: int = 6, dynamic: bool = False) -> Result:
+def conform(
+    info: Any, mode: str, count: int = 6, dynamic: bool = False, options: CompileOptions = OPTIONS
+) -> Result:
     """Returns what becomes of an op in a mode: a dtype, or ``grad``."""
     gradient = mode == GRADIENT
     with warnings.catch_warnings():
@@ -284,7 +286,7 @@ def conform(info: Any, mode: str, count: int = 6, dynamic: bool = False) -> Resu
             return Result("unsupported" if refused else "skipped", f"eager: {_short(error)}")
         try:
             with deadline(SECONDS):
-                found = compiled(batch, gradient, dynamic)
+                found = compiled(batch, gradient, dynamic, options)
         except Exception as error:
             if untraceable(batch, gradient, dynamic):
                 if batch[0].through_dynamo:  # nothing leaves the op to eager then

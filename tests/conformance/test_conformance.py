@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import shutil
 from pathlib import Path
 
 import harness
@@ -11,6 +13,7 @@ import pytest
 import sweep
 import table
 
+from spikingbrain.frontend.dynamo.options import CompileOptions
 from spikingbrain.tools import gen_conformance_docs
 
 # What models are made of.
@@ -68,8 +71,18 @@ def test_every_higher_order_op_is_tried() -> None:
                 assert mode in tried.get(op, []), f"run.py --ops {op} --modes {mode} --update"
 
 
-def check(op: str, mode: str) -> None:
-    result = harness.conform(harness.database()[op], mode, count=3)
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize(
+    ("mode", "op"),
+    [("f32", op) for op in COMMON] + [(m, op) for m, ops in FURTHER.items() for op in ops.split()],
+)
+def test_on_the_metax_emulator(mode: str, op: str) -> None:
+    check(op, mode, dataclasses.replace(harness.OPTIONS, target="maca-emulator"))
+
+
+def check(op: str, mode: str, options: CompileOptions = harness.OPTIONS) -> None:
+    result = harness.conform(harness.database()[op], mode, count=3, options=options)
     wanted = table.expected()[op, mode]
     allowed = {"partly": ("compiled", "partly", "eager")}.get(
         wanted[0], (wanted[0],)
