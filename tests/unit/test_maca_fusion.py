@@ -14,6 +14,7 @@ from test_maca_ops import program, pytestmark, run  # noqa: F401  (skips without
 
 from spikingbrain.backend import StageContext
 from spikingbrain.backend_maca.backend import MacaBackend
+from spikingbrain.backend_maca.emulate import KernelFault
 
 NORM = """
 #x = affine_map<(b, t, d) -> (b, t, d)>
@@ -264,3 +265,35 @@ func.func public @main(%x: tensor<5xf32>) -> (tensor<f32>, tensor<f32>) {
     x = np.float32([1, 2, 3, 4, 5])
     doubled, total = run(program(text), x)
     assert (doubled, total) == (16, 17)
+
+
+def test_a_producer_with_an_assert_is_gone_when_its_users_have_copies() -> None:
+    use = """
+  %{0} = linalg.generic {{indexing_maps = [#v, #v], iterator_types = ["parallel"]}}
+      ins(%p : tensor<40xf32>) outs(%e : tensor<40xf32>) {{
+    ^bb0(%a: f32, %o: f32):
+      %0 = arith.{1} %a, %a : f32
+      linalg.yield %0 : f32
+  }} -> tensor<40xf32>"""
+    text = """
+#v = affine_map<(i) -> (i)>
+func.func public @main(%x: tensor<40xf32>) -> (tensor<40xf32>, tensor<40xf32>) {
+  %zero = arith.constant 0.0 : f32
+  %e = tensor.empty() : tensor<40xf32>
+  %p = linalg.generic {indexing_maps = [#v, #v], iterator_types = ["parallel"]}
+      ins(%x : tensor<40xf32>) outs(%e : tensor<40xf32>) {
+    ^bb0(%a: f32, %o: f32):
+      %1 = arith.cmpf one, %a, %zero : f32
+      cf.assert %1, "a zero"
+      %0 = arith.negf %a : f32
+      linalg.yield %0 : f32
+  } -> tensor<40xf32>"""
+    text += use.format("y", "mulf") + use.format("z", "addf")
+    text += "\n  return %y, %z : tensor<40xf32>, tensor<40xf32>\n}"
+    x = np.arange(1, 41, dtype=np.float32)
+    loaded = program(text)
+    y, z = run(loaded, x)
+    np.testing.assert_array_equal(y, x * x)
+    np.testing.assert_array_equal(z, -2 * x)
+    with pytest.raises(KernelFault, match="a zero"):
+        loaded.call("main", [x - 1])
