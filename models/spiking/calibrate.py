@@ -52,7 +52,7 @@ def observe(model: nn.Module, layers: Mapping[str, nn.Linear], calls: Iterable[A
 
     watch_inputs(model, layers, calls, see)
     for name, seen in found.items():
-        _check_seen(name, seen.tokens, seen.sizes)
+        check_seen(name, seen.tokens, seen.sizes)
     return found
 
 
@@ -70,7 +70,7 @@ def mean_thresholds(
 
     watch_inputs(model, layers, calls, see)
     for name, total in sums.items():
-        _check_seen(name, tokens[name], total)
+        check_seen(name, tokens[name], total)
     return {name: (total / tokens[name]).float() for name, total in sums.items()}
 
 
@@ -95,7 +95,8 @@ def watch_inputs(
             handle.remove()
 
 
-def _check_seen(name: str, tokens: int, sums: Tensor) -> None:
+def check_seen(name: str, tokens: int, sums: Tensor) -> None:
+    """Raises SpikingError if a layer saw no tokens, or values that are not finite."""
     if not tokens or not sums.isfinite().all():
         raise SpikingError(
             "calibration saw nothing" if not tokens else "calibration saw NaN or infinity",

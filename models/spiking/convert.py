@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from spikingbrain.models.embedding import TiedEmbedding
 from spikingbrain.models.spiking.calibrate import channel_scale, mean_thresholds, observe
 from spikingbrain.models.spiking.codings import Budget
+from spikingbrain.models.spiking.compensate import Compensation
 from spikingbrain.models.spiking.embedding import SpikeEmbedding
 from spikingbrain.models.spiking.errors import SpikingError
 from spikingbrain.models.spiking.experts import SpikeExpertLinear
 from spikingbrain.models.spiking.linear import SpikeLinear, SpikeLinearTraining
 from spikingbrain.models.spiking.quantise import BITS, SLAB, check_group_size, dequantise_weight
-from spikingbrain.models.spiking.threshold import K
+from spikingbrain.models.spiking.threshold import K, spiking
 from spikingbrain.models.spikingbrain.experts import ExpertLinear
 
 AUTO_GROUP = 128
@@ -44,7 +45,7 @@ class SpikeReport:
     Attributes:
         k: the firing constant.
         bits: bits of a weight.
-        calibrated: whether channels were scaled by what calibration saw.
+        calibrated: whether weights were changed by what calibration saw.
         threshold: "adaptive" or "static".
         budget: the virtual steps that there are, if they were limited.
         replaced: the layers that spike.
@@ -109,8 +110,8 @@ def spike(
         group_size: inputs that share a weight scale: a number, None for all of a row, a mapping from a layer's inputs to one of
             these, or "auto": the largest divisor of the inputs up to 128 that is a multiple of 8.
         bits: 8 or 4.
-        calibration: arguments for calls of the model, a tuple for each; what the layers see in them decides how errors are
-            spread over channels (`calibrate`). Better than none, at the price of a multiplication per input.
+        calibration: arguments for calls of the model, a tuple for each; weights are changed so that they expect the rounding
+            of what the layers see in them (`compensate`). Some thousand tokens are needed. It costs nothing at run time.
         only: names, with * and ?, of the layers to replace; all by default.
         skip: names of layers to leave as they are.
         types: classes whose instances are replaced.
@@ -169,6 +170,7 @@ def spike(
         else:
             chosen[name] = linear
     sizes = {name: _group_size(name, linear, group_size) for name, linear in chosen.items()}
+    compensation: Compensation | None = None
     channels: dict[str, Tensor] = {}
     thresholds: dict[str, Tensor] = {}
     if calibration is not None:
@@ -177,12 +179,14 @@ def spike(
         if static:
             thresholds = mean_thresholds(model, _linears(chosen), calibration, k)
         else:
-            # codes that serve as vectors, too, cannot be divided by what their inputs as a head are multiplied by
-            shared = {n for n, linear in chosen.items() if _embeddings_of(model, linear)}
-            observed = observe(
-                model, {n: m for n, m in _linears(chosen).items() if n not in shared}, calibration
-            )
+            # codes that serve as vectors, too, must stay near them
+            alone = {n: m for n, m in _linears(chosen).items() if not _embeddings_of(model, m)}
+            calls = list(calibration)
+            observed = observe(model, alone, calls)
             channels = {n: channel_scale(seen, chosen[n].weight.detach()) for n, seen in observed.items()}
+            compensation = Compensation(
+                model, alone, calls, lambda name, x: spiking(x * channels[name], k) / channels[name]
+            )
     made: dict[int, nn.Module] = {}  # one layer may have several names
     for name, linear in chosen.items():
         if id(linear) not in made:
@@ -193,8 +197,19 @@ def spike(
             elif training and isinstance(linear, nn.Linear):
                 new = SpikeLinearTraining.of(linear, k, sizes[name], width)
             else:
+                rounded = None
+                if compensation is not None and name in compensation.layers:
+                    rounded = compensation.rounded(name, sizes[name], width, channels[name])
                 new = frozen = _frozen(
-                    name, linear, k, sizes[name], width, channels.get(name), thresholds.get(name), budget
+                    name,
+                    linear,
+                    k,
+                    sizes[name],
+                    width,
+                    channels.get(name),
+                    thresholds.get(name),
+                    budget,
+                    rounded,
                 )
                 for table in _embeddings_of(model, linear):
                     made[id(table)] = SpikeEmbedding(frozen, linear.weight.dtype).train(linear.training)
@@ -241,7 +256,9 @@ def _frozen(
     channels: Tensor | None = None,
     threshold: Tensor | None = None,
     budget: Budget | None = None,
+    rounded: tuple[Tensor, Tensor] | None = None,
 ) -> SpikeLinear:
+    """Returns the spiking form of a layer; ``rounded`` are codes and scales to take instead of those of its weights."""
     try:
         return SpikeLinear.of(
             linear,
@@ -251,6 +268,7 @@ def _frozen(
             channel_scale=channels,
             static_threshold=threshold,
             budget=budget,
+            rounded=rounded,
         )
     except SpikingError as error:
         raise SpikingError(str(error), where=name) from None

@@ -76,15 +76,16 @@ class SpikeLinear(nn.Module):
         channel_scale: Tensor | None = None,
         static_threshold: Tensor | None = None,
         budget: Budget | None = None,
+        rounded: tuple[Tensor, Tensor] | None = None,
     ) -> SpikeLinear:
         """Returns the spiking form of a linear layer, or of a table of vectors as one.
 
-        Its weights, divided by ``channel_scale``, are rounded to nearest.
+        Its weights, divided by ``channel_scale``, are rounded to nearest; or ``rounded`` are the codes and scales to take.
         """
         weight = linear.weight.detach()
         if channel_scale is not None:
             weight = weight / channel_scale
-        codes, scale = quantise_weight(weight, group_size, bits, scale)
+        codes, scale = rounded or quantise_weight(weight, group_size, bits, scale)
         bias = linear.bias if isinstance(linear, nn.Linear) else None
         return cls(
             codes,
