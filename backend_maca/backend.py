@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from spikingbrain.backend import Executable, Stage, StageContext, TargetStatus, TorchKernels
-from spikingbrain.backend_maca import mxcc, probe, toolchains
+from spikingbrain.backend_maca import mxcc, toolchains
 from spikingbrain.backend_maca.options import MacaOptions
+from spikingbrain.backend_maca.run import probe
 from spikingbrain.errors import CorruptArtifact, MissingDependency, SpikingBrainError
 from spikingbrain.target import Target
 
@@ -43,7 +44,7 @@ class MacaBackend:
 
     def targets(self) -> list[TargetStatus]:
         """Returns MetaX cards, NVIDIA cards for the same source, and the emulator."""
-        from spikingbrain.backend_maca.emulate import compiler
+        from spikingbrain.backend_maca.run.emulate import compiler
 
         found = shutil.which(compiler()) is not None
         emulator = (
@@ -57,7 +58,7 @@ class MacaBackend:
 
     def cache_key(self, target: Target, options: Any) -> str:
         """Returns a digest of what decides about the code: this package's own, and the SDK where it makes native code."""
-        files = sorted(Path(__file__).parent.glob("*.py"))
+        files = sorted(Path(__file__).parent.rglob("*.py"))
         parts = [p.read_bytes() for p in files]
         if target.name == "maca" and (sdk := mxcc.find()):
             parts.append(sdk.version.encode())
@@ -96,7 +97,7 @@ class MacaBackend:
         weights: Mapping[str, np.ndarray[Any, Any]],
     ) -> Executable:
         """Returns the program on the machine that ``manifest["device"]`` names, else on the plan's own target."""
-        from spikingbrain.backend_maca import runtime
+        from spikingbrain.backend_maca.run import runtime
 
         missing = [name for name in ("kernels.maca", "plan.json") if name not in code]
         if missing:
@@ -105,14 +106,14 @@ class MacaBackend:
         device = manifest.get("device") or plan["target"]
         if device == "maca-emulator":
             return runtime.emulated(bytes(code["kernels.maca"]).decode(), plan, weights)
-        from spikingbrain.backend_maca.device import open_card
+        from spikingbrain.backend_maca.run.device import open_card
 
         return runtime.Program(plan, weights, open_card(device, code, plan))
 
 
 def _card(name: str, does: str) -> TargetStatus:
     """Returns whether cards of a kind are here, by asking their runtime."""
-    from spikingbrain.backend_maca.driver import open_driver
+    from spikingbrain.backend_maca.run.driver import open_driver
 
     try:
         driver = open_driver(name)
@@ -133,28 +134,28 @@ def _need_compiler_packages() -> None:
 
 def _prepare(module: str, context: StageContext) -> str:
     _need_compiler_packages()
-    from spikingbrain.backend_maca.prepare import prepare
+    from spikingbrain.backend_maca.lower.prepare import prepare
 
     return prepare(module)
 
 
 def _fuse(module: str, context: StageContext) -> str:
     _need_compiler_packages()
-    from spikingbrain.backend_maca.fusion import fuse
+    from spikingbrain.backend_maca.lower.fusion import fuse
 
     return fuse(module)
 
 
 def _bufferize(module: str, context: StageContext) -> str:
     _need_compiler_packages()
-    from spikingbrain.backend_maca.bufferize import bufferize
+    from spikingbrain.backend_maca.lower.bufferize import bufferize
 
     return bufferize(module)
 
 
 def _build_kernels(module: str, context: StageContext) -> str:
     _need_compiler_packages()
-    from spikingbrain.backend_maca import kernels
+    from spikingbrain.backend_maca.lower import kernels
 
     return kernels.build_kernels(module, context.options.choice())
 
@@ -163,8 +164,9 @@ def _print(module: str, context: StageContext) -> dict[str, bytes]:
     _need_compiler_packages()
     from torch_mlir import ir
 
-    from spikingbrain.backend_maca import figures, plan, printer
-    from spikingbrain.backend_maca import mlir as modules
+    from spikingbrain.backend_maca.lower import mlir as modules
+    from spikingbrain.backend_maca.plan import figures, plan
+    from spikingbrain.backend_maca.source import printer
     from spikingbrain.passes import dialect
 
     with dialect.load() as mlir, ir.Location.unknown():

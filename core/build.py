@@ -48,6 +48,10 @@ COMPILER = tuple(  # packages whose sources shape code
         ".frontend.spikes",
         ".backend_iree",
         ".backend_maca",
+        ".backend_maca.lower",
+        ".backend_maca.source",
+        ".backend_maca.plan",
+        ".backend_maca.run",
         ".backend_maca.triton",
     )
 )

@@ -18,7 +18,8 @@ from spikingbrain.artifact import cache_folder
 from spikingbrain.errors import SpikingBrainError
 
 if TYPE_CHECKING:
-    from spikingbrain.backend_maca import mxcc, probe
+    from spikingbrain.backend_maca import mxcc
+    from spikingbrain.backend_maca.run import probe
 
 MARKS = {"ok": "ok", "missing": "--", "problem": "!!"}
 
@@ -114,7 +115,8 @@ def _torch() -> Line:
 
 
 def _compilers() -> Iterator[Line]:
-    from spikingbrain.backend_maca import emulate, toolchains
+    from spikingbrain.backend_maca import toolchains
+    from spikingbrain.backend_maca.run import emulate
 
     version = emulate.compiler_version()
     purpose = "builds kernels for the MetaX emulator"
@@ -150,7 +152,8 @@ def _targets() -> Iterator[Line]:
 
 
 def _metax(emulator: bool) -> Iterator[Line]:
-    from spikingbrain.backend_maca import mxcc, probe
+    from spikingbrain.backend_maca import mxcc
+    from spikingbrain.backend_maca.run import probe
 
     sdk = None
     try:
@@ -170,8 +173,9 @@ def _metax(emulator: bool) -> Iterator[Line]:
 
 
 def _device(sdk: mxcc.Sdk | None) -> Iterator[Line]:
-    from spikingbrain.backend_maca import driver as drivers
-    from spikingbrain.backend_maca import mxcc, probe
+    from spikingbrain.backend_maca import mxcc
+    from spikingbrain.backend_maca.run import driver as drivers
+    from spikingbrain.backend_maca.run import probe
 
     try:
         driver = drivers.open_driver("maca")

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from spikingbrain.backend_maca import host_program
+    from spikingbrain.backend_maca.plan import host_program
 
     host_program.write(Artifact(args.artifact), args.output)
     print(

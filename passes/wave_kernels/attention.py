@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 LARGEST_HEAD = 256  # queries and outputs of a row lie in the registers of four lanes
 WAVES = 4  # of a block: neighbouring tiles read the same keys
 FEW_KEYS = 512  # that one wave visits by itself
-KEYS_OF_A_SHARE, MOST_SHARES = 2 * KEYS, 32  # of many keys, for one token: each wave is a block, so that they spread
+KEYS_OF_A_SHARE, MOST_SHARES = (
+    2 * KEYS,
+    32,
+)  # of many keys, for one token: each wave is a block, so that they spread
 
 
 def plan(problem: Problem, segments: Sequence[Segment]) -> Schedule:

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("torch_mlir")
 
 import spikingbrain
-from spikingbrain.backend_maca.emulate import compiler
+from spikingbrain.backend_maca.run.emulate import compiler
 from spikingbrain.tools import cli
 
 needs_cxx = pytest.mark.skipif(shutil.which(compiler()) is None, reason="no C++ compiler")

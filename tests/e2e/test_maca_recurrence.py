@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from spikingbrain.backend_maca.emulate import compiler
+from spikingbrain.backend_maca.run.emulate import compiler
 from spikingbrain.frontend.dynamo import report
 from spikingbrain.frontend.ops import linear_recurrence
 

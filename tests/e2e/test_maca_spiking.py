@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import spikingbrain
-from spikingbrain.backend_maca import emulate
+from spikingbrain.backend_maca.run import emulate
 
 pytestmark = pytest.mark.skipif(shutil.which(emulate.compiler()) is None, reason="no C++ compiler")
 

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from spikingbrain.backend_maca import mxcc, probe
-from spikingbrain.backend_maca.emulate import build
+from spikingbrain.backend_maca import mxcc
+from spikingbrain.backend_maca.run import probe
+from spikingbrain.backend_maca.run.emulate import build
 
 SOURCE = Path(__file__).with_name("fake_runtime.c")
 DEVICES, MEMORY, TAKES_ADDRESSES, PACKED_END, RECORDS, ORDER = range(6)

@@ -14,8 +14,8 @@ import pytest
 from torch_mlir import ir
 
 from spikingbrain.backend import StageContext
-from spikingbrain.backend_maca import emulate
 from spikingbrain.backend_maca.backend import MacaBackend
+from spikingbrain.backend_maca.run import emulate
 from spikingbrain.errors import OptionError
 from spikingbrain.passes import dialect, pipeline
 from spikingbrain.passes.base import PassContext

@@ -16,14 +16,18 @@ import pytest
 pytest.importorskip("torch_mlir")
 
 from spikingbrain.backend import StageContext
-from spikingbrain.backend_maca import emulate
 from spikingbrain.backend_maca.backend import MacaBackend
-from spikingbrain.backend_maca.emulate import ORDERS, KernelFault, Kernels, build
+from spikingbrain.backend_maca.plan.plan import FORMAT
+from spikingbrain.backend_maca.run import emulate
+from spikingbrain.backend_maca.run.emulate import ORDERS, KernelFault, Kernels, build
+from spikingbrain.backend_maca.run.runtime import check_format
 from spikingbrain.errors import (
     CallError,
     CorruptArtifact,
     MissingDependency,
+    NewerFormat,
     SpikingBrainError,
+    TargetError,
     UnsupportedOp,
 )
 
@@ -503,3 +507,10 @@ def test_a_temporary_that_nobody_has_written_is_not_a_number() -> None:
 def test_source_that_does_not_compile_is_reported() -> None:
     with pytest.raises(SpikingBrainError, match=r"do not compile\n  because: .*error"):
         build("#include <mc_runtime.h>\nnonsense;", [])
+
+
+def test_a_plan_of_another_format_is_refused() -> None:
+    for number, error in ((FORMAT + 1, NewerFormat), (FORMAT - 1, TargetError)):
+        with pytest.raises(error, match="launch plan is of"):
+            check_format({"format": number})
+    check_format({"format": FORMAT})

@@ -24,9 +24,10 @@ from pretended_card import (
 pytest.importorskip("torch_mlir")
 
 import spikingbrain
-from spikingbrain.backend_maca import device as devices
-from spikingbrain.backend_maca import driver, emulate, images, mxcc, probe
+from spikingbrain.backend_maca import mxcc
 from spikingbrain.backend_maca.backend import MacaBackend
+from spikingbrain.backend_maca.run import device as devices
+from spikingbrain.backend_maca.run import driver, emulate, images, probe
 from spikingbrain.errors import CallError, MissingDependency, OutOfMemory
 
 pytestmark = pytest.mark.skipif(shutil.which(emulate.compiler()) is None, reason="no C++ compiler")

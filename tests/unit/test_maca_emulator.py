@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spikingbrain.backend_maca.emulate import ORDERS, KernelFault, Kernels, build, compiler, poison
+from spikingbrain.backend_maca.run.emulate import ORDERS, KernelFault, Kernels, build, compiler, poison
 
 pytestmark = pytest.mark.skipif(shutil.which(compiler()) is None, reason="no C++ compiler")
 Array = np.ndarray[Any, Any]

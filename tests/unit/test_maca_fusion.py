@@ -14,7 +14,7 @@ from test_maca_ops import program, pytestmark, run  # noqa: F401  (skips without
 
 from spikingbrain.backend import StageContext
 from spikingbrain.backend_maca.backend import MacaBackend
-from spikingbrain.backend_maca.emulate import KernelFault
+from spikingbrain.backend_maca.run.emulate import KernelFault
 
 NORM = """
 #x = affine_map<(b, t, d) -> (b, t, d)>

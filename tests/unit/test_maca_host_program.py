@@ -17,7 +17,8 @@ pytest.importorskip("torch_mlir")
 
 import spikingbrain
 from spikingbrain.artifact import Artifact, write
-from spikingbrain.backend_maca import emulate, host_program
+from spikingbrain.backend_maca.plan import host_program
+from spikingbrain.backend_maca.run import emulate
 from spikingbrain.tools import cli
 
 pytestmark = pytest.mark.skipif(shutil.which(emulate.compiler()) is None, reason="no C++ compiler")

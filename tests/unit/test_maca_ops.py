@@ -13,7 +13,7 @@ pytest.importorskip("torch_mlir")
 
 from spikingbrain.backend import StageContext
 from spikingbrain.backend_maca.backend import MacaBackend
-from spikingbrain.backend_maca.emulate import ORDERS, compiler
+from spikingbrain.backend_maca.run.emulate import ORDERS, compiler
 
 pytestmark = pytest.mark.skipif(shutil.which(compiler()) is None, reason="no C++ compiler")
 Array = np.ndarray[Any, Any]

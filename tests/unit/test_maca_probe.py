@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spikingbrain.backend_maca import backend, emulate, probe
-from spikingbrain.backend_maca.driver import DeviceError
+from spikingbrain.backend_maca import backend
+from spikingbrain.backend_maca.run import emulate, probe
+from spikingbrain.backend_maca.run.driver import DeviceError
 from spikingbrain.tools import cli, doctor
 
 pytestmark = pytest.mark.skipif(shutil.which(emulate.compiler()) is None, reason="no C++ compiler")
@@ -203,7 +204,8 @@ def test_doctor_tells_what_is_missing(
 def test_doctor_probes_a_card(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, wrong_device: list[probe.Finding]
 ) -> None:
-    from spikingbrain.backend_maca import driver, mxcc
+    from spikingbrain.backend_maca import mxcc
+    from spikingbrain.backend_maca.run import driver
 
     monkeypatch.setattr(mxcc, "find", lambda: mxcc.Sdk(Path("/opt/maca"), "mxcc version 1.0.0\n"))
     monkeypatch.setattr(mxcc, "build", lambda source, sdk: b"native")

@@ -13,9 +13,9 @@ pytest.importorskip("torch_mlir")
 
 from test_maca import Array, compile_text, load, needs_cxx, random, run
 
-from spikingbrain.backend_maca.blas import Blas, BlasError
-from spikingbrain.backend_maca.emulate import compiler
-from spikingbrain.backend_maca.plan import evaluate
+from spikingbrain.backend_maca.plan.plan import evaluate
+from spikingbrain.backend_maca.run.blas import Blas, BlasError
+from spikingbrain.backend_maca.run.emulate import compiler
 from spikingbrain.errors import MissingDependency, OptionError
 
 BODIES = {

@@ -59,7 +59,7 @@ def test_the_golden_sources_compile(toolchain: Toolchain) -> None:
 def every_function() -> str:
     """A kernel that calls every function of mathematics that the printer may call, in float and in double."""
     pytest.importorskip("torch_mlir")
-    from spikingbrain.backend_maca.subset import FLOAT_CALLS
+    from spikingbrain.backend_maca.source.subset import FLOAT_CALLS
 
     operands = dict.fromkeys(["atan2", "pow", "fmod", "fmax", "fmin", "copysign"], "x, y") | {
         "fma": "x, y, x"

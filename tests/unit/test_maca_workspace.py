@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from spikingbrain.backend_maca.workspace import ALIGNMENT, Lifetime, aligned, pack
+from spikingbrain.backend_maca.plan.workspace import ALIGNMENT, Lifetime, aligned, pack
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -68,7 +68,7 @@ def test_every_package_folder_is_listed() -> None:
 
 
 def test_the_wheel_holds_every_source_file(wheel: Path) -> None:
-    expected = {"spikingbrain/py.typed", "spikingbrain/backend_maca/probe.maca"}
+    expected = {"spikingbrain/py.typed", "spikingbrain/backend_maca/run/probe.maca"}
     for package, folder in FOLDERS.items():
         expected |= {f"{package.replace('.', '/')}/{file.name}" for file in (ROOT / folder).glob("*.py")}
     for folder in ("emulator", "compat_cuda", "compat_amdgcn", "host"):

@@ -13,7 +13,7 @@ from test_maca import compile_text, load, needs_cxx
 from test_wave_recurrence import WAVES
 from torch_mlir import ir
 
-from spikingbrain.backend_maca.emulate import ORDERS
+from spikingbrain.backend_maca.run.emulate import ORDERS
 from spikingbrain.passes import dialect, pipeline
 from spikingbrain.passes.base import PassContext
 from spikingbrain.passes.lower_attention import LowerAttention

@@ -12,7 +12,7 @@ from test_maca import compile_text, load, needs_cxx
 from test_wave_recurrence import WAVES
 from torch_mlir import ir
 
-from spikingbrain.backend_maca.emulate import ORDERS
+from spikingbrain.backend_maca.run.emulate import ORDERS
 from spikingbrain.passes import pipeline
 from spikingbrain.passes.base import PassContext
 from spikingbrain.passes.context import new_context

@@ -13,7 +13,7 @@ pytest.importorskip("torch_mlir")
 
 from wave_programs import Array, Program, joined, run
 
-from spikingbrain.backend_maca import emulate
+from spikingbrain.backend_maca.run import emulate
 from spikingbrain.passes.lower_grouped_linear import LowerGroupedLinear
 from spikingbrain.passes.lower_linear import LowerLinear
 

@@ -16,7 +16,7 @@ import test_kernels_spike_experts as experts
 from spike_cases import Array, Case
 from wave_programs import Program, joined, run
 
-from spikingbrain.backend_maca import emulate
+from spikingbrain.backend_maca.run import emulate
 from spikingbrain.passes.lower_grouped_linear import LowerGroupedLinear
 from spikingbrain.passes.spike_to_int import SpikeToInt
 

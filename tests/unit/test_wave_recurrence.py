@@ -10,7 +10,7 @@ from test_lower_recurrence import Array, Case
 from test_maca import compile_text, load, needs_cxx
 from torch_mlir import ir
 
-from spikingbrain.backend_maca.emulate import ORDERS
+from spikingbrain.backend_maca.run.emulate import ORDERS
 from spikingbrain.passes import dialect, pipeline
 from spikingbrain.passes.base import PassContext
 from spikingbrain.passes.lower_recurrence import LowerRecurrence

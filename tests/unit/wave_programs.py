@@ -11,7 +11,7 @@ from torch_mlir import ir
 
 from spikingbrain.backend import StageContext
 from spikingbrain.backend_maca.backend import MacaBackend
-from spikingbrain.backend_maca.emulate import ORDERS
+from spikingbrain.backend_maca.run.emulate import ORDERS
 from spikingbrain.passes import dialect, parameters, pipeline, recipes
 from spikingbrain.passes.base import Pass, PassContext, Record
 

@@ -1,0 +1,145 @@
+"""``tm_tensor.sort``: every element finds its place by counting, then runs of that length are merged.
+
+Both steps are stable, right for any length and in parallel over the elements. NaN is the largest number, as torch has
+it, where the order is a plain comparison of floats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch_mlir import ir
+from torch_mlir.dialects import arith
+
+from spikingbrain.backend_maca.lower.bodies import copy_body
+from spikingbrain.backend_maca.lower.index import index, less
+from spikingbrain.backend_maca.lower.per_element import launch_per_element
+from spikingbrain.passes.kernels import builders
+
+RUN = 256  # elements sorted by counting, each against all of its run
+
+# Comparisons that say "comes first"; a second element that is NaN comes last, or first.
+_ASCENDING = ("olt", "ole", "ult", "ule")
+_DESCENDING = ("ogt", "oge", "ugt", "uge")
+_PREDICATES = {str(int(p)): p.name.lower() for p in arith.CmpFPredicate}
+
+
+def lower_sort(op: ir.Operation) -> None:
+    """Replaces a sort by launches. A dynamic axis is one run."""
+    axis = ir.IntegerAttr(op.attributes["dimension"]).value
+    values = list(op.operands)
+    length = ir.RankedTensorType(values[0].type).shape[axis]
+    with ir.InsertionPoint(op), op.location:
+        static = length != ir.ShapedType.get_dynamic_size()
+        run = min(RUN, length) if static else 0
+        values = _pass(op, values, axis, lambda i, o, at: _counted(op, i, axis, at, run))
+        while static and run < length:
+            values = _pass(op, values, axis, lambda i, o, at, run=run: _merged(op, i, axis, at, run))
+            run *= 2
+    for old, new in zip(op.results, values, strict=True):
+        old.replace_all_uses_with(new)
+    op.erase()
+
+
+def _pass(
+    op: ir.Operation, values: list[ir.Value], axis: int, place_of: Callable[..., ir.Value]
+) -> list[ir.Value]:
+    """Emits a launch that moves every element to ``place_of(inputs, outputs, at)`` on the sorted axis."""
+    count = len(values)
+
+    def body(at: list[ir.Value], buffers: list[ir.Value]) -> None:
+        inputs, outputs = buffers[:count], buffers[count:]
+        to = list(at)
+        to[axis] = place_of(inputs, outputs, at)
+        for source, target in zip(inputs, outputs, strict=True):
+            builders.put(builders.get(source, at), target, to)
+
+    return launch_per_element("sort", values[0], values, [v.type for v in values], body)
+
+
+def _counted(
+    op: ir.Operation, inputs: Sequence[ir.Value], axis: int, at: list[ir.Value], run: int
+) -> ir.Value:
+    """Returns where in its run of ``run`` elements, 0 for all, an element belongs: behind all that come first."""
+    length, here = builders.size(inputs[0], axis), at[axis]
+    low = arith.muli(arith.divsi(here, index(run)), index(run)) if run else index(0)
+    high = arith.minsi(arith.addi(low, index(run)), length) if run else length
+    mine = _element(op, inputs, axis, at, here)
+
+    def count(j: ir.Value, place: ir.Value) -> list[ir.Value]:
+        other = _element(op, inputs, axis, at, j)
+        ties = arith.andi(less(j, here), arith.xori(_before(op, mine, other), _true()))
+        first = arith.ori(_before(op, other, mine), ties)
+        return [arith.addi(place, arith.select(first, index(1), index(0)))]
+
+    return builders.loop(low, high, 1, count, [low])[0]
+
+
+def _merged(
+    op: ir.Operation, inputs: Sequence[ir.Value], axis: int, at: list[ir.Value], run: int
+) -> ir.Value:
+    """Returns where an element of one sorted run belongs in the run made of it and its neighbour, by bisection."""
+    length, here = builders.size(inputs[0], axis), at[axis]
+    number = arith.divsi(here, index(run))
+    second = arith.cmpi(arith.CmpIPredicate.ne, arith.remsi(number, index(2)), index(0))
+    start = arith.muli(number, index(run))
+    other = arith.select(second, arith.subi(start, index(run)), arith.addi(start, index(run)))
+    other = arith.minsi(other, length)
+    size = arith.subi(arith.minsi(arith.addi(other, index(run)), length), other)
+    mine = _element(op, inputs, axis, at, here)
+
+    def halve(_: ir.Value, low: ir.Value, high: ir.Value) -> list[ir.Value]:
+        open_ = less(low, high)
+        middle = arith.divsi(arith.addi(low, high), index(2))
+        place = arith.minsi(arith.addi(other, middle), arith.subi(length, index(1)))
+        theirs = _element(op, inputs, axis, at, place)
+        # an element of the second run also stands behind its equals of the first
+        first = arith.select(
+            second, arith.xori(_before(op, mine, theirs), _true()), _before(op, theirs, mine)
+        )
+        low_next = arith.select(first, arith.addi(middle, index(1)), low)
+        high_next = arith.select(first, high, middle)
+        return [arith.select(open_, low_next, low), arith.select(open_, high_next, high)]
+
+    steps = run.bit_length()
+    found = builders.loop(0, steps, 1, halve, [index(0), size])[0]
+    base = arith.minsi(start, other)
+    return arith.addi(base, arith.addi(arith.subi(here, start), found))
+
+
+def _true() -> ir.Value:
+    return arith.constant(ir.IntegerType.get_signless(1), 1)
+
+
+def _element(
+    op: ir.Operation, inputs: Sequence[ir.Value], axis: int, at: list[ir.Value], place: ir.Value
+) -> list[ir.Value | None]:
+    """Loads what the order looks at, at a place of the sorted axis."""
+    arguments = list(op.regions[0].blocks[0].arguments)
+    there = [*at[:axis], place, *at[axis + 1 :]]
+    used = [list(arguments[2 * i].uses) or list(arguments[2 * i + 1].uses) for i in range(len(inputs))]
+    return [builders.get(v, there) if u else None for v, u in zip(inputs, used, strict=True)]
+
+
+def _before(op: ir.Operation, a: list[ir.Value | None], b: list[ir.Value | None]) -> ir.Value:
+    """Returns whether a surely comes before b; of equals neither does."""
+    block = op.regions[0].blocks[0]
+    compare = block.operations[0].operation
+    if compare.name == "arith.cmpf" and len(block.operations) == 2:
+        predicate = _PREDICATES[str(ir.IntegerAttr(compare.attributes["predicate"]).value)]
+        number = (
+            list(block.arguments).index(compare.operands[0])
+            if compare.operands[0] in list(block.arguments)
+            else -1
+        )
+        swapped = number % 2 == 1
+        if number >= 0 and predicate in _ASCENDING + _DESCENDING:
+            x, y = a[number // 2], b[number // 2]
+            descending = (predicate in _DESCENDING) != swapped
+            p = arith.CmpFPredicate
+            if descending:
+                return arith.andi(arith.cmpf(p.UGT, x, y), arith.cmpf(p.ORD, y, y))
+            return arith.andi(arith.cmpf(p.ULT, x, y), arith.cmpf(p.ORD, x, x))
+    one = copy_body(block, [v for pair in zip(a, b, strict=True) for v in pair])[0]
+    other = copy_body(block, [v for pair in zip(b, a, strict=True) for v in pair])[0]
+    return arith.andi(one, arith.xori(other, _true()))

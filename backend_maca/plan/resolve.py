@@ -1,0 +1,168 @@
+"""From a plan to steps with all sizes known, for arguments of certain shapes.
+
+Loops over launches are written out; where the host reads an element to go on, the steps so far have to run first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import struct
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+
+from spikingbrain.backend_maca.plan.plan import evaluate
+from spikingbrain.backend_maca.plan.workspace import Lifetime, pack
+from spikingbrain.backend_maca.run.machine import Launch, Product, Steps
+from spikingbrain.errors import CallError
+
+
+@dataclass(frozen=True)
+class Read:
+    """One element that the host needs to go on."""
+
+    buffer: int
+    shape: tuple[int, ...]
+    at: tuple[int, ...]
+
+
+_WIDTHS = {"bool": 1, "int8": 1, "int16": 2, "float16": 2, "bfloat16": 2, "int32": 4, "float32": 4}
+Resolved = Generator[Launch | Product | Read, Any, None]
+
+
+class Resolver:
+    """Computes the sizes and walks the steps of one entry point; raises CallError where shapes do not fit together."""
+
+    def __init__(self, plan: Mapping[str, Any], entry: str, shapes: Mapping[int, tuple[int, ...]]):
+        self.kernels, self.host, self.entry, self.shapes = (
+            plan["kernels"],
+            plan["entries"][entry],
+            entry,
+            shapes,
+        )
+        self.values: dict[int, Any] = {}
+        for formula, message in self.host["checks"]:
+            self._check(formula, message)
+
+    def value(self, size: Any) -> Any:
+        """Returns the value of a formula."""
+        return evaluate(size, self.shapes, self.values)
+
+    def sizes(self, of: Sequence[Any]) -> tuple[int, ...]:
+        """Returns the values of several formulas."""
+        return tuple(map(self.value, of))
+
+    def shape(self, buffer: int) -> tuple[int, ...]:
+        """Returns the shape of a buffer, as far as the values it depends on are known by now."""
+        return self.sizes(self.host["buffers"][buffer]["shape"])
+
+    def outputs(self) -> list[tuple[int, tuple[int, ...]]]:
+        """Returns for each result its buffer, and its shape, once all steps have been walked."""
+        return [(o["buffer"], self.sizes(o["shape"])) for o in self.host["outputs"]]
+
+    def steps(self) -> Resolved:
+        """Yields launches and products in order, and reads, to which the caller sends the element."""
+        yield from self._walk(self.host["launches"])
+
+    def _walk(self, steps: Sequence[Mapping[str, Any]]) -> Resolved:
+        for step in steps:
+            if "kernel" in step:
+                yield from self._launch(step)
+            elif "library" in step:
+                known = {name: list(self.sizes(step[name])) for name in ("sizes", "leading", "strides")}
+                product = {**step, **known, "batch": self.value(step["batch"])}
+                yield Product(product, tuple(a["buffer"] for a in step["arguments"]))
+            elif "loop" in step:
+                for count in range(*(self.value(step[bound]) for bound in ("from", "to", "by"))):
+                    self.values[step["loop"]] = count
+                    yield from self._walk(step["steps"])
+            elif "while" in step:
+                yield from self._walk(step["before"])
+                while self.value(step["while"]):
+                    yield from self._walk(step["steps"])
+                    yield from self._walk(step["before"])
+            elif "if" in step:
+                yield from self._walk(step["then" if self.value(step["if"]) else "else"])
+            elif "read" in step:
+                self.values[step["read"]] = yield Read(
+                    step["buffer"], self.sizes(step["shape"]), self.sizes(step["at"])
+                )
+            elif "set" in step:
+                self.values.update([(number, self.value(size)) for number, size in step["set"]])
+            else:
+                self._check(step["check"], step["message"])
+
+    def _launch(self, step: Mapping[str, Any]) -> Resolved:
+        grid, kernel = self.sizes(step["grid"]), self.kernels[step["kernel"]]
+        if 0 in grid:
+            return
+        arguments = [
+            (a["buffer"], None)
+            if "buffer" in a
+            else (None, _bits(self.value(a["value"]), a.get("dtype", "")))
+            for a in step["arguments"]
+        ]
+        widths = tuple(_WIDTHS.get(a.get("dtype", ""), 8) for a in step["arguments"])
+        yield Launch(
+            step["kernel"], grid, kernel["threads"], kernel["dynamic_bytes"], tuple(arguments), widths
+        )
+
+    def _check(self, formula: Any, message: str) -> None:
+        if not self.value(formula):
+            raise CallError(f"arguments of '{self.entry}' do not fit together", why=message)
+
+
+def _bits(value: Any, dtype: str) -> int:
+    """Returns the integer whose low bytes are a scalar argument, which is passed by address."""
+    forms = {"float32": "f", "float64": "d", "float16": "e"}
+    if dtype in forms:
+        return int.from_bytes(struct.pack("<" + forms[dtype], value), "little")
+    return int(value)
+
+
+def resolve(plan: Mapping[str, Any], entry: str, shapes: Mapping[int, tuple[int, ...]]) -> Steps:
+    """Returns all steps of an entry point that reads nothing to go on, with the workspace that they need."""
+    resolver = Resolver(plan, entry, shapes)
+    steps = cast(list[Launch | Product], list(resolver.steps()))
+    made = some_steps(resolver, steps, set(), last=True)
+    kept = {i for i, _ in made.outputs}
+    lives: dict[int, Lifetime] = {}
+    for number, step in enumerate(steps):
+        for i in used_by(step):
+            if i in made.temporaries and i not in kept:
+                first = lives[i].first if i in lives else number
+                size = math.prod(made.temporaries[i]) * storage(resolver.host["buffers"][i]["dtype"]).itemsize
+                lives[i] = Lifetime(size, first, number)
+    if not lives:
+        return made
+    born: dict[int, list[int]] = {}
+    for i, life in lives.items():
+        born.setdefault(life.first, []).append(i)
+    return dataclasses.replace(made, workspace=pack(lives), born=born)
+
+
+def some_steps(
+    resolver: Resolver, steps: list[Launch | Product], known: set[int], last: bool = False
+) -> Steps:
+    """Returns steps with the shapes of the buffers that are new in them, and the results after the last ones."""
+    outputs = resolver.outputs() if last else []
+    used = [i for step in steps for i in used_by(step)]
+    new = dict.fromkeys(i for i in [*used, *(i for i, _ in outputs)] if i not in known)
+    records = resolver.host["buffers"]
+    temporaries = {i: resolver.shape(i) for i in new if records[i]["role"] == "temporary"}
+    return Steps(resolver.entry, temporaries, steps, outputs)
+
+
+def used_by(step: Launch | Product) -> list[int]:
+    """Returns the buffers that a step reads or writes."""
+    return (
+        list(step.buffers) if isinstance(step, Product) else [i for i, _ in step.arguments if i is not None]
+    )
+
+
+def storage(dtype: str) -> np.dtype[Any]:
+    """Returns the numpy type that holds a dtype; bfloat16 travels as its 16 bits."""
+    return np.dtype("uint16" if dtype == "bfloat16" else dtype)

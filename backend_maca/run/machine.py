@@ -1,0 +1,165 @@
+"""What a launch plan runs on: memory and launches. Here the emulator; ``device.py`` has the cards."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from spikingbrain.backend_maca.plan.workspace import Workspace
+from spikingbrain.backend_maca.run import dlpack, library
+from spikingbrain.backend_maca.run.emulate import Kernels, build, poison
+
+ALIGNMENT = 16  # bytes: where kernels may assume that buffers begin
+Array = np.ndarray[Any, Any]
+Buffer = Any  # memory of a machine with ``shape``, ``dtype`` and ``reshape``, as a numpy array has them
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel's launch with all sizes known.
+
+    Attributes:
+        arguments: (number of a buffer, None) or (None, an integer), one for each parameter; the low bytes of an integer
+            are the parameter's.
+        widths: bytes of each parameter.
+    """
+
+    kernel: str
+    grid: tuple[int, ...]
+    threads: int
+    shared_bytes: int
+    arguments: tuple[tuple[int | None, int | None], ...]
+    widths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product by the vendor's library: a step of the plan with all sizes known, and its buffers."""
+
+    step: Mapping[str, Any]
+    buffers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What a call of an entry point does for arguments of certain shapes.
+
+    Attributes:
+        temporaries: number of a buffer -> its shape.
+        outputs: (number of a buffer, shape), one for each result.
+        workspace: where the temporaries lie that are no results, if they share memory.
+        born: number of a step -> the buffers of the workspace that it is the first to use.
+    """
+
+    entry: str
+    temporaries: Mapping[int, tuple[int, ...]]
+    steps: Sequence[Launch | Product]
+    outputs: Sequence[tuple[int, tuple[int, ...]]]
+    workspace: Workspace | None = None
+    born: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    graphs: dict[Any, Any] = field(default_factory=dict)  # a machine's own: recordings of the steps
+
+
+class Machine(Protocol):
+    """Runs the steps of a plan."""
+
+    hint: str  # what to pass as an argument
+
+    @property
+    def buffer_type(self) -> type:
+        """Returns the class of this machine's buffers."""
+        ...
+
+    @property
+    def device(self) -> Any:
+        """Returns what programs that may share buffers have in common."""
+        ...
+
+    def to_device(self, array: Array) -> Buffer:
+        """Copies a host array into a new buffer."""
+        ...
+
+    def to_host(self, buffer: Buffer) -> Array:
+        """Copies a buffer to the host."""
+        ...
+
+    def borrow(self, capsule: Any) -> Buffer:
+        """Returns a buffer over a DLPack capsule's memory; raises ValueError where it cannot be used."""
+        ...
+
+    def lend(self, buffer: Buffer) -> Any:
+        """Returns a DLPack capsule over a buffer's memory."""
+        ...
+
+    def keep(self, array: Array) -> Buffer:
+        """Returns a buffer with what no call changes; memory that the machine can read is not copied."""
+        ...
+
+    def argument(self, buffer: Buffer) -> Buffer:
+        """Returns an argument as kernels need it: contiguous and aligned."""
+        ...
+
+    def unwritten(self, dtype: np.dtype[Any], shape: Sequence[int]) -> Buffer:
+        """Returns memory that no kernel has written yet."""
+        ...
+
+    def part(self, buffer: Buffer, offset: int, dtype: np.dtype[Any], shape: Sequence[int]) -> Buffer:
+        """Returns a part of a buffer, from a byte on, as an array; the memory lives as long as the part."""
+        ...
+
+    def run(self, steps: Steps, buffers: Mapping[int, Buffer]) -> None:
+        """Runs the steps in order."""
+        ...
+
+
+class Emulator:
+    """The checking emulator: buffers are numpy arrays in the memory of the process."""
+
+    buffer_type = np.ndarray
+    hint = "pass a numpy array"
+    device = "host memory"
+
+    def __init__(self, source: str, kernels: Sequence[str], order: str):
+        self.kernels = Kernels(build(source, kernels), order)
+
+    def to_device(self, array: Array) -> Array:
+        return np.array(array, order="C", copy=True)
+
+    def to_host(self, buffer: Array) -> Array:
+        return np.array(buffer, copy=True)
+
+    def borrow(self, capsule: Any) -> Array:
+        return dlpack.borrow(capsule)
+
+    def lend(self, buffer: Array) -> Any:
+        return dlpack.lend(buffer)
+
+    def keep(self, array: Array) -> Array:
+        return self.argument(array)
+
+    def argument(self, buffer: Array) -> Array:
+        array = np.asarray(buffer, order="C")  # ascontiguousarray would give a scalar an axis
+        return array if array.ctypes.data % ALIGNMENT == 0 else array.copy()
+
+    def unwritten(self, dtype: np.dtype[Any], shape: Sequence[int]) -> Array:
+        array = np.empty(shape, dtype)
+        poison(array)
+        return array
+
+    def part(self, buffer: Array, offset: int, dtype: np.dtype[Any], shape: Sequence[int]) -> Array:
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        return buffer.reshape(-1).view(np.uint8)[offset : offset + size].view(dtype).reshape(shape)
+
+    def run(self, steps: Steps, buffers: Mapping[int, Array]) -> None:
+        for number, step in enumerate(steps.steps):
+            for i in steps.born.get(number, ()):
+                poison(buffers[i])  # another buffer may have lain here
+            if isinstance(step, Product):
+                library.multiply(step.step, [buffers[i] for i in step.buffers], int)
+                continue
+            arguments = [ctypes.c_int64(v or 0) if i is None else buffers[i] for i, v in step.arguments]
+            self.kernels.launch(step.kernel, step.grid, (step.threads, 1, 1), step.shared_bytes, arguments)
