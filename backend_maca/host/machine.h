@@ -171,9 +171,9 @@ class Machine {
     return made;
   }
 
-  // Gives a buffer memory at its first use.
+  // Gives a buffer memory at its first use, and where a loop needs more of it than in the rounds before.
   void need(Buffer& buffer, Type type, const Shape& shape) {
-    if (!buffer.memory) buffer = make(type, shape);
+    if (!buffer.memory || buffer.bytes < count_of(shape) * size_of(type)) buffer = make(type, shape);
   }
 
   Buffer upload(Type type, const Shape& shape, const void* source) {

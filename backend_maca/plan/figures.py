@@ -7,6 +7,7 @@ other one. ``least`` is what must be touched: every weight and all state, once.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from torch_mlir import ir
 from spikingbrain.backend_maca.lower.mlir import nested
 from spikingbrain.backend_maca.plan.resolve import resolve, storage, used_by
 from spikingbrain.backend_maca.run.machine import Product
+from spikingbrain.errors import CallError
 
 if TYPE_CHECKING:
     from spikingbrain.backend_maca.source.printer import Kernel
@@ -29,12 +31,17 @@ _ACCESSES = {
 
 
 def figures(plan: Mapping[str, Any], scattered: Mapping[str, set[int]]) -> dict[str, dict[str, Any]]:
-    """Returns the figures of every entry point whose launches depend on sizes alone.
+    """Returns the figures of every entry point whose launches depend on sizes alone, and that takes sizes of 1.
 
     ``scattered`` has, for each kernel, the numbers of the parameters that it reaches at places that depend on data.
     """
-    static = [name for name, entry in plan["entries"].items() if entry["static"]]
-    return {name: _of_entry(plan, name, scattered) for name in static}
+    found = {}
+    for name, entry in plan["entries"].items():
+        # one size may have to be the double of another
+        with contextlib.suppress(CallError):
+            if entry["static"]:
+                found[name] = _of_entry(plan, name, scattered)
+    return found
 
 
 def scattered_parameters(module: ir.Module, kernels: Mapping[str, Kernel]) -> dict[str, set[int]]:

@@ -245,7 +245,7 @@ class _Entry:
 
     def _add_check(self, op: ir.Operation) -> None:
         condition, message = self._known_size(op, op.operands[0]), op.attributes["msg"].value
-        if self.depth or _has_value(condition):
+        if self.depth or has_value(condition):
             self.launches.append({"check": condition, "message": message})
         else:
             self.checks.append([condition, message])
@@ -446,5 +446,6 @@ def _terminator(block: ir.Block) -> list[ir.Value]:
     return list(last.operation.operands)
 
 
-def _has_value(size: Size) -> bool:
-    return isinstance(size, list) and (size[0] == "value" or any(map(_has_value, size[1:])))
+def has_value(size: Size) -> bool:
+    """Returns whether a formula depends on values of the host, which may change while a plan runs."""
+    return isinstance(size, list) and (size[0] == "value" or any(map(has_value, size[1:])))

@@ -8,13 +8,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import struct
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 
-from spikingbrain.backend_maca.plan.plan import evaluate
+from spikingbrain.backend_maca.plan.plan import evaluate, has_value
 from spikingbrain.backend_maca.plan.workspace import Lifetime, pack
 from spikingbrain.backend_maca.run.machine import Launch, Product, Steps
 from spikingbrain.errors import CallError
@@ -44,6 +44,7 @@ class Resolver:
             shapes,
         )
         self.values: dict[int, Any] = {}
+        self.largest: dict[int, tuple[int, ...]] = {}  # temporary buffer -> its largest shape so far
         for formula, message in self.host["checks"]:
             self._check(formula, message)
 
@@ -58,6 +59,24 @@ class Resolver:
     def shape(self, buffer: int) -> tuple[int, ...]:
         """Returns the shape of a buffer, as far as the values it depends on are known by now."""
         return self.sizes(self.host["buffers"][buffer]["shape"])
+
+    def note(self, step: Launch | Product) -> list[int]:
+        """Notes how large the temporaries of a step are now; returns those that have become larger.
+
+        A buffer of the body of a loop may have another size in each round; nothing in it lasts from one to the next.
+        """
+        grown = []
+        for i in used_by(step):
+            record, before = self.host["buffers"][i], self.largest.get(i)
+            if record["role"] != "temporary" or (
+                before is not None and not any(map(has_value, record["shape"]))
+            ):
+                continue
+            shape = self.shape(i)
+            if before is None or math.prod(shape) > math.prod(before):
+                self.largest[i] = shape
+                grown += [i] if before is not None else []
+        return grown
 
     def outputs(self) -> list[tuple[int, tuple[int, ...]]]:
         """Returns for each result its buffer, and its shape, once all steps have been walked."""
@@ -117,6 +136,8 @@ class Resolver:
 
 def _bits(value: Any, dtype: str) -> int:
     """Returns the integer whose low bytes are a scalar argument, which is passed by address."""
+    if dtype == "bfloat16":
+        return int.from_bytes(struct.pack("<f", value), "little") >> 16  # nothing to round: it is one
     forms = {"float32": "f", "float64": "d", "float16": "e"}
     if dtype in forms:
         return int.from_bytes(struct.pack("<" + forms[dtype], value), "little")
@@ -126,16 +147,19 @@ def _bits(value: Any, dtype: str) -> int:
 def resolve(plan: Mapping[str, Any], entry: str, shapes: Mapping[int, tuple[int, ...]]) -> Steps:
     """Returns all steps of an entry point that reads nothing to go on, with the workspace that they need."""
     resolver = Resolver(plan, entry, shapes)
-    steps = cast(list[Launch | Product], list(resolver.steps()))
+    steps: list[Launch | Product] = []
+    for step in cast("Iterator[Launch | Product]", resolver.steps()):
+        resolver.note(step)
+        steps.append(step)
     made = some_steps(resolver, steps, set(), last=True)
     kept = {i for i, _ in made.outputs}
     lives: dict[int, Lifetime] = {}
-    for number, step in enumerate(steps):
+    for place, step in enumerate(steps):
         for i in used_by(step):
             if i in made.temporaries and i not in kept:
-                first = lives[i].first if i in lives else number
+                first = lives[i].first if i in lives else place
                 size = math.prod(made.temporaries[i]) * storage(resolver.host["buffers"][i]["dtype"]).itemsize
-                lives[i] = Lifetime(size, first, number)
+                lives[i] = Lifetime(size, first, place)
     if not lives:
         return made
     born: dict[int, list[int]] = {}
@@ -152,7 +176,11 @@ def some_steps(
     used = [i for step in steps for i in used_by(step)]
     new = dict.fromkeys(i for i in [*used, *(i for i, _ in outputs)] if i not in known)
     records = resolver.host["buffers"]
-    temporaries = {i: resolver.shape(i) for i in new if records[i]["role"] == "temporary"}
+    temporaries = {
+        i: resolver.largest[i] if i in resolver.largest else resolver.shape(i)
+        for i in new
+        if records[i]["role"] == "temporary"
+    }
     return Steps(resolver.entry, temporaries, steps, outputs)
 
 
@@ -161,6 +189,11 @@ def used_by(step: Launch | Product) -> list[int]:
     return (
         list(step.buffers) if isinstance(step, Product) else [i for i, _ in step.arguments if i is not None]
     )
+
+
+def number(element: Any, dtype: str) -> Any:
+    """Returns an element of a buffer as a number of the host."""
+    return float((np.uint32(element) << 16).view(np.float32)) if dtype == "bfloat16" else element.item()
 
 
 def storage(dtype: str) -> np.dtype[Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from spikingbrain.backend_maca.plan.plan import FORMAT
-from spikingbrain.backend_maca.plan.resolve import Read, Resolver, resolve, some_steps, storage
+from spikingbrain.backend_maca.plan.resolve import Read, Resolver, number, resolve, some_steps, storage
 from spikingbrain.backend_maca.run.machine import Buffer, Emulator, Launch, Machine, Product, Steps
 from spikingbrain.errors import CallError, CorruptArtifact, NewerFormat, TargetError
 
@@ -127,6 +127,11 @@ class Program:
             try:
                 step = walk.send(found)
                 while not isinstance(step, Read):
+                    if grown := resolver.note(step):
+                        self._run(some_steps(resolver, steps, set(buffers)), plan, buffers)
+                        steps = []
+                        for i in grown:
+                            buffers.pop(i, None)
                     steps.append(step)
                     step = next(walk)
             except StopIteration:
@@ -134,7 +139,8 @@ class Program:
                 self._run(made, plan, buffers)
                 return made.outputs
             self._run(some_steps(resolver, steps, set(buffers)), plan, buffers)
-            found = self.machine.to_host(self._view(buffers[step.buffer], step.shape))[step.at].item()
+            element = self.machine.to_host(self._view(buffers[step.buffer], step.shape))[step.at]
+            found = number(element, plan["buffers"][step.buffer]["dtype"])
 
     def _fixed(self, entry: Mapping[str, Any], weights: Mapping[str, Array]) -> dict[int, Buffer]:
         """Returns the buffers that no call changes: weights and constants."""

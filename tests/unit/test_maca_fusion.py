@@ -200,22 +200,50 @@ def test_state_is_updated_where_it_lies(donated: bool) -> None:
         np.testing.assert_array_equal(given, before)
 
 
-def test_figures_of_one_token_count_what_is_touched() -> None:
-    text = STEP.replace("DONATED", "attributes {spikingbrain.donated = [1]}")
+def report(text: str) -> dict[str, Any]:
     backend = MacaBackend()
     (status,) = [s for s in backend.targets() if s.target.name == "maca-emulator"]
     context = StageContext(status.target, backend.options(), Path("."))
     form: Any = text
     for stage in backend.stages(status.target).values():
         form = stage(form, context)
+    return context.report
+
+
+def test_figures_of_one_token_count_what_is_touched() -> None:
     # x and the state, then the state and y, of one number each; nobody can do with less than the state
-    assert context.report["one_token"]["main"] == {
+    found = report(STEP.replace("DONATED", "attributes {spikingbrain.donated = [1]}"))["one_token"]
+    assert found["main"] == {
         "launches": 2,
         "bytes": 16,
         "least": 4,
         "workspace": 0,
         "workspace_least": 0,
     }
+
+
+TWICE = """
+#v = affine_map<(i) -> (i)>
+func.func public @main(%x: tensor<?xf32>, %y: tensor<?xf32>) -> tensor<?xf32> {
+  %c0 = arith.constant 0 : index
+  %c2 = arith.constant 2 : index
+  %n = tensor.dim %x, %c0 : tensor<?xf32>
+  %m = arith.muli %n, %c2 : index
+  %e = tensor.empty(%m) : tensor<?xf32>
+  %z = linalg.generic {indexing_maps = [#v, #v], iterator_types = ["parallel"]}
+      ins(%y : tensor<?xf32>) outs(%e : tensor<?xf32>) {
+    ^bb0(%a: f32, %o: f32):
+      %0 = math.exp %a : f32
+      linalg.yield %0 : f32
+  } -> tensor<?xf32>
+  return %z : tensor<?xf32>
+}"""
+
+
+def test_what_takes_no_sizes_of_one_has_no_figures() -> None:
+    assert report(TWICE)["one_token"] == {}
+    y = np.arange(6, dtype=np.float32)
+    np.testing.assert_allclose(run(program(TWICE), np.zeros(3, np.float32), y)[0], np.exp(y), rtol=1e-6)
 
 
 def test_short_rows_do_not_become_a_block_each() -> None:

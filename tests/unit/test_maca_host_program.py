@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_maca_ops import WHILE, members, program
+from test_maca_ops import TRIANGLE, WHILE, members, program
 
 pytest.importorskip("torch_mlir")
 
@@ -160,6 +160,24 @@ def test_loops_that_data_ends(loops: Path, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         for i, wanted in enumerate(loaded.call("main", [x])):
             np.testing.assert_array_equal(np.load(tmp_path / f"out0.{i}.npy"), wanted)
+
+
+def test_a_loop_may_need_more_memory_in_a_later_round(tmp_path: Path) -> None:
+    entry = {
+        "inputs": [{"name": "x", "shape": ["n"], "dtype": "float32"}],
+        "outputs": [{}],
+        "ranges": {},
+        "uses_state": False,
+    }
+    manifest = {"target": {"name": "maca"}, "entries": {"main": entry}}
+    code = members(TRIANGLE.replace("SIZE", "arith.addi %i, %c1"))
+    write(tmp_path / "artifact", manifest, code, [], lambda _: np.zeros(0), {})
+    host_program.write(Artifact(tmp_path / "artifact"), tmp_path / "program")
+    subprocess.run([tmp_path / "program" / "build.sh", "emulator"], check=True)
+    x = save(tmp_path / "x.npy", np.zeros(300, np.float32))
+    done = run(tmp_path / "program", "-o", tmp_path / "out", "main", x)
+    assert done.returncode == 0, done.stderr
+    assert np.load(tmp_path / "out0.0.npy") == 300 * 301
 
 
 @pytest.mark.slow

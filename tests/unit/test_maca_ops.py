@@ -263,3 +263,84 @@ def test_the_host_reads_what_a_condition_needs() -> None:
         result, turns = run(loaded, x)
         assert turns == count
         np.testing.assert_array_equal(result, x if count % 2 else value)
+
+
+TRIANGLE = """
+#v = affine_map<(i) -> (i)>
+#s = affine_map<(i) -> ()>
+func.func public @main(%x: tensor<?xf32>) -> tensor<f32> {
+  %c0 = arith.constant 0 : index
+  %c1 = arith.constant 1 : index
+  %zero = arith.constant 0.0 : f32
+  %n = tensor.dim %x, %c0 : tensor<?xf32>
+  %e = tensor.empty() : tensor<f32>
+  %f = linalg.fill ins(%zero : f32) outs(%e : tensor<f32>) -> tensor<f32>
+  %r = scf.for %i = %c0 to %n step %c1 iter_args(%t = %f) -> (tensor<f32>) {
+    %k = SIZE : index
+    %d = tensor.extract_slice %x[0] [%k] [1] : tensor<?xf32> to tensor<?xf32>
+    %q = tensor.empty(%k) : tensor<?xf32>
+    %g = linalg.generic {indexing_maps = [#v, #v], iterator_types = ["parallel"]}
+      ins(%d : tensor<?xf32>) outs(%q : tensor<?xf32>) {
+      ^bb0(%a: f32, %o: f32):
+        %0 = math.exp %a : f32
+        linalg.yield %0 : f32
+    } -> tensor<?xf32>
+    %h = linalg.generic {indexing_maps = [#v, #s], iterator_types = ["reduction"]}
+      ins(%g : tensor<?xf32>) outs(%t : tensor<f32>) {
+      ^bb0(%a: f32, %o: f32):
+        %0 = arith.addf %a, %o : f32
+        linalg.yield %0 : f32
+    } -> tensor<f32>
+    %h2 = linalg.generic {indexing_maps = [#v, #s], iterator_types = ["reduction"]}
+      ins(%g : tensor<?xf32>) outs(%h : tensor<f32>) {
+      ^bb0(%a: f32, %o: f32):
+        %0 = arith.addf %a, %o : f32
+        linalg.yield %0 : f32
+    } -> tensor<f32>
+    scf.yield %h2 : tensor<f32>
+  }
+  return %r : tensor<f32>
+}"""
+
+
+@pytest.mark.parametrize("size", ["arith.subi %n, %i", "arith.addi %i, %c1"])
+@pytest.mark.parametrize("is_read", [False, True])
+def test_buffers_of_a_loop_may_grow_and_shrink(size: str, is_read: bool) -> None:
+    text = TRIANGLE.replace("SIZE", size)
+    if is_read:
+        text = text.replace("%x: tensor<?xf32>)", "%x: tensor<?xf32>, %sizes: tensor<301xi64>)")
+        words = "%k0 = SIZE : index\n %k1 = tensor.extract %sizes[%k0] : tensor<301xi64>"
+        words += "\n %k = arith.index_cast %k1 : i64 to index"
+        text = text.replace(f"%k = {size} : index", words.replace("SIZE", size))
+    loaded = program(text)
+    assert loaded.plan["entries"]["main"]["static"] is not is_read
+    arguments = [np.zeros(300, np.float32), *[np.arange(301)] * is_read]
+    assert run(loaded, *arguments)[0] == 300 * 301
+
+
+BRANCH = """
+#s = affine_map<() -> ()>
+func.func public @main(%x: tensor<1xbf16>) -> tensor<f32> {
+  %c0 = arith.constant 0 : index
+  %one = arith.constant 1.0 : f32
+  %two = arith.constant 2.0 : f32
+  %v = tensor.extract %x[%c0] : tensor<1xbf16>
+  %w = arith.extf %v : bf16 to f32
+  %p = arith.cmpf ogt, %w, %two : f32
+  %r = scf.if %p -> (tensor<f32>) {
+    %e = tensor.empty() : tensor<f32>
+    %f = linalg.fill ins(%two : f32) outs(%e : tensor<f32>) -> tensor<f32>
+    scf.yield %f : tensor<f32>
+  } else {
+    %e = tensor.empty() : tensor<f32>
+    %f = linalg.fill ins(%one : f32) outs(%e : tensor<f32>) -> tensor<f32>
+    scf.yield %f : tensor<f32>
+  }
+  return %r : tensor<f32>
+}"""
+
+
+@pytest.mark.parametrize("value", [1.5, 2.0, 3.0, -1.0, np.nan])
+def test_the_host_reads_bfloat16_as_a_number(value: float) -> None:
+    bits = (np.float32([value]).view(np.uint32) >> 16).astype(np.uint16)
+    assert run(program(BRANCH), bits)[0] == (2 if value > 2 else 1)
