@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
 import logging
 import sys
@@ -16,7 +17,7 @@ from spikingbrain.backend_maca.run import dlpack
 from spikingbrain.backend_maca.run.blas import Blas
 from spikingbrain.backend_maca.run.driver import CudaDriver, DeviceError, Driver, blas_library, open_driver
 from spikingbrain.backend_maca.run.images import convention, image_of
-from spikingbrain.backend_maca.run.machine import Launch, Product, Steps
+from spikingbrain.backend_maca.run.machine import ALIGNMENT, Launch, Product, Steps
 from spikingbrain.errors import CallError, OutOfMemory, SpikingBrainError
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class Pool:
     def __init__(self, driver: Driver):
         self._driver, self._stream = driver, driver.new_stream()
         self._free: dict[int, list[int]] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a garbage collection inside may free a block
 
     def stream(self) -> int:
         return self._stream
@@ -69,8 +70,8 @@ class Pool:
     def _release(self) -> bool:
         """Gives all free blocks back to the card; returns whether there were any."""
         with self._lock:
-            blocks = [address for addresses in self._free.values() for address in addresses]
-            self._free.clear()
+            free, self._free = self._free, {}
+        blocks = [address for addresses in free.values() for address in addresses]
         if blocks:
             self._driver.synchronize(self._stream)  # kernels may still use them
         for address in blocks:
@@ -102,7 +103,11 @@ def memory_of(driver: Driver) -> Memory:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return TorchMemory(torch, driver.ordinal)
-    return Pool(driver)
+    return _pool(driver)
+
+
+# One of each card: what a program computes another may take, in the order of one stream.
+_pool = functools.cache(Pool)
 
 
 class _Block:
@@ -177,7 +182,6 @@ class Card:
         self.driver, self.memory, self._convention = driver, memory or memory_of(driver), convention
         self._blas, self._module = blas, driver.load(image)
         self._functions: dict[str, int] = {}
-        self._lock = threading.Lock()
         self.records = True  # whether the runtime has been able to record so far
 
     @property
@@ -187,9 +191,10 @@ class Card:
     def to_device(self, array: Array) -> DeviceArray:
         array = np.asarray(array, order="C")
         dtype = np.dtype(np.uint16) if array.dtype.name == "bfloat16" else array.dtype
-        buffer = self.unwritten(dtype, array.shape)
-        if array.nbytes:
-            self.driver.upload(buffer.address, array.ctypes.data, array.nbytes, self.memory.stream())
+        with self.driver.lock:
+            buffer = self.unwritten(dtype, array.shape)
+            if array.nbytes:
+                self.driver.upload(buffer.address, array.ctypes.data, array.nbytes, self.memory.stream())
         return buffer
 
     keep = to_device
@@ -197,8 +202,9 @@ class Card:
     def to_host(self, buffer: DeviceArray) -> Array:
         array = np.empty(buffer.shape, buffer.dtype)
         if array.nbytes:
-            self.driver.bind()
-            self.driver.download(array.ctypes.data, buffer.address, array.nbytes, self.memory.stream())
+            with self.driver.lock:
+                self.driver.bind()
+                self.driver.download(array.ctypes.data, buffer.address, array.nbytes, self.memory.stream())
         return array
 
     def borrow(self, capsule: Any) -> DeviceArray:
@@ -212,11 +218,18 @@ class Card:
         )
 
     def argument(self, buffer: DeviceArray) -> DeviceArray:
-        return buffer
+        if buffer.address % ALIGNMENT == 0:
+            return buffer
+        with self.driver.lock:
+            copy = self.unwritten(buffer.dtype, buffer.shape)
+            if buffer.nbytes:
+                self.driver.copy(copy.address, buffer.address, buffer.nbytes, self.memory.stream())
+        return copy
 
     def unwritten(self, dtype: np.dtype[Any], shape: Sequence[int]) -> DeviceArray:
-        self.driver.bind()
-        block = _Block(self.memory, int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
+        with self.driver.lock:
+            self.driver.bind()
+            block = _Block(self.memory, int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
         return DeviceArray(block, block.address, shape, dtype)
 
     def part(
@@ -225,7 +238,7 @@ class Card:
         return DeviceArray(buffer.owner, buffer.address + offset, shape, dtype)
 
     def run(self, steps: Steps, buffers: Mapping[int, DeviceArray]) -> None:
-        with self._lock:
+        with self.driver.lock:
             self.driver.bind()
             stream = self.memory.stream()
             # the default stream of CUDA and its relatives, number 0, cannot be recorded

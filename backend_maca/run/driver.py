@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -52,6 +53,8 @@ class Driver:
             raise MissingDependency(f"the runtime {library} does not load", why=str(error)) from error
         self._path = library
         self.ordinal = 0
+        # Held by whoever copies, allocates or launches: while launches are recorded, no other thread's may come between.
+        self.lock = threading.RLock()
 
     @functools.cache  # noqa: B019  (drivers live as long as the process)
     def _function(self, name: str) -> Any:

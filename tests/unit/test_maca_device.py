@@ -276,6 +276,32 @@ def test_a_kernel_that_fails_is_named_at_the_next_copy(exported: Any, card: Runt
 ARGUMENTS = [((2, 5, 8), np.float32), ((2, 8), np.float32), ((2,), np.int64)]
 
 
+def test_tensors_that_begin_anywhere_are_taken(exported: Any, card: Runtime) -> None:
+    executable = program(exported, "maca").executable
+    x, *others = [executable.to_device(np.ones(shape, dtype)) for shape, dtype in ARGUMENTS]
+    wide = executable.to_device(np.ones(81, np.float32))
+    moved = devices.DeviceArray(wide.owner, wide.address + 4, x.shape, x.dtype)
+    taken = executable.machine.argument(moved)
+    assert taken.address % 16 == 0
+    assert executable.machine.argument(x) is x
+    wanted, found = (executable.call("step", [first, *others])[0] for first in (x, moved))
+    np.testing.assert_array_equal(executable.to_host(found), executable.to_host(wanted))
+
+
+def test_programs_on_a_card_share_its_memory_and_stream(exported: Any, card: Runtime) -> None:
+    one, other = (program(exported, "maca").executable for _ in range(2))
+    assert one.device == other.device
+    assert one.machine.memory is other.machine.memory
+
+
+def test_memory_that_dies_while_memory_is_asked_for(card: Runtime) -> None:
+    pool = devices.Pool(driver.open_driver("maca"))
+    address = pool.allocate(512)
+    with pool._lock:  # as a garbage collection inside
+        pool.free(address, 512)
+    assert pool.allocate(512) == address
+
+
 def test_what_does_not_fit_is_refused(exported: Any, card: Runtime) -> None:
     executable = program(exported, "maca").executable
     with pytest.raises(CallError, match="argument 0 of 'step' is a ndarray\n  try: to_device"):
