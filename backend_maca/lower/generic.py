@@ -102,15 +102,9 @@ class Generic:
         places = [e.position for e in self.maps[-1].results if isinstance(e, ir.AffineDimExpr)]
         if len(set(places)) != ir.MemRefType(self.outputs[0].type).rank:
             return  # it may not write all that was filled
-        users = {use.owner.operation for use in self.outputs[0].uses} - {self.op}
-        if any(user.block != self.op.block for user in users):
-            return  # a loop or another op's body may come in between
-        before = itertools.takewhile(lambda v: v.operation != self.op, self.op.block.operations)
-        found = [v.operation for v in before if v.operation in users and v.operation.name != "memref.dim"]
-        number = _filled_with(found[0], self.outputs[0]) if len(found) == 1 else None
-        if number is not None:
-            self.op.attributes["maca.start"] = number
-            found[0].erase()
+        if found := fill_before(self.op, self.outputs[0]):
+            fill, self.op.attributes["maca.start"] = found
+            fill.erase()
 
     def initial(self, loops: list[ir.Value]) -> list[ir.Value]:
         """Loads what the outputs hold; outputs that the body does not read are not loaded."""
@@ -160,10 +154,23 @@ class Generic:
         return None if short or not shuffles else last.operation
 
 
+def fill_before(op: ir.Operation, buffer: ir.Value) -> tuple[ir.Operation, ir.Attribute] | None:
+    """Returns the op that fills a buffer, and the number, when nothing else uses the buffer before ``op``."""
+    users = {use.owner.operation for use in buffer.uses if use.owner.operation.name != "memref.dim"} - {op}
+    if any(user.block != op.block for user in users):
+        return None  # a loop or another op's body may come in between
+    before = itertools.takewhile(lambda v: v.operation != op, op.block.operations)
+    found = [v.operation for v in before if v.operation in users]
+    number = _filled_with(found[0], buffer) if len(found) == 1 else None
+    return None if number is None else (found[0], number)
+
+
 def _filled_with(op: ir.Operation, buffer: ir.Value) -> ir.Attribute | None:
     """Returns the number that an op fills a buffer with."""
     if op.name != "linalg.generic" or list(op.operands)[-1] != buffer:
         return None
+    if not ir.AffineMapAttr(list(op.attributes["indexing_maps"])[-1]).value.is_permutation:
+        return None  # it may not write all of the buffer
     block = op.regions[0].blocks[0]
     value = _last(block).operands[0]
     arguments = list(block.arguments)

@@ -15,7 +15,7 @@ from torch_mlir.dialects import arith, linalg, memref
 from spikingbrain.backend_maca.lower import products, rows
 from spikingbrain.backend_maca.lower.expand import expand
 from spikingbrain.backend_maca.lower.forms import for_each, launch, thread_form, wave_form
-from spikingbrain.backend_maca.lower.generic import BLOCK, WAVE, Generic
+from spikingbrain.backend_maca.lower.generic import BLOCK, WAVE, Generic, fill_before
 from spikingbrain.backend_maca.lower.index import index, negated, product, size
 from spikingbrain.backend_maca.lower.launches import GRID_RANK, LAUNCH, outline_launches
 from spikingbrain.backend_maca.lower.mlir import functions, host_ops, nested, parse, run_passes
@@ -103,7 +103,9 @@ def _build_product(op: ir.Operation, names: dict[str, int]) -> None:
         if found is None or large is False:
             return
         generic.check_sizes()
-        fill = products.zero_fill_before(op, found.result)
+        fill, start = fill_before(op, found.result) or (None, None)
+        if start is not None and start.value != 0:
+            fill = None
         found.emit(large, adds=fill is None)
     if large is not True:
         _build_generic(op, names, unless=large)

@@ -13,7 +13,6 @@ of the batch uses the same one. It runs where no size but ``k`` is 0. Integer pr
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -25,7 +24,6 @@ from torch_mlir.dialects import arith
 
 from spikingbrain.backend_maca.lower.generic import Generic
 from spikingbrain.backend_maca.lower.index import index, product, size
-from spikingbrain.backend_maca.lower.mlir import constant
 
 Length: TypeAlias = "int | ir.Value"
 PRODUCT = "maca.product"
@@ -130,24 +128,6 @@ def of_launch(op: ir.Operation, inputs: Sequence[ir.Value], result: ir.Value) ->
     x, weight = inputs[:2]
     rows, columns, inner = _length(x, 0), _length(weight, 0), _length(x, 1)
     return Product((x, weight), result, (False, True), (False, False), rows, columns, inner, 1)
-
-
-def zero_fill_before(op: ir.Operation, buffer: ir.Value) -> ir.Operation | None:
-    """Returns the op that fills a buffer with zeros when nothing else uses it before ``op``."""
-    users = {use.owner.operation for use in buffer.uses if use.owner.operation.name != "memref.dim"}
-    before = [v.operation for v in itertools.takewhile(lambda v: v.operation != op, op.block.operations)]
-    found = [other for other in before if other in users]
-    if len(found) != 1 or found[0].name != "linalg.generic":
-        return None
-    (fill,) = found
-    *_, last = fill.regions[0].blocks[0].operations
-    arguments = list(fill.regions[0].blocks[0].arguments)
-    if len(last.operands) != 1:
-        return None
-    value = last.operands[0]
-    if value in arguments:
-        value = fill.operands[arguments.index(value)]
-    return fill if list(fill.operands)[-1] == buffer and constant(value) == 0 else None
 
 
 def _length(buffer: ir.Value, axis: int) -> Length:

@@ -295,6 +295,42 @@ func.func public @main(%x: tensor<5xf32>) -> (tensor<f32>, tensor<f32>) {
     assert (doubled, total) == (16, 17)
 
 
+GATHERED = """
+#v = affine_map<(i, j) -> (i, j)>
+func.func public @main(%x: tensor<20x30xf32>, %w: tensor<30x40xf32>, %n: tensor<20x40xi64>)
+    -> (tensor<20x40xf32>, tensor<20x40xf32>) {
+  %c0 = arith.constant 0 : index
+  %c1 = arith.constant 1 : index
+  %c3 = arith.constant 3 : index
+  %zero = arith.constant 0.0 : f32
+  %one = arith.constant 1.0 : f32
+  %e = tensor.empty() : tensor<20x40xf32>
+  %f = linalg.fill ins(%zero : f32) outs(%e : tensor<20x40xf32>) -> tensor<20x40xf32>
+  %a = tensor.empty() : tensor<20x40xf32>
+  %a0 = linalg.fill ins(%one : f32) outs(%a : tensor<20x40xf32>) -> tensor<20x40xf32>
+  %r = scf.for %i = %c0 to %c3 step %c1 iter_args(%t = %a0) -> (tensor<20x40xf32>) {
+    %g = linalg.generic {indexing_maps = [#v, #v], iterator_types = ["parallel", "parallel"]}
+      ins(%n : tensor<20x40xi64>) outs(%t : tensor<20x40xf32>) {
+      ^bb0(%k: i64, %o: f32):
+        %k0 = arith.index_cast %k : i64 to index
+        %q = tensor.extract %f[%c0, %k0] : tensor<20x40xf32>
+        %s = arith.addf %q, %o : f32
+        linalg.yield %s : f32
+    } -> tensor<20x40xf32>
+    scf.yield %g : tensor<20x40xf32>
+  }
+  %m = linalg.matmul ins(%x, %w : tensor<20x30xf32>, tensor<30x40xf32>) outs(%f : tensor<20x40xf32>) -> tensor<20x40xf32>
+  return %m, %r : tensor<20x40xf32>, tensor<20x40xf32>
+}"""
+
+
+def test_a_fill_that_a_loop_reads_before_a_product_stays() -> None:
+    x, w, places = np.ones((20, 30), np.float32), np.ones((30, 40), np.float32), np.zeros((20, 40), np.int64)
+    product, read = run(program(GATHERED), x, w, places)
+    np.testing.assert_array_equal(read, np.ones((20, 40)))
+    np.testing.assert_array_equal(product, np.full((20, 40), 30))
+
+
 def test_a_producer_with_an_assert_is_gone_when_its_users_have_copies() -> None:
     use = """
   %{0} = linalg.generic {{indexing_maps = [#v, #v], iterator_types = ["parallel"]}}
