@@ -6,6 +6,8 @@ has to agree. What is not surely so counts as different.
 
 from __future__ import annotations
 
+import itertools
+
 from torch_mlir import ir
 
 from spikingbrain.backend_maca.lower.mlir import constant, is_shared, nested
@@ -137,12 +139,29 @@ def _is_settled(load: ir.Operation) -> bool:
         barriers = [i for i, op in enumerate(around) if op.name == "gpu.barrier"]
         first = max((i for i in barriers if i < at), default=None)
         if first is not None:
-            last = min((i for i in barriers if i > at), default=len(around))
-            return not any(
-                _writes(op, buffer) for outer in around[first:last] for op in [outer, *nested(outer)]
-            )
+            last = min((i for i in barriers if i > at), default=None)
+            between = around[first:last] + (_behind(place, function) if last is None else [])
+            return not any(_writes(op, buffer) for outer in between for op in [outer, *nested(outer)])
         place = place.parent.operation  # the barrier may stand before a loop that holds the load
     return False
+
+
+def _behind(place: ir.Operation, function: ir.Operation) -> list[ir.Operation]:
+    """Returns what may run behind the block of an op before the next barrier, the next round of a loop included."""
+    found: list[ir.Operation] = []
+    while (parent := place.parent.operation) != function:
+        if parent.name == "scf.while":
+            found.append(parent)
+        around = [view.operation for view in place.block.operations]
+        if parent.name == "scf.for":
+            found += itertools.takewhile(lambda op: op.name != "gpu.barrier", around)
+        around = [view.operation for view in parent.block.operations]
+        for op in around[around.index(parent) + 1 :]:
+            if op.name == "gpu.barrier":
+                return found
+            found.append(op)
+        place = parent
+    return found
 
 
 def _writes(op: ir.Operation, buffer: ir.Value) -> bool:

@@ -624,6 +624,31 @@ DIFFERENT = {
       scf.if %some {{
         gpu.barrier
       }}""",
+    "shared memory that the next round of a loop writes": f"""
+      %s = memref.alloca() : memref<1xi32, {SHARED}>
+      %zero = arith.constant 0 : i32
+      scf.for %k = %c0 to %c4 step %c1 {{
+        memref.store %zero, %s[%c0] : memref<1xi32, {SHARED}>
+        gpu.barrier
+        %n = memref.load %s[%c0] : memref<1xi32, {SHARED}>
+        %some = arith.cmpi ne, %n, %zero : i32
+        scf.if %some {{
+          gpu.barrier
+        }}
+      }}""",
+    "shared memory that is written behind a loop": f"""
+      %s = memref.alloca() : memref<1xi32, {SHARED}>
+      %zero = arith.constant 0 : i32
+      memref.store %zero, %s[%c0] : memref<1xi32, {SHARED}>
+      scf.for %k = %c0 to %c4 step %c1 {{
+        gpu.barrier
+        %n = memref.load %s[%c0] : memref<1xi32, {SHARED}>
+        %some = arith.cmpi ne, %n, %zero : i32
+        scf.if %some {{
+          gpu.barrier
+        }}
+      }}
+      memref.store %zero, %s[%c0] : memref<1xi32, {SHARED}>""",
     "a carried value that goes on by the thread": """
       %last = scf.while (%k = %c16) : (index) -> index {
         %more = arith.cmpi ugt, %k, %c1 : index
