@@ -37,7 +37,7 @@ def bufferize(text: str) -> str:
                 raise UnsupportedOp(
                     f"'{op.name}' has no kernel for MetaX GPUs",
                     where=source_of(op.location),
-                    why="it runs step by step: sorting, running sums and loops over time have no kernels here yet",
+                    why="of this dialect, sorts, running sums and scatters have kernels here",
                 )
         for function in functions(module):
             _take_arguments(function)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from torch_mlir import ir
 
 from spikingbrain.backend_maca.lower.generic import Generic
+from spikingbrain.backend_maca.lower.mlir import nested
 from spikingbrain.backend_maca.lower.places import Count, root, size_of, stays_in_row
 
 LONGEST = 16384  # elements of a row; a longer one would keep too few blocks busy
@@ -161,8 +162,6 @@ def _busy(members: Sequence[Member], rows: Count) -> bool:
 
 def _captures(member: Member, written: set[ir.Value]) -> bool:
     """Returns whether the body itself loads from a buffer that the group writes, at a place that nobody knows."""
-    from spikingbrain.backend_maca.lower.mlir import nested
-
     loads = [o.operands[0] for o in nested(member.generic.op) if o.name == "memref.load"]
     return any(root(buffer) in written for buffer in loads)
 
@@ -176,8 +175,6 @@ def _number(sizes: Sequence[Count]) -> int:
 
 def needs_barrier(before: Sequence[Member], member: Member) -> bool:
     """Returns whether an op has to wait for what the group did since the last barrier."""
-    from spikingbrain.backend_maca.lower.mlir import nested
-
     touched = {root(a.buffer) for m in before for a in m.accesses}
     written = {root(a.buffer) for m in before for a in m.accesses if a.writes}
     loads = {root(o.operands[0]) for o in nested(member.generic.op) if o.name == "memref.load"}
