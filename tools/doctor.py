@@ -169,7 +169,10 @@ def _metax(emulator: bool) -> Iterator[Line]:
         yield Line("problem", "SDK", f"{error.what}, {error.why}", error.hint)
     yield from _device(sdk)
     if emulator:
-        yield from _findings("emulator", probe.run(probe.emulated()))
+        try:
+            yield from _findings("emulator", probe.run(probe.emulated()))
+        except SpikingBrainError as error:
+            yield Line("problem", "emulator", error.what, error.hint)
 
 
 def _device(sdk: mxcc.Sdk | None) -> Iterator[Line]:

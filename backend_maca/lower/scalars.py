@@ -16,7 +16,8 @@ from spikingbrain.backend_maca.lower.mlir import nested
 def sink_scalars(op: ir.Operation) -> None:
     """Rewrites an op on tensors so that it computes the scalars of the device that it takes."""
     if op.name == "tensor.from_elements":
-        _compute(op, list(op.operands))
+        if len(op.operands):
+            _compute(op, list(op.operands))
     elif op.name == "tensor.insert":
         _insert(op)
     elif op.name == "linalg.fill" and _on_device(op.operands[0]):

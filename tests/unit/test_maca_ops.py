@@ -344,3 +344,12 @@ func.func public @main(%x: tensor<1xbf16>) -> tensor<f32> {
 def test_the_host_reads_bfloat16_as_a_number(value: float) -> None:
     bits = (np.float32([value]).view(np.uint32) >> 16).astype(np.uint16)
     assert run(program(BRANCH), bits)[0] == (2 if value > 2 else 1)
+
+
+def test_a_tensor_of_no_scalars_is_empty() -> None:
+    text = """
+func.func public @main(%x: tensor<3xf32>) -> tensor<0xf32> {
+  %e = tensor.from_elements : tensor<0xf32>
+  return %e : tensor<0xf32>
+}"""
+    assert run(program(text), np.zeros(3, np.float32))[0].shape == (0,)

@@ -201,6 +201,14 @@ def test_doctor_tells_what_is_missing(
     assert told.endswith("1 problem, marked !!\n")
 
 
+def test_doctor_goes_on_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MACA_PATH", raising=False)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    *_, last = doctor._metax(True)
+    assert (last.status, last.what) == ("problem", "emulator")
+    assert "'no-such-compiler' is needed" in last.found
+
+
 def test_doctor_probes_a_card(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, wrong_device: list[probe.Finding]
 ) -> None:
