@@ -58,8 +58,8 @@ class MacaBackend:
 
     def cache_key(self, target: Target, options: Any) -> str:
         """Returns a digest of what decides about the code: this package's own, and the SDK where it makes native code."""
-        files = sorted(Path(__file__).parent.rglob("*.py"))
-        parts = [p.read_bytes() for p in files]
+        here = Path(__file__).parent
+        parts = [p.read_bytes() for p in (*sorted(here.rglob("*.py")), *sorted(here.rglob("*.maca")))]
         if target.name == "maca" and (sdk := mxcc.find()):
             parts.append(sdk.version.encode())
         return f"{target.name} {target.wave_kernels} {options} {hashlib.sha256(b''.join(parts)).hexdigest()}"
@@ -103,6 +103,7 @@ class MacaBackend:
         if missing:
             raise CorruptArtifact(f"the artifact has no {' and no '.join(missing)}")
         plan = json.loads(bytes(code["plan.json"]))
+        runtime.check_format(plan)
         device = manifest.get("device") or plan["target"]
         if device == "maca-emulator":
             return runtime.emulated(bytes(code["kernels.maca"]).decode(), plan, weights)

@@ -2,7 +2,8 @@
 
     python benchmarks/spike_perplexity.py [NAME ...]
 
-4 chunks of 1024 tokens, `<|endoftext|>` once in front. Static thresholds are calibrated on the 1024 tokens after these.
+4 chunks of 1024 tokens, `<|endoftext|>` once in front. Static thresholds are calibrated on the 1024 tokens after these, weights
+on the 20 chunks after those, each with `<|endoftext|>` in front.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from spikingbrain.models.llama.tokenizer import tokenizer
 from spikingbrain.models.spiking import Budget, spike
 from spikingbrain.tools.clean_wiki import wiki_text
 
-CHUNKS, LENGTH = 4, 1024
+CHUNKS, LENGTH, CALIBRATION = 4, 1024, 20
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "adaptive": {},
@@ -29,6 +30,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "adaptive, int4": {"bits": 4},
     "adaptive, int4, head int8": {"bits": 4, "head": 8},
     "adaptive, int4, head int4": {"bits": 4, "head": 4},
+    "adaptive, calibrated": {"calibrated": True},
+    "adaptive, int4, calibrated": {"bits": 4, "calibrated": True},
     "static": {"threshold": "static"},
     **{f"adaptive, {n} steps": {"budget": Budget(n, remainder="drop")} for n in (3, 4, 5, 6, 7, 8, 10)},
     **{
@@ -48,15 +51,16 @@ def perplexity(model: Llama, ids: list[int]) -> float:
 
 def main(names: list[str]) -> None:
     torch.set_num_threads(1)
-    ids = [0, *tokenizer(smollm2.locate()).encode(wiki_text()[:40_000]).ids]
-    text, after = ids[: CHUNKS * LENGTH], ids[CHUNKS * LENGTH : (CHUNKS + 1) * LENGTH]
+    ids = [0, *tokenizer(smollm2.locate()).encode(wiki_text()[:160_000]).ids]
+    text, after, *rest = ids[: CHUNKS * LENGTH], *torch.tensor(ids[CHUNKS * LENGTH :]).split(LENGTH)
     for name in names or ["original", *VARIANTS]:
         start, model = time.perf_counter(), smollm2.load()
         if name != "original":
             options = dict(VARIANTS[name])
-            if options.get("threshold") == "static":
-                call = (torch.tensor([[0, *after[1:]]]), model.initial_state(1, capacity=LENGTH))
-                options["calibration"] = [call]
+            seen = [after] if options.get("threshold") == "static" else rest[:CALIBRATION]
+            if options.pop("calibrated", False) or len(seen) == 1:
+                state = model.initial_state(1, capacity=LENGTH)
+                options["calibration"] = [(F.pad(chunk[None, 1:], (1, 0)), state) for chunk in seen]
             spike(model, **options)
         with torch.no_grad():
             found = perplexity(model, text)

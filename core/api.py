@@ -203,7 +203,7 @@ def _choose(artifact: Artifact, device: str | None) -> tuple[Mapping[str, Any], 
         why = "; ".join(f"{error.what}: {error.why}" for error in refused)
         raise errors.WrongTarget(f"{artifact.path} has code for {names}: none runs here", why=why)
     backend, status = resolve_target(device)
-    for record in artifact.targets:
+    for record in sorted(artifact.targets, key=lambda r: r["name"] != device):  # the device's own code first
         if record["name"] == device or record["name"] in status.target.accepts:
             _check_machine(artifact, record, status)
             return record, backend, status

@@ -20,7 +20,6 @@ from spikingbrain.tools import named_models
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="an artifact file, or a model known by name that was compiled before")
-    parser.add_argument("--batch", type=int, default=1, help="texts side by side")
     parser.add_argument(
         "--tokens", type=int, help="load it, read so many tokens of each text, and measure what that took"
     )

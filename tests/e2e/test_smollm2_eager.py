@@ -95,6 +95,7 @@ def test_perplexity_on_wiki(model: Llama, words: Tokenizer, wiki: str) -> None:
     assert perplexity(model, ids, chunks=2, length=1024) == pytest.approx(21.91, rel=0.01)
 
 
+@pytest.mark.slow
 def test_perplexity_with_window_and_sink(windowed: Llama, words: Tokenizer, wiki: str) -> None:
     ids = [0, *words.encode(wiki[:20_000]).ids]
     assert perplexity(windowed, ids, chunks=2, length=1024) == pytest.approx(22.28, rel=0.01)

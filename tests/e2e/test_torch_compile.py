@@ -170,6 +170,7 @@ def test_integers() -> None:
     check(step, x, y, training=False)
 
 
+@pytest.mark.slow
 def test_several_dynamic_sizes() -> None:
     model = nn.Sequential(Mlp(), Attention("causal"), Mlp())
     fast = compiled(model, dynamic=True)
@@ -321,6 +322,7 @@ def test_dropout_obeys_the_seed(training: bool) -> None:
     assert not torch.equal(fast(x), fast(x))
 
 
+@pytest.mark.slow
 def test_layouts() -> None:
     """Transposed, channels-last, sliced and expanded inputs; results have eager's strides."""
 

@@ -145,6 +145,7 @@ def segments(x: Tensor) -> Tensor:
     return combined(combine, (x > 0.3, x), 1)[1]
 
 
+@pytest.mark.slow
 def test_flags() -> None:
     """Sums that begin anew where a flag is set; torch's scan has no gradient for flags that are carried."""
     backend, x = Raising(), pair(2, 9, 3)[1]
@@ -178,6 +179,7 @@ def test_matrices() -> None:
     assert backend.outcomes == ["time_loop", "unrolled"]
 
 
+@pytest.mark.slow
 def test_any_length_is_one_graph() -> None:
     backend = Raising()
     for length in (7, 12, 31):
