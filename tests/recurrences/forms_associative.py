@@ -16,7 +16,7 @@ def composed(left: Pair, right: Pair) -> Pair:
     return a1 * a2, a2 * b1 + b2
 
 
-@form("HGRN", "torch associative_scan", "x:TBD a:TBD:factor", "linear_scan", quick=True)
+@form("HGRN", "torch associative_scan", "x:TBD a:TBD:factor", "linear_scan")
 def associative_hgrn(x: Tensor, a: Tensor) -> Tensor:
     return associative_scan(composed, (a, x), dim=0, combine_mode="generic")[1]
 

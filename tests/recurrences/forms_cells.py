@@ -236,7 +236,7 @@ class LinearThenLif(nn.Module):
         return torch.stack(spikes)
 
 
-@form("tanh cell", "h = tanh(W x + U h)", "x:BTD", "loop", quick=True)
+@form("tanh cell", "h = tanh(W x + U h)", "x:BTD", "loop")
 class TanhCell(nn.Module):
     def __init__(self) -> None:
         super().__init__()

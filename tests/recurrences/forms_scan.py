@@ -10,7 +10,7 @@ from written import SIZES, form
 RAISED = "linear_scan"
 
 
-@form("HGRN", "output preallocated, gate in log form", "x:BTD g:BTD:log", RAISED, quick=True)
+@form("HGRN", "output preallocated, gate in log form", "x:BTD g:BTD:log", RAISED)
 def hgrn_preallocated(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     dtype = x.dtype
     x, g = x.float(), g.float()

@@ -10,7 +10,7 @@ from written import LINEAR, form
 RAISED = "linear_recurrence"
 
 
-@form("linear attention", "torch scan", LINEAR, RAISED, quick=True)
+@form("linear attention", "torch scan", LINEAR, RAISED)
 def scan_linear(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     def step(state: Tensor, token: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         q_t, k_t, v_t = token

@@ -95,7 +95,7 @@ def while_gated_delta(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor) 
     return while_loop(lambda t, *_: t < length, step, start)[2]
 
 
-@form("HGRN", "torch while_loop, from the second step on", "x:TBD a:TBD:factor", "linear_scan", quick=True)
+@form("HGRN", "torch while_loop, from the second step on", "x:TBD a:TBD:factor", "linear_scan")
 def while_hgrn(x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     length = x.shape[0]
 
