@@ -67,7 +67,9 @@ def read_prompts(file: Path) -> list[str]:
         prompts = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(
-            f"@{file} cannot be read", why=str(error), hint="a file of texts in UTF-8, one a line"
+            f"@{file} cannot be read",
+            why=str(error),
+            hint="a file of texts in UTF-8, one a line; a prompt itself cannot begin with @",
         ) from error
     if not prompts:
         raise OptionError(f"@{file} has no line of text")

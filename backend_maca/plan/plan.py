@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import numpy as np
 
-from spikingbrain.errors import UnsupportedOp
+from spikingbrain.errors import CallError, UnsupportedOp
 
 if TYPE_CHECKING:
     from torch_mlir import ir
@@ -95,7 +95,10 @@ DTYPES = {
 
 
 def evaluate(size: Size, shapes: Mapping[int, Sequence[int]], values: Mapping[int, int] | None = None) -> int:
-    """Returns the value of a formula, given the shapes of the input buffers and the values of the host."""
+    """Returns the value of a formula, given the shapes of the input buffers and the values of the host.
+
+    Raises CallError where a size of 0 or a value from the data makes it divide by 0.
+    """
     if not isinstance(size, list):
         return size
     name, *operands = size
@@ -103,7 +106,12 @@ def evaluate(size: Size, shapes: Mapping[int, Sequence[int]], values: Mapping[in
         return int(shapes[operands[0]][operands[1]])
     if name == "value":
         return (values or {})[operands[0]]
-    return OPERATIONS[name](*(evaluate(o, shapes, values) for o in operands))
+    found = [evaluate(o, shapes, values) for o in operands]
+    try:
+        return OPERATIONS[name](*found)
+    except ZeroDivisionError:
+        told = ", ".join(str(list(shape)) for shape in shapes.values())
+        raise CallError("a size cannot be computed", why=f"it divides by 0 for arguments of {told}") from None
 
 
 def every_step(steps: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:

@@ -17,7 +17,7 @@ pytest.importorskip("torch_mlir")
 
 from spikingbrain.backend import StageContext
 from spikingbrain.backend_maca.backend import MacaBackend
-from spikingbrain.backend_maca.plan.plan import FORMAT
+from spikingbrain.backend_maca.plan.plan import FORMAT, evaluate
 from spikingbrain.backend_maca.run import emulate
 from spikingbrain.backend_maca.run.emulate import ORDERS, KernelFault, Kernels, build
 from spikingbrain.backend_maca.run.runtime import check_format
@@ -514,3 +514,10 @@ def test_a_plan_of_another_format_is_refused() -> None:
         with pytest.raises(error, match="launch plan is of"):
             check_format({"format": number})
     check_format({"format": FORMAT})
+
+
+def test_a_size_that_divides_by_0_is_an_error_of_the_call() -> None:
+    size = ["rem", 7, ["dim", 0, 1]]
+    assert evaluate(size, {0: [2, 4]}) == 3
+    with pytest.raises(CallError, match=r"divides by 0 for arguments of \[2, 0\]"):
+        evaluate(size, {0: [2, 0]})
