@@ -16,7 +16,7 @@ from torch_mlir import ir
 
 from spikingbrain.backend_maca.lower.mlir import nested
 from spikingbrain.backend_maca.plan.resolve import resolve, storage, used_by
-from spikingbrain.backend_maca.run.machine import Product
+from spikingbrain.backend_maca.plan.steps import Product
 from spikingbrain.errors import CallError
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from spikingbrain.artifact import ALIGNMENT, STATE, WEIGHTS, Artifact, numpy_dtype
+from spikingbrain.backend_maca.emulator_flags import COMMON_FLAGS, KERNEL_FLAGS, MACHINE_FLAGS
 from spikingbrain.backend_maca.mxcc import ARCH
 from spikingbrain.backend_maca.plan.plan import every_step
-from spikingbrain.backend_maca.run.emulate import COMMON_FLAGS, KERNEL_FLAGS, MACHINE_FLAGS
 from spikingbrain.errors import TargetError, UnsupportedOp
 
 ROOT = Path(__file__).parents[1]

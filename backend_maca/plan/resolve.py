@@ -15,8 +15,8 @@ from typing import Any, cast
 import numpy as np
 
 from spikingbrain.backend_maca.plan.plan import evaluate, has_value
+from spikingbrain.backend_maca.plan.steps import Launch, Product, Steps
 from spikingbrain.backend_maca.plan.workspace import Lifetime, pack
-from spikingbrain.backend_maca.run.machine import Launch, Product, Steps
 from spikingbrain.errors import CallError
 
 

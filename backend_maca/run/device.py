@@ -13,11 +13,12 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from spikingbrain.backend_maca.plan.plan import every_step
+from spikingbrain.backend_maca.plan.steps import Launch, Product, Steps
 from spikingbrain.backend_maca.run import dlpack
 from spikingbrain.backend_maca.run.blas import Blas
 from spikingbrain.backend_maca.run.driver import CudaDriver, DeviceError, Driver, blas_library, open_driver
 from spikingbrain.backend_maca.run.images import convention, image_of
-from spikingbrain.backend_maca.run.machine import ALIGNMENT, Launch, Product, Steps
+from spikingbrain.backend_maca.run.machine import ALIGNMENT
 from spikingbrain.errors import CallError, OutOfMemory, SpikingBrainError
 
 log = logging.getLogger(__name__)

@@ -21,29 +21,11 @@ from typing import Any
 import numpy as np
 
 from spikingbrain.artifact import cache_folder
+from spikingbrain.backend_maca.emulator_flags import COMMON_FLAGS, KERNEL_FLAGS, MACHINE_FLAGS
 from spikingbrain.errors import CallError, MissingDependency, SpikingBrainError
 
 HEADERS = Path(__file__).parents[1] / "emulator"
 MACHINE = HEADERS / "sb_machine.cpp"
-COMMON_FLAGS = (
-    "-std=c++17",
-    "-fPIC",
-    "-fvisibility=hidden",  # each library has a machine of its own
-    "-fno-exceptions",
-    "-ffp-contract=off",
-    "-fwrapv",
-    "-fno-strict-aliasing",
-    "-w",
-)
-MACHINE_FLAGS = ("-O2",)
-KERNEL_FLAGS = (
-    "-O1",  # most time goes into the machine; -O2 takes half as long again to compile
-    "-g1",  # lines, for messages
-    "-fsanitize=thread",
-    "--param=tsan-instrument-func-entry-exit=0",
-    "-fsanitize=bounds,alignment,integer-divide-by-zero",
-    "-fno-sanitize-recover=all",
-)
 ORDERS = ("forward", "reverse", "shuffled")
 MAX_GRID = (1 << 31) - 1
 POISON = np.uint16(0xFFCD)  # not-a-number in f32, f16 and bf16: what memory holds before a kernel writes it

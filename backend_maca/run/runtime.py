@@ -12,7 +12,8 @@ import numpy as np
 
 from spikingbrain.backend_maca.plan.plan import FORMAT
 from spikingbrain.backend_maca.plan.resolve import Read, Resolver, number, resolve, some_steps, storage
-from spikingbrain.backend_maca.run.machine import Buffer, Emulator, Launch, Machine, Product, Steps
+from spikingbrain.backend_maca.plan.steps import Launch, Product, Steps
+from spikingbrain.backend_maca.run.machine import Buffer, Emulator, Machine
 from spikingbrain.errors import CallError, CorruptArtifact, NewerFormat, TargetError
 
 Array = np.ndarray[Any, Any]
