@@ -16,6 +16,7 @@ OPERATIONS = {"N": 0, "T": 1}
 TYPES = {"float32": 0, "float16": 2, "int8": 3, "int32": 10, "bfloat16": 14}
 FLOAT32, EXACT_FLOAT32, INT32 = 68, 69, 72  # compute types; the second keeps TF32 out
 DEFAULT_ALGORITHM = -1
+MOST = (1 << 31) - 1  # of what the library takes as an int: sizes, batches and leading dimensions
 SUFFIXES = {"mcblas": "", "cublas": "_v2"}  # of the functions that exist in two forms
 
 _HANDLE, _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong
@@ -57,6 +58,13 @@ class Blas:
         batch = evaluate(step["batch"])
         if not (m and n and batch):
             return
+        counts = (m, n, k, batch, *map(evaluate, step["leading"]))
+        if max(counts) > MOST:
+            raise BlasError(
+                f"a matrix product of {m} x {k} by {k} x {n} cannot be asked for",
+                why=f"the matrix library counts to {MOST}",
+                hint="fewer rows at a time, or providers='linear=own,matmul=own'",
+            )
         self._call("SetStream" + self._suffix, [_HANDLE, _POINTER], self._handle, stream)
         number = ctypes.c_int32 if step["compute"] == "int32" else ctypes.c_float
         one, before = number(1), number(1 if step["adds"] else 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import heapq
 import logging
 import sys
@@ -48,6 +47,7 @@ class Pool:
     def __init__(self, driver: Driver):
         self._driver, self._stream = driver, driver.new_stream()
         self._free: dict[int, list[int]] = {}
+        self._is_open = True
         self._lock = threading.RLock()  # a garbage collection inside may free a block
 
     def stream(self) -> int:
@@ -66,7 +66,17 @@ class Pool:
 
     def free(self, address: int, size: int) -> None:
         with self._lock:
-            heapq.heappush(self._free.setdefault(size, []), address)
+            if self._is_open:
+                heapq.heappush(self._free.setdefault(size, []), address)
+                return
+        self._driver.free(address)
+
+    def close(self) -> None:
+        """Waits for what was put into the stream, and gives all memory back that is free, now or later."""
+        self._driver.synchronize(self._stream)
+        with self._lock:
+            self._is_open = False
+        self._release()
 
     def _release(self) -> bool:
         """Gives all free blocks back to the card; returns whether there were any."""
@@ -99,16 +109,26 @@ class TorchMemory:
         self._cuda.caching_allocator_delete(address)
 
 
+# One for each card: what a program computes another may take, in the order of one stream.
+_memories: dict[Driver, Memory] = {}
+
+
 def memory_of(driver: Driver) -> Memory:
-    """Returns torch's memory where the process has imported a torch that drives the card, else our own."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        return TorchMemory(torch, driver.ordinal)
-    return _pool(driver)
+    """Returns torch's memory where the process has imported a torch that drives the card, else our own.
 
-
-# One of each card: what a program computes another may take, in the order of one stream.
-_pool = functools.cache(Pool)
+    torch may come after the first programs: then what they have put into their stream is waited for once.
+    """
+    with driver.lock:
+        known = _memories.get(driver)
+        if not isinstance(known, TorchMemory):
+            torch = sys.modules.get("torch")
+            if torch is not None and torch.cuda.is_available():
+                _memories[driver] = TorchMemory(torch, driver.ordinal)
+                if isinstance(known, Pool):
+                    known.close()
+            elif known is None:
+                _memories[driver] = Pool(driver)
+        return _memories[driver]
 
 
 class _Block:
@@ -149,6 +169,17 @@ class DeviceArray:
         return DeviceArray(self.owner, self.address, (len(range(*part.indices(self.size))),), self.dtype)
 
 
+class _Module:
+    """Kernels on a card, until the last program that has them is gone."""
+
+    def __init__(self, driver: Driver, image: bytes):
+        self._driver, self.handle = driver, driver.load(image)
+
+    def __del__(self) -> None:
+        if hasattr(self, "handle") and not sys.is_finalizing():
+            self._driver.unload_later(self.handle)
+
+
 class _Graph:
     """A recorded sequence of launches."""
 
@@ -176,18 +207,23 @@ class Card:
         driver: Driver,
         image: bytes,
         convention: int | None,
-        memory: Memory | None = None,
         blas: Blas | None = None,
     ):
         driver.bind()
-        self.driver, self.memory, self._convention = driver, memory or memory_of(driver), convention
-        self._blas, self._module = blas, driver.load(image)
+        memory_of(driver)
+        self.driver, self._convention = driver, convention
+        self._blas, self._module = blas, _Module(driver, image)
         self._functions: dict[str, int] = {}
         self.records = True  # whether the runtime has been able to record so far
 
     @property
     def device(self) -> Any:
-        return (self.driver.name, self.driver.ordinal)
+        return self.driver
+
+    @property
+    def memory(self) -> Memory:
+        """Returns where blocks come from now."""
+        return _memories[self.driver]
 
     def to_device(self, array: Array) -> DeviceArray:
         array = np.asarray(array, order="C")
@@ -209,11 +245,14 @@ class Card:
         return array
 
     def borrow(self, capsule: Any) -> DeviceArray:
-        address, shape, dtype = dlpack.memory(capsule, self.driver.device_type)
+        driver = self.driver
+        address, shape, dtype = dlpack.memory(capsule, driver.device_type, driver.ordinal)
+        memory_of(driver)  # torch may be new here
         return DeviceArray(capsule, address, shape, dtype)
 
     def lend(self, buffer: DeviceArray) -> Any:
         driver = self.driver
+        memory_of(driver)
         return dlpack.lend_memory(
             buffer.owner, buffer.address, buffer.shape, buffer.dtype, driver.device_type, driver.ordinal
         )
@@ -311,7 +350,7 @@ class Card:
             ) from error
 
     def _function(self, step: Launch) -> int:
-        function = self.driver.function(self._module, step.kernel)
+        function = self.driver.function(self._module.handle, step.kernel)
         if step.shared_bytes > MOST_SHARED and isinstance(self.driver, CudaDriver):
             self.driver.allow_shared(function, step.shared_bytes)
         self._functions[step.kernel] = function

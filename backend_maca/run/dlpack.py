@@ -80,8 +80,8 @@ def lend(array: Array) -> Any:
     return capsule
 
 
-def memory(capsule: Any, device_type: int) -> tuple[int, tuple[int, ...], np.dtype[Any]]:
-    """Returns the address, shape and type of a contiguous tensor on a kind of device; raises ValueError for others.
+def memory(capsule: Any, device_type: int, device_id: int) -> tuple[int, tuple[int, ...], np.dtype[Any]]:
+    """Returns the address, shape and type of a contiguous tensor on one device; raises ValueError for others.
 
     Whoever uses the address must keep the capsule.
     """
@@ -89,6 +89,8 @@ def memory(capsule: Any, device_type: int) -> tuple[int, tuple[int, ...], np.dty
     code = _UINT if tensor.code == _BFLOAT else tensor.code
     if tensor.device_type != device_type or code not in _KINDS or tensor.lanes != 1:
         raise ValueError("the memory of this tensor cannot be used here")
+    if tensor.device_id != device_id:
+        raise ValueError(f"this tensor is on device {tensor.device_id}, the program on device {device_id}")
     _require_contiguous(tensor)
     dtype = np.dtype(f"{_KINDS[code]}{tensor.bits // 8}" if code != _BOOL else "bool")
     return (tensor.data or 0) + tensor.byte_offset, tuple(tensor.shape[: tensor.rank]), dtype

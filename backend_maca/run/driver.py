@@ -26,7 +26,7 @@ _LETTERS: dict[str, Any] = {
 }
 _HOST_TO_DEVICE, _DEVICE_TO_HOST, _DEVICE_TO_DEVICE = 1, 2, 3  # as CUDA's; not confirmed for MetaX
 _NON_BLOCKING = 1  # a stream that does not wait for the default one
-_GLOBAL_CAPTURE = 0
+_THREAD_LOCAL_CAPTURE = 1  # other threads, such as torch's, may ask for memory meanwhile
 _END, _BUFFER, _SIZE = 0, 1, 2  # of packed arguments, as CUDA's
 _OTHER_END = 3  # as HIP's
 
@@ -55,6 +55,7 @@ class Driver:
         self.ordinal = 0
         # Held by whoever copies, allocates or launches: while launches are recorded, no other thread's may come between.
         self.lock = threading.RLock()
+        self._unused: list[int] = []  # modules
 
     @functools.cache  # noqa: B019  (drivers live as long as the process)
     def _function(self, name: str) -> Any:
@@ -148,6 +149,9 @@ class Driver:
     def new_stream(self) -> int:
         return self._made("new_stream", _NON_BLOCKING)
 
+    def destroy_stream(self, stream: int) -> None:
+        self.call("destroy_stream", stream)
+
     def synchronize(self, stream: int) -> None:
         """Waits for all that was put into the stream; errors of kernels come to light here."""
         self.call("synchronize", stream)
@@ -170,8 +174,21 @@ class Driver:
         return found.value
 
     def load(self, image: bytes) -> int:
-        """Loads a compiled module."""
+        """Loads a compiled module; those that nobody uses any more are given back."""
+        with self.lock:
+            if self._unused:
+                self.call("synchronize_device")  # their kernels may still run
+            while self._unused:
+                self.unload(self._unused.pop())
         return self._made("load", ctypes.cast(ctypes.c_char_p(image), ctypes.c_void_p))
+
+    def unload(self, module: int) -> None:
+        """Gives a module back, of which no kernel runs."""
+        self.call("unload", module)
+
+    def unload_later(self, module: int) -> None:
+        """Notes a module to give back; may be called at any time, such as while launches are recorded."""
+        self._unused.append(module)
 
     def function(self, module: int, name: str) -> int:
         """Returns a kernel of a module."""
@@ -211,7 +228,7 @@ class Driver:
 
     def begin_capture(self, stream: int) -> None:
         """From here on, what is put into the stream is only noted."""
-        self.call("begin_capture", stream, _GLOBAL_CAPTURE)
+        self.call("begin_capture", stream, _THREAD_LOCAL_CAPTURE)
 
     def end_capture(self, stream: int) -> int:
         """Returns what was noted, ready to be launched."""
@@ -253,12 +270,15 @@ class MacaDriver(Driver):
         "fill": ("MemsetAsync", "pizp"),
         "new_stream": ("StreamCreateWithFlags", "pu"),
         "synchronize": ("StreamSynchronize", "p"),
+        "destroy_stream": ("StreamDestroy", "p"),
+        "synchronize_device": ("DeviceSynchronize", ""),
         "wait": ("StreamWaitEvent", "ppu"),
         "new_event": ("EventCreateWithFlags", "pu"),
         "record": ("EventRecord", "pp"),
         "synchronize_event": ("EventSynchronize", "p"),
         "elapsed": ("EventElapsedTime", "ppp"),
         "load": ("ModuleLoadData", "pp"),
+        "unload": ("ModuleUnload", "p"),
         "function": ("ModuleGetFunction", "pps"),
         "launch": ("ModuleLaunchKernel", "puuuuuuuppp"),
         "begin_capture": ("StreamBeginCapture", "pi"),
@@ -321,12 +341,15 @@ class CudaDriver(Driver):
         "fill": ("cuMemsetD8Async", "pizp"),
         "new_stream": ("cuStreamCreate", "pu"),
         "synchronize": ("cuStreamSynchronize", "p"),
+        "destroy_stream": ("cuStreamDestroy_v2", "p"),
+        "synchronize_device": ("cuCtxSynchronize", ""),
         "wait": ("cuStreamWaitEvent", "ppu"),
         "new_event": ("cuEventCreate", "pu"),
         "record": ("cuEventRecord", "pp"),
         "synchronize_event": ("cuEventSynchronize", "p"),
         "elapsed": ("cuEventElapsedTime", "ppp"),
         "load": ("cuModuleLoadData", "pp"),
+        "unload": ("cuModuleUnload", "p"),
         "function": ("cuModuleGetFunction", "pps"),
         "function_attribute": ("cuFuncSetAttribute", "pii"),
         "launch": ("cuLaunchKernel", "puuuuuuuppp"),

@@ -6,12 +6,13 @@ the probe anew.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -192,8 +193,9 @@ def emulated(source: str = "") -> Launcher:
     return launch
 
 
-def on_device(driver: Driver, image: bytes, convention: int | None) -> Launcher:
-    """Returns a launcher on a device; ``image`` is the probe's native code, ``convention`` how arguments are passed."""
+@contextlib.contextmanager
+def on_device(driver: Driver, image: bytes, convention: int | None) -> Iterator[Launcher]:
+    """Gives a launcher on a device; ``image`` is the probe's native code, ``convention`` how arguments are passed."""
     module, stream = driver.load(image), driver.new_stream()
 
     def launch(kernel: str, threads: int, shared_bytes: int, arguments: Sequence[Array | int]) -> None:
@@ -212,15 +214,20 @@ def on_device(driver: Driver, image: bytes, convention: int | None) -> Launcher:
             for place in places:
                 driver.free(place)
 
-    return launch
+    try:
+        yield launch
+    finally:
+        driver.destroy_stream(stream)
+        driver.unload(module)
 
 
 def convention_of(driver: Driver, image: bytes) -> int | None:
     """Returns the first way to pass arguments that works. Raises DeviceError when none does."""
     for convention in CONVENTIONS:
         try:
-            if not _shuffle(on_device(driver, image, convention)):
-                return convention
+            with on_device(driver, image, convention) as launch:
+                if not _shuffle(launch):
+                    return convention
         except DeviceError as error:
             log.info("arguments by convention %s: %s", convention, error)
     raise DeviceError(
@@ -257,7 +264,8 @@ def examine(driver: Driver, image: bytes, *, anew: bool = False) -> Record:
     record = None if anew else kept()
     if record is None or (record.device, record.image) != (name, digest) or not _still(driver, image, record):
         convention = convention_of(driver, image)
-        record = Record(name, digest, convention, tuple(run(on_device(driver, image, convention))))
+        with on_device(driver, image, convention) as launch:
+            record = Record(name, digest, convention, tuple(run(launch)))
         keep(record)
     for finding in record.findings:
         if not finding.passed:
@@ -268,7 +276,8 @@ def examine(driver: Driver, image: bytes, *, anew: bool = False) -> Record:
 def _still(driver: Driver, image: bytes, record: Record) -> bool:
     """Returns whether a device takes arguments as it is known to."""
     try:
-        found = _shuffle(on_device(driver, image, record.convention))
+        with on_device(driver, image, record.convention) as launch:
+            found = _shuffle(launch)
     except DeviceError:
         return False
     return not found or not all(f.passed for f in record.findings)

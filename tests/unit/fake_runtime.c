@@ -15,7 +15,7 @@
 enum { OK, INVALID_VALUE, OUT_OF_MEMORY, NOT_FOUND = 500, LAUNCH_FAILED = 719, NOT_PERMITTED = 800 };
 enum { DEVICES, MEMORY, TAKES_ADDRESSES, PACKED_END, RECORDS, ORDER };
 static int64_t settings[] = {1, 1 << 28, 1, -1, 1, 0};
-static int64_t counts[4];  // launches, launches of graphs, copies, bytes in use
+static int64_t counts[6];  // launches, launches of graphs, copies, bytes in use, modules in use, streams in use
 static char fault[2048] = "unspecified launch failure";
 static int failed;
 
@@ -110,6 +110,7 @@ static int load(void** place, const void* image) {
   module->library = dlopen(name, RTLD_NOW | RTLD_LOCAL);
   if (!module->library) return INVALID_VALUE;
   *place = module;
+  ++counts[4];
   return OK;  // the file stays open, so that each module has a name of its own
 }
 
@@ -164,7 +165,8 @@ static int launch(const Function* function, unsigned gx, unsigned gy, unsigned g
   return run_node(&node);
 }
 
-static int begin(void* stream) {
+static int begin(void* stream, int mode) {
+  if (mode != 1) return INVALID_VALUE;  // other modes stop other threads, or allow too much
   if (!stream || !settings[RECORDS]) return NOT_PERMITTED;
   recording = calloc(1, sizeof(Graph));
   return OK;
@@ -219,14 +221,16 @@ int ASYNC(HtoD)(void* to, void* from, size_t n, void* s) { return inside(to, n) 
 int ASYNC(DtoH)(void* to, void* from, size_t n, void* s) { return inside(from, n) ? copied(to, from, n) : INVALID_VALUE; }
 int ASYNC(DtoD)(void* to, void* from, size_t n, void* s) { return copied(to, from, n); }
 int F(MemsetD8Async)(void* to, unsigned char byte, size_t n, void* s) { return memset(to, byte, n), OK; }
-int F(StreamCreate)(void** place, unsigned flags) { return made(place); }
+int F(StreamCreate)(void** place, unsigned flags) { return ++counts[5], made(place); }
+int F(StreamDestroy_v2)(void* stream) { return --counts[5], free(stream), OK; }
+int F(CtxSynchronize)(void) { return synchronize(); }
 int F(EventCreate)(void** place, unsigned flags) { return made(place); }
 int F(FuncSetAttribute)(void* function, int attribute, int value) { return attribute == 8 ? OK : INVALID_VALUE; }
 int F(LaunchKernel)(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned n,
                     void* s, void** a, void** e) {
   return launch(f, gx, gy, gz, bx, by, bz, n, s, a, e);
 }
-int F(StreamBeginCapture_v2)(void* stream, int mode) { return begin(stream); }
+int F(StreamBeginCapture_v2)(void* stream, int mode) { return begin(stream, mode); }
 int F(GraphInstantiateWithFlags)(void** out, void* graph, unsigned long long flags) { return instantiate(out, graph); }
 #else
 #define JOIN2(a, b) a##b
@@ -246,7 +250,9 @@ int F(MemcpyAsync)(void* to, void* from, size_t n, int kind, void* s) {
   return fits ? copied(to, from, n) : INVALID_VALUE;
 }
 int F(MemsetAsync)(void* to, int byte, size_t n, void* s) { return memset(to, byte, n), OK; }
-int F(StreamCreateWithFlags)(void** place, unsigned flags) { return made(place); }
+int F(StreamCreateWithFlags)(void** place, unsigned flags) { return ++counts[5], made(place); }
+int F(StreamDestroy)(void* stream) { return --counts[5], free(stream), OK; }
+int F(DeviceSynchronize)(void) { return synchronize(); }
 int F(EventCreateWithFlags)(void** place, unsigned flags) { return made(place); }
 #ifndef OLD
 int F(ModuleLaunchKernel)(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
@@ -254,7 +260,7 @@ int F(ModuleLaunchKernel)(void* f, unsigned gx, unsigned gy, unsigned gz, unsign
   return launch(f, gx, gy, gz, bx, by, bz, n, s, a, e);
 }
 #endif
-int F(StreamBeginCapture)(void* stream, int mode) { return begin(stream); }
+int F(StreamBeginCapture)(void* stream, int mode) { return begin(stream, mode); }
 int F(GraphInstantiate)(void** out, void* graph, void** node, char* log, size_t n) { return instantiate(out, graph); }
 #endif
 int F(Init)(unsigned flags) { return OK; }
@@ -265,6 +271,7 @@ int F(EventRecord)(void* event, void* stream) { return OK; }
 int F(EventSynchronize)(void* event) { return synchronize(); }
 int F(EventElapsedTime)(float* found, void* start, void* end) { return *found = 0.5f, OK; }
 int F(ModuleLoadData)(void** place, const void* image) { return load(place, image); }
+int F(ModuleUnload)(void* module) { return --counts[4], OK; }  // what it loaded stays: numbers stay what they were
 int F(ModuleGetFunction)(void** place, void* module, const char* name) { return find(place, module, name); }
 int F(StreamEndCapture)(void* stream, void** graph) { return end(graph); }
 int F(GraphLaunch)(void* graph, void* stream) { return launch_graph(graph); }

@@ -66,6 +66,14 @@ class Runtime:
         return int(self._library.fake_count(1))
 
     @property
+    def modules(self) -> int:
+        return int(self._library.fake_count(4))
+
+    @property
+    def streams(self) -> int:
+        return int(self._library.fake_count(5))
+
+    @property
     def bytes(self) -> int:
         return int(self._library.fake_count(3))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import sys
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -26,8 +28,8 @@ pytest.importorskip("torch_mlir")
 import spikingbrain
 from spikingbrain.backend_maca import mxcc
 from spikingbrain.backend_maca.backend import MacaBackend
+from spikingbrain.backend_maca.run import blas, driver, emulate, images, probe
 from spikingbrain.backend_maca.run import device as devices
-from spikingbrain.backend_maca.run import driver, emulate, images, probe
 from spikingbrain.errors import CallError, MissingDependency, OutOfMemory
 
 pytestmark = pytest.mark.skipif(shutil.which(emulate.compiler()) is None, reason="no C++ compiler")
@@ -231,10 +233,8 @@ def test_lent_memory_lives_as_long_as_the_tensor(
     assert address in freed
 
 
-def test_with_torch_on_the_card_its_allocator_and_stream_are_used(
-    exported: Any, card: Runtime, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    opened = driver.open_driver("maca")
+def pretended_torch(opened: driver.Driver) -> tuple[Any, dict[int, int], list[int]]:
+    """Returns a torch with the card, the memory that it gave out, and its streams, of which the first is the current one."""
     taken: dict[int, int] = {}
     streams = [opened.new_stream(), 0]
 
@@ -249,7 +249,14 @@ def test_with_torch_on_the_card_its_allocator_and_stream_are_used(
         caching_allocator_delete=lambda address: (opened.free(address), taken.pop(address)),
         OutOfMemoryError=RuntimeError,
     )
-    monkeypatch.setitem(__import__("sys").modules, "torch", types.SimpleNamespace(cuda=cuda))
+    return types.SimpleNamespace(cuda=cuda), taken, streams
+
+
+def test_with_torch_on_the_card_its_allocator_and_stream_are_used(
+    exported: Any, card: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake, taken, streams = pretended_torch(driver.open_driver("maca"))
+    monkeypatch.setitem(sys.modules, "torch", fake)
     loaded = program(exported, "maca")
     wanted = steps(program(exported, "maca-emulator"), LENGTHS)
     assert taken
@@ -260,6 +267,58 @@ def test_with_torch_on_the_card_its_allocator_and_stream_are_used(
     assert card.graphs == recorded
     del loaded
     assert not taken
+
+
+def test_torch_may_come_after_the_first_programs(
+    exported: Any, card: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver.MacaDriver, "device_type", 1)
+    opened = driver.open_driver("maca")
+    monkeypatch.delitem(sys.modules, "torch")
+    one, other = (program(exported, "maca").executable for _ in range(2))
+    arguments = [one.to_device(np.ones(shape, dtype)) for shape, dtype in ARGUMENTS]
+    (wanted, *_) = one.call("step", arguments)
+    before = one.machine.memory.stream()
+    fake, taken, streams = pretended_torch(opened)
+    monkeypatch.setitem(sys.modules, "torch", fake)
+    waited: list[int] = []
+    monkeypatch.setattr(opened, "synchronize", waited.append)
+    one.borrow(torch.utils.dlpack.to_dlpack(torch.ones(2)))
+    assert set(waited) == {before}  # what ran there is done before torch's stream goes on
+    for executable in (one, other):
+        assert executable.machine.memory.stream() == streams[0] != before
+        (found, *_) = executable.call("step", arguments)
+        assert found.address in taken
+        np.testing.assert_array_equal(executable.to_host(found), executable.to_host(wanted))
+
+
+def test_tensors_of_another_card_are_refused(
+    exported: Any, card: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver.MacaDriver, "device_type", 1)
+    executable = program(exported, "maca").executable
+    capsule = torch.utils.dlpack.to_dlpack(torch.ones(3))
+    executable.machine.driver.ordinal = 1
+    with pytest.raises(ValueError, match="this tensor is on device 0, the program on device 1"):
+        executable.borrow(capsule)
+
+
+def test_modules_and_streams_are_given_back(exported: Any, card: Runtime) -> None:
+    program(exported, "maca")
+    gc.collect()
+    program(exported, "maca")
+    modules, streams = card.modules, card.streams
+    for _ in range(3):
+        gc.collect()
+        program(exported, "maca")
+    assert (card.modules, card.streams) == (modules, streams)
+
+
+def test_products_beyond_what_the_library_counts_are_refused() -> None:
+    library = object.__new__(blas.Blas)
+    step = {"sizes": [1 << 31, 1, 1], "leading": [1, 1, 1], "batch": 1}
+    with pytest.raises(blas.BlasError, match="2147483648 x 1 by 1 x 1 cannot be asked for"):
+        library.multiply(step, [0, 0, 0], int)
 
 
 def test_a_kernel_that_fails_is_named_at_the_next_copy(exported: Any, card: Runtime) -> None:

@@ -99,14 +99,23 @@ class Card:
 
     def __init__(self, convention: int | None):
         self.convention, self.held = convention, {}
+        self.modules = self.streams = 0
         self.kernels = emulate.Kernels(emulate.build(probe.SOURCE.read_text(), probe.KERNELS))
 
     def load(self, image: bytes) -> int:
         assert image == b"native"
+        self.modules += 1
         return 1
 
+    def unload(self, module: int) -> None:
+        self.modules -= 1
+
     def new_stream(self) -> int:
+        self.streams += 1
         return 2
+
+    def destroy_stream(self, stream: int) -> None:
+        self.streams -= 1
 
     def function(self, module: int, name: str) -> str:
         return name
@@ -148,8 +157,11 @@ class Card:
 def test_a_device_is_probed_through_its_driver(convention: int | None) -> None:
     card: Any = Card(convention)
     assert probe.convention_of(card, b"native") == convention
-    assert all(f.passed for f in probe.run(probe.on_device(card, b"native", convention)))
+    with probe.on_device(card, b"native", convention) as launch:
+        assert all(f.passed for f in probe.run(launch))
     assert not card.held  # all memory was given back
+    assert not card.modules
+    assert not card.streams
 
 
 def test_a_device_that_runs_nothing_is_an_error() -> None:
