@@ -96,7 +96,8 @@ inline const char* npy_name(Type type) {
 typedef std::vector<int64_t> Shape;
 inline int64_t count_of(const Shape& shape) {
   int64_t count = 1;
-  for (int64_t size : shape) count *= size;
+  for (int64_t size : shape)
+    if (size < 0 || __builtin_mul_overflow(count, size, &count)) fail("no array can have such sizes", "one is negative, or there are too many elements");
   return count;
 }
 
@@ -137,8 +138,18 @@ struct Argument {
   }
 };
 
-inline int64_t ceildiv(int64_t a, int64_t b) { return a / b + (a % b != 0 && (a < 0) == (b < 0)); }
-inline int64_t floordiv(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0)); }
+inline int64_t nonzero(int64_t b) {
+  if (!b) fail("a size cannot be computed", "it divides by 0 for these arguments");
+  return b;
+}
+inline int64_t quotient(int64_t a, int64_t b) { return a / nonzero(b); }
+inline int64_t remainder(int64_t a, int64_t b) { return a % nonzero(b); }
+inline int64_t ceildiv(int64_t a, int64_t b) { return quotient(a, b) + (a % b != 0 && (a < 0) == (b < 0)); }
+inline int64_t floordiv(int64_t a, int64_t b) { return quotient(a, b) - (a % b != 0 && (a < 0) != (b < 0)); }
+inline int64_t step(int64_t by) {
+  if (by < 1) fail("a loop does not end", "it goes on by " + std::to_string(by));
+  return by;
+}
 
 // C = op(X) op(Y), or C + it: matrices in columns, as the vendor's library counts them.
 struct Product {
@@ -252,6 +263,8 @@ class Machine {
     const auto compute = whole ? MCBLAS_COMPUTE_32I
                                : x.type == Type::f32 ? MCBLAS_COMPUTE_32F_PEDANTIC : MCBLAS_COMPUTE_32F;
     const auto least = [](int64_t n) { return (int)(n > 0 ? n : 1); };
+    for (int64_t size : {p.m, p.n, p.k, p.ld_x, p.ld_y, p.ld_c, p.batch})
+      if (size > INT32_MAX) fail("a matrix product cannot be asked for", "the matrix library counts to 2147483647");
     check_library(mcblasGemmStridedBatchedEx(
         handle_, p.transposed_x ? MCBLAS_OP_T : MCBLAS_OP_N, p.transposed_y ? MCBLAS_OP_T : MCBLAS_OP_N, p.m, p.n, p.k,
         whole ? (const void*)&whole_one : &one, x.data(), library_type(x.type), least(p.ld_x), p.stride_x, y.data(),
@@ -339,7 +352,7 @@ class Mapping {
     path_ = path;
   }
   const char* at(int64_t offset, int64_t bytes) const {
-    if (offset + bytes > bytes_) fail(path_ + " is too short", "write the program again");
+    if (offset < 0 || bytes < 0 || offset > bytes_ || bytes > bytes_ - offset) fail(path_ + " is too short", "write the program again");
     return start_ + offset;
   }
   int64_t bytes() const { return bytes_; }
@@ -387,13 +400,19 @@ inline void write_npy(Machine& machine, const std::string& path, const Buffer& b
   const int64_t bytes = count_of(buffer.shape) * size_of(buffer.type);
   std::vector<char> data(bytes);
   machine.download(data.data(), buffer.data(), bytes);
-  FILE* file = fopen(path.c_str(), "wb");
+  const std::string unfinished = path + ".tmp";
+  FILE* file = fopen(unfinished.c_str(), "wb");
   if (!file) fail("cannot write " + path, strerror(errno));
   const unsigned char head[] = {0x93, 'N', 'U', 'M', 'P', 'Y', 1, 0, (unsigned char)(text.size() & 255), (unsigned char)(text.size() >> 8)};
-  fwrite(head, 1, sizeof head, file);
-  fwrite(text.data(), 1, text.size(), file);
-  fwrite(data.data(), 1, bytes, file);
-  if (fclose(file)) fail("cannot write " + path, strerror(errno));
+  const bool whole = fwrite(head, 1, sizeof head, file) == sizeof head &&
+                     fwrite(text.data(), 1, text.size(), file) == text.size() &&
+                     fwrite(data.data(), 1, bytes, file) == (size_t)bytes && !fflush(file);
+  const int error = errno;
+  if (fclose(file) || !whole || rename(unfinished.c_str(), path.c_str())) {
+    const int reason = whole ? errno : error;
+    unlink(unfinished.c_str());
+    fail("cannot write " + path, strerror(reason));
+  }
 }
 
 }  // namespace sb_host

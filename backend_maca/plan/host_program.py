@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import shutil
 import struct
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from spikingbrain.artifact import ALIGNMENT, STATE, WEIGHTS, Artifact, numpy_dty
 from spikingbrain.backend_maca.emulator_flags import COMMON_FLAGS, KERNEL_FLAGS, MACHINE_FLAGS
 from spikingbrain.backend_maca.mxcc import ARCH
 from spikingbrain.backend_maca.plan.plan import every_step
-from spikingbrain.errors import TargetError, UnsupportedOp
+from spikingbrain.errors import ArtifactError, TargetError, UnsupportedOp
 
 ROOT = Path(__file__).parents[1]
 TYPES = {
@@ -38,8 +40,6 @@ _INFIX = {
     "add": "+",
     "sub": "-",
     "mul": "*",
-    "div": "/",
-    "rem": "%",
     "and": "&",
     "or": "|",
     "eq": "==",
@@ -57,11 +57,15 @@ _READ = {
     "int8": "int8_t",
     "bool": "bool",
 }
+_CALLS = {"div": "quotient", "rem": "remainder", "ceildiv": "ceildiv", "floordiv": "floordiv"}
 SIGNATURE = "const char* sb_launch_{}(const unsigned*, const unsigned*, unsigned, void**, int);"
 
 
 def write(artifact: Artifact, folder: Path) -> None:
-    """Writes the program into a folder, made if it is not there; raises TargetError without code for MetaX cards."""
+    """Writes the program into a folder, made if it is not there; each file is there whole or as it was.
+
+    Raises TargetError without code for MetaX cards, ArtifactError where files cannot be written.
+    """
     code = next(
         (c for t in artifact.targets if "kernels.maca" in (c := artifact.code_for(t))),
         None,
@@ -75,8 +79,28 @@ def write(artifact: Artifact, folder: Path) -> None:
         )
     plan = json.loads(bytes(code["plan.json"]))
     program = _Program(artifact, plan)
-    text = program.text()
-    folder.mkdir(parents=True, exist_ok=True)
+    text = program.text()  # which also gathers the constants
+    folder = folder.absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
+            made = Path(name)
+            _write_files(artifact, plan, code, program, text, made)
+            for file in sorted(p.relative_to(made) for p in made.rglob("*") if p.is_file()):
+                (folder / file).parent.mkdir(exist_ok=True)
+                os.replace(made / file, folder / file)
+    except OSError as error:
+        raise ArtifactError(f"cannot write the program into {folder}", why=str(error)) from error
+
+
+def _write_files(
+    artifact: Artifact,
+    plan: Mapping[str, Any],
+    code: Mapping[str, Any],
+    program: _Program,
+    text: str,
+    folder: Path,
+) -> None:
     (folder / "program.cpp").write_text(text)
     (folder / "kernels.maca").write_bytes(bytes(code["kernels.maca"]))
     (folder / "launchers.cpp").write_text(_launchers(plan["kernels"]))
@@ -312,8 +336,8 @@ class _Entry:
             return f"({texts[0]} {_INFIX[name]} {texts[1]})"
         if name == "select":
             return f"({texts[0]} ? {texts[1]} : {texts[2]})"
-        if name in ("ceildiv", "floordiv"):
-            return f"{name}({texts[0]}, {texts[1]})"
+        if name in _CALLS:
+            return f"sb_host::{_CALLS[name]}({texts[0]}, {texts[1]})"
         sign = {"max": ">", "min": "<"}[name]
         return f"({texts[0]} {sign} {texts[1]} ? {texts[0]} : {texts[1]})"
 
@@ -363,7 +387,7 @@ class _Entry:
         elif "loop" in step:
             low, high, by = (self._size(step[bound]) for bound in ("from", "to", "by"))
             v = f"v{step['loop']}"
-            yield f"{indent}for (v{step['loop']} = {low}; {v} < {high}; {v} += {by}) {{"
+            yield f"{indent}for ({v} = {low}; {v} < {high}; {v} += sb_host::step({by})) {{"
             yield from self._steps(step["steps"], set(ready), inner)
             yield f"{indent}}}"
         elif "while" in step:

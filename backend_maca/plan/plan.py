@@ -2,8 +2,8 @@
 
 A plan names the buffers of an entry (inputs, weights, constants, temporaries), the checks on their sizes, the
 steps in order (``launches``), and which buffers are results. A size is a number or a formula over the sizes of the
-inputs: ``["dim", buffer, axis]``, ``["value", n]`` for a value of the host, such as the counter of a loop, or
-``[operation, operand, ...]`` with the operations of ``OPERATIONS``. A step is one of
+inputs: ``["dim", buffer, axis]``, ``["value", n]`` for a value of the host, such as the counter of a loop,
+``["select", condition, size, size]`` or ``[operation, operand, ...]`` with the operations of ``OPERATIONS``. A step is one of
 
 - ``{"kernel": name, "grid": sizes, "arguments": [{"buffer": n} or {"value": size}]}``, an
   argument that is no int64 with its ``"dtype"``;
@@ -45,7 +45,6 @@ OPERATIONS: dict[str, Callable[..., int]] = {
     "rem": lambda a, b: a - b * OPERATIONS["div"](a, b),
     "max": max,
     "min": min,
-    "select": lambda c, a, b: a if c else b,
     "and": lambda a, b: a & b,
     "or": lambda a, b: a | b,
     "eq": lambda a, b: int(a == b),
@@ -106,6 +105,9 @@ def evaluate(size: Size, shapes: Mapping[int, Sequence[int]], values: Mapping[in
         return int(shapes[operands[0]][operands[1]])
     if name == "value":
         return (values or {})[operands[0]]
+    if name == "select":  # what is not chosen may divide by 0
+        chosen = operands[1] if evaluate(operands[0], shapes, values) else operands[2]
+        return evaluate(chosen, shapes, values)
     found = [evaluate(o, shapes, values) for o in operands]
     try:
         return OPERATIONS[name](*found)

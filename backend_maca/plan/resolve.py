@@ -95,7 +95,10 @@ class Resolver:
                 product = {**step, **known, "batch": self.value(step["batch"])}
                 yield Product(product, tuple(a["buffer"] for a in step["arguments"]))
             elif "loop" in step:
-                for count in range(*(self.value(step[bound]) for bound in ("from", "to", "by"))):
+                low, high, by = (self.value(step[bound]) for bound in ("from", "to", "by"))
+                if by < 1:
+                    raise CallError(f"a loop of '{self.entry}' does not end", why=f"it goes on by {by}")
+                for count in range(low, high, by):
                     self.values[step["loop"]] = count
                     yield from self._walk(step["steps"])
             elif "while" in step:

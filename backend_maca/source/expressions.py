@@ -218,6 +218,7 @@ class Expressions:
             text = f"{STORAGE_ONLY[source][0]}({operand})"
             return text if target == "f32" else f"(double){text}"
         if name == "arith.truncf" and target in STORAGE_ONLY:
+            # of f64 by way of f32, as torch has it
             return f"{STORAGE_ONLY[target][1]}({operand if source == 'f32' else f'(float){operand}'})"
         if name == "arith.trunci" and target == "i1":
             return f"({operand} & 1) != 0"

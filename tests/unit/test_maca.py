@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("torch_mlir")
 
@@ -233,6 +234,18 @@ def test_every_float16_survives_and_rounding_is_numpys() -> None:
         expected = ties.astype(np.float16)
     narrow = run(unary("%r = arith.truncf %a : f32 to f16", "f32", "f16"), ties.astype(np.float32))
     np.testing.assert_array_equal(narrow.view(np.uint16), expected.view(np.uint16))
+
+
+@needs_cxx
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.float16, "f16"), (torch.bfloat16, "bf16")])
+def test_doubles_become_halves_as_in_torch(dtype: torch.dtype, kind: str) -> None:
+    # by way of f32, so that what is just beside a tie may round twice
+    ties = np.float64([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 65520, 0, 1e300, np.nan, 2**-24])
+    x = np.concatenate([ties * (1 + e) for e in (0, 2**-40, -(2**-40), 2**-30, 2**-20)])
+    found = run(unary(f"%r = arith.truncf %a : f64 to {kind}", "f64", kind), x)
+    np.testing.assert_array_equal(
+        torch.from_numpy(found.view(np.int16)).view(dtype).double(), torch.from_numpy(x).to(dtype).double()
+    )
 
 
 @needs_cxx
@@ -521,3 +534,5 @@ def test_a_size_that_divides_by_0_is_an_error_of_the_call() -> None:
     assert evaluate(size, {0: [2, 4]}) == 3
     with pytest.raises(CallError, match=r"divides by 0 for arguments of \[2, 0\]"):
         evaluate(size, {0: [2, 0]})
+    guarded = ["select", ["gt", ["dim", 0, 1], 0], size, 5]
+    assert [evaluate(guarded, {0: [2, n]}) for n in (4, 0)] == [3, 5]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -18,7 +19,9 @@ pytest.importorskip("torch_mlir")
 import spikingbrain
 from spikingbrain.artifact import Artifact, write
 from spikingbrain.backend_maca.plan import host_program
+from spikingbrain.backend_maca.plan.plan import evaluate
 from spikingbrain.backend_maca.run import emulate
+from spikingbrain.errors import ArtifactError
 from spikingbrain.tools import cli
 
 pytestmark = pytest.mark.skipif(shutil.which(emulate.compiler()) is None, reason="no C++ compiler")
@@ -178,6 +181,76 @@ def test_a_loop_may_need_more_memory_in_a_later_round(tmp_path: Path) -> None:
     done = run(tmp_path / "program", "-o", tmp_path / "out", "main", x)
     assert done.returncode == 0, done.stderr
     assert np.load(tmp_path / "out0.0.npy") == 300 * 301
+
+
+def test_a_program_that_cannot_be_written_changes_nothing(
+    loops: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = Artifact(loops.parent / "artifact")
+
+    def full(*words: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for existing in (tmp_path / "old", tmp_path / "new"):
+        if existing.name == "old":
+            host_program.write(artifact, existing)
+            (existing / "program.cpp").write_text("mine")
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "copyfile", full)
+            with pytest.raises(ArtifactError, match=r"cannot write the program into .*\n.*No space left"):
+                host_program.write(artifact, existing)
+    assert (tmp_path / "old" / "program.cpp").read_text() == "mine"
+    assert not list((tmp_path / "new").iterdir())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "old"]
+
+
+def test_what_a_program_does_not_compute(tmp_path: Path) -> None:
+    source = tmp_path / "sizes.cpp"
+    source.write_text("""
+#include "machine.h"
+using namespace sb_host;
+int main(int, char** words) {
+  const int64_t a = atoll(words[2]), b = atoll(words[3]);
+  int64_t found = 0;
+  switch (words[1][0]) {
+    case '/': found = quotient(a, b); break;
+    case '%': found = sb_host::remainder(a, b); break;
+    case 'c': found = ceildiv(a, b); break;
+    case 'f': found = floordiv(a, b); break;
+    case '#': found = count_of({a, b}); break;
+    case '+': found = step(b); break;
+  }
+  printf("%lld", (long long)found);
+}""")
+    headers = [f"-I{host_program.ROOT / name}" for name in ("host", "emulator")]
+    command = [emulate.compiler(), "-std=c++17", "-w", "-DSB_EMULATOR", *headers, str(source)]
+    subprocess.run([*command, "-c", "-o", tmp_path / "sizes.o"], check=True)
+    subprocess.run([emulate.compiler(), tmp_path / "sizes.o", "-o", tmp_path / "sizes"], check=True)
+
+    def compute(*words: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([tmp_path / "sizes", *map(str, words)], capture_output=True, text=True)
+
+    for name, sign in (("div", "/"), ("rem", "%"), ("ceildiv", "c"), ("floordiv", "f")):
+        for a in (-7, 0, 6, 7):
+            for b in (-3, 2, 7):
+                assert int(compute(sign, a, b).stdout) == evaluate([name, a, b], {})
+        done = compute(sign, 7, 0)
+        assert (done.returncode, "because: it divides by 0" in done.stderr) == (1, True)
+    for words in (("#", 1 << 40, 1 << 40), ("#", -1, 2), ("+", 0, 0)):
+        done = compute(*words)
+        assert (done.returncode, done.stderr[:7]) == (1, "error: ")
+
+
+def test_a_disk_that_is_full(folder: Path, tmp_path: Path) -> None:
+    x, n = (
+        save(tmp_path / "x.npy", np.ones((1, 64, 24), np.float32)),
+        save(tmp_path / "n.npy", np.float32([1])),
+    )
+    limited = ["sh", "-c", 'ulimit -f 2; trap "" XFSZ; exec ./program "$@"', "sh", "-o", tmp_path / "out"]
+    done = subprocess.run([*limited, "step", x, n], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "out0.0.npy\n  because: " in done.stderr
+    assert not list(tmp_path.glob("out*"))  # nothing half-written
 
 
 @pytest.mark.slow
