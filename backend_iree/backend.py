@@ -6,13 +6,14 @@ import itertools
 import re
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from spikingbrain.backend import Executable, Stage, StageContext, TargetStatus
 from spikingbrain.backend_iree import cpu, targets
 from spikingbrain.errors import MissingDependency, PassFailed, SourceLine
 from spikingbrain.target import Target
+from spikingbrain.tuning import USUAL
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,10 +33,15 @@ class IreeOptions:
     Attributes:
         threads: worker threads at run time on a CPU; 1 runs in the caller's thread.
         flags: further flags for iree-compile, separated by blanks.
+        tuning: settings of kernels for a CPU that are not the usual ones, by the names of ``spikingbrain.tuning.Tuning``.
     """
 
     threads: int = 1
     flags: str = ""
+    tuning: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        USUAL.with_changes(self.tuning)
 
 
 # Errors of IREE 3.13.0 that come of fusing too much, and what happened.

@@ -61,7 +61,6 @@ def _cpu(name: str, arch: str, llvm_cpu: str, features: frozenset[str], *flags: 
         features=features,
         vector_bits=bits,
         vector_registers=registers,
-        l2_bytes=1 << 20,
     )
     base = (
         "--iree-hal-target-device=local",

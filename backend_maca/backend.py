@@ -17,6 +17,7 @@ from spikingbrain.backend_maca.options import MacaOptions
 from spikingbrain.backend_maca.run import probe
 from spikingbrain.errors import CorruptArtifact, MissingDependency, SpikingBrainError
 from spikingbrain.target import Target
+from spikingbrain.tuning import Tuning
 
 
 def _target(name: str) -> Target:
@@ -30,7 +31,7 @@ def _target(name: str) -> Target:
         wave_width=64,
         shared_bytes=64 << 10,
         wave_kernels=name != "maca" or probe.hand_scheduled(),
-        l2_bytes=8 << 20,
+        tuning=Tuning(l2_bytes=8 << 20),
         host_memory=emulator,
         accepts=frozenset({"maca", "maca-emulator"}) - {name},
     )

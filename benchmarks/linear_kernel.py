@@ -28,6 +28,7 @@ from spikingbrain.backend_iree.dispatch import wrap_kernels
 from spikingbrain.passes import dialect
 from spikingbrain.passes.kernels.linear import emit_linear, packed_block
 from spikingbrain.target import Target
+from spikingbrain.tuning import Tuning
 
 ROUND_SECONDS = 0.012  # short rounds: other load on the machine then hits all candidates alike
 SMOLLM2_135M = ["576x960", "576x576", "576x3072", "1536x576", "576x49152"]
@@ -40,7 +41,15 @@ def host_target() -> Target:
         flags = set(cpuinfo.read().split())
     if "avx512f" in flags:
         return Target(
-            "cpu", "cpu", "iree", "x86-64", "host", frozenset({"fma", "avx512f"}), 512, 32, l2_bytes=2 << 20
+            "cpu",
+            "cpu",
+            "iree",
+            "x86-64",
+            "host",
+            frozenset({"fma", "avx512f"}),
+            512,
+            32,
+            tuning=Tuning(l2_bytes=2 << 20),
         )
     features = frozenset({"fma", "avx2"} & flags)
     return Target("cpu", "cpu", "iree", "x86-64", "host", features, 256 if "avx2" in flags else 128, 16)

@@ -17,10 +17,11 @@ __all__ = [
     "refresh",
     "spike",
     "targets",
+    "tune",
 ]
 
 if TYPE_CHECKING:
-    from spikingbrain.api import compile, explain, export, load, refresh, targets
+    from spikingbrain.api import compile, explain, export, load, refresh, targets, tune
     from spikingbrain.artifact import Artifact
     from spikingbrain.frontend.capture import Entry
     from spikingbrain.frontend.dynamo.explain import Explanation
@@ -39,6 +40,7 @@ _HOMES = {
     "refresh": "spikingbrain.api",
     "spike": "spikingbrain.models.spiking",
     "targets": "spikingbrain.api",
+    "tune": "spikingbrain.api",
 }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from spikingbrain import errors
+from spikingbrain import errors, tuning
 from spikingbrain.artifact import STATE, TOKENIZER, Artifact, check_writable, pack
 from spikingbrain.backend import Backend, TargetStatus, backends, resolve_target
 from spikingbrain.memory import Forecast
@@ -18,7 +18,8 @@ log = logging.getLogger(__name__)
 if TYPE_CHECKING:
     from torch import nn
 
-    from spikingbrain.frontend.capture import Entry
+    from spikingbrain.build import Part
+    from spikingbrain.frontend.capture import Capture, Entry
     from spikingbrain.frontend.dynamo.explain import Explanation
 
 _Model = TypeVar("_Model", bound=Callable[..., Any])
@@ -59,9 +60,8 @@ def export(
     Raises CompileError and its kinds (with the user's line), OptionError, TargetError.
     """
     try:
-        from spikingbrain.build import Part, compile_code, options_by_target, write_artifact
+        from spikingbrain.build import Part, compile_code, options_by_target
         from spikingbrain.frontend.capture import capture
-        from spikingbrain.frontend.weights import as_numpy
     except ModuleNotFoundError as error:
         raise errors.needs_compiler(error) from error
 
@@ -77,20 +77,113 @@ def export(
         name: compile_code(captured.module, name, own, tell, _dump_folder(dump, name, len(chosen)), use_cache)
         for name, own in chosen.items()
     }
+    parts = [Part(resolve_target(name)[1].target, made, chosen[name]) for name, made in code.items()]
+    return _write(Path(path), captured, parts, tokenizer, metadata or {}, tell)
+
+
+def _write(
+    path: Path,
+    captured: Capture,
+    parts: Sequence[Part],
+    tokenizer: str | None,
+    metadata: Mapping[str, Any],
+    tell: Callable[[str], None],
+) -> Artifact:
+    from spikingbrain.build import write_artifact
+    from spikingbrain.frontend.weights import as_numpy
+
     extra = {TOKENIZER: tokenizer.encode()} if tokenizer else {}
     if captured.blocks:
         extra[STATE] = pack({name: as_numpy(block) for name, block in captured.blocks.items()})
     write_artifact(
-        Path(path),
-        [Part(resolve_target(name)[1].target, made, chosen[name]) for name, made in code.items()],
+        path,
+        parts,
         captured.entries,
         captured.state,
         lambda name: as_numpy(captured.weights[name]),
         extra,
-        metadata or {},
+        metadata,
         tell,
     )
     return Artifact(path)
+
+
+def tune(
+    model: nn.Module,
+    entries: Mapping[str, Entry],
+    path: str | Path,
+    calls: Mapping[str, Sequence[Any]],
+    *,
+    state: str | None = None,
+    target: str = "cpu",
+    options: Mapping[str, Any] | None = None,
+    settings: Sequence[str] | None = None,
+    rounds: int = 9,
+    budget: float | None = None,
+    tokenizer: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Artifact:
+    """Exports a model with settings of kernels that were searched on this machine, by measured time.
+
+    The settings stand in the manifest, in ``options["tuning"]``, as ``export(..., options={"tuning": {...}})`` takes them;
+    what was tried and measured stands in ``tuned``. For a CPU, and one thread.
+
+    Args:
+        path: where the artifact is written, twice: first with the usual settings.
+        calls: entry point -> arguments that it is timed with, without the state, in the order of the calls.
+        settings: of ``spikingbrain.tuning.Tuning``, those that are searched; None: all that the model's kernels may read.
+        rounds: measurements of each program.
+        budget: seconds after which the search of no further setting is begun.
+
+    The other arguments, and what is raised, are those of ``export``. Raises TargetError for a target that does not run here.
+    """
+    try:
+        from spikingbrain.build import Part, compile_code
+        from spikingbrain.frontend.capture import capture
+        from spikingbrain.search import Built, Timing, known, relevant, search
+    except ModuleNotFoundError as error:
+        raise errors.needs_compiler(error) from error
+
+    backend, status = resolve_target(target)
+    if status.target.kind != "cpu" or not status.runs:
+        why = status.note or "its time is measured, and only a CPU's is"
+        raise errors.TargetError(f"settings for {target!r} cannot be searched here", why=why)
+    fixed = {key: value for key, value in (options or {}).items() if key != "tuning"}
+    if fixed.get("threads", 1) != 1:
+        raise errors.OptionError("settings are searched with one thread", hint="leave 'threads' away")
+    if strange := calls.keys() - entries.keys():
+        raise errors.OptionError(f"no entry point {min(strange)!r}", hint=f"one of {', '.join(entries)}")
+    compare = Timing(calls, rounds)
+    searched = None if settings is None else known(settings, status.target.kind)
+    check_writable(Path(path))
+    captured = capture(model, entries, state, progress)
+
+    def compiled(chosen: Mapping[str, int]) -> Part:
+        own = {**fixed, "tuning": dict(chosen)} if chosen else fixed
+        return Part(status.target, compile_code(captured.module, target, own, progress), own)
+
+    usual = compiled({})
+    written = _write(Path(path), captured, [usual], tokenizer, metadata or {}, progress)
+    weights = written.weights()
+
+    def build(chosen: Mapping[str, int]) -> Built:
+        code = compiled(chosen).code
+        assert code.report["weights"] == usual.code.report["weights"]  # settings change no stored weight
+        members = {name: memoryview(data) for name, data in code.members.items()}
+        executable = backend.load(members, written.manifest, weights)
+        return Built(Program(written.manifest, executable, written), code.members)
+
+    searched = relevant(usual.code.report["records"], status.target.kind) if searched is None else searched
+    found = search(build, compare, searched, budget, progress)
+    tuned = {
+        "machine": tuning.machine(),
+        "clock": "thread CPU time",
+        "trials": [trial.record() for trial in found.trials],
+        "left_out": list(found.left_out),
+    }
+    part, told = compiled(found.settings), {**(metadata or {}), "tuned": tuned}
+    return _write(Path(path), captured, [part], tokenizer, told, progress)
 
 
 def _dump_folder(dump: str | Path | None, target: str, targets: int) -> Path | None:
@@ -171,6 +264,7 @@ def load(
     """
     opened = path if isinstance(path, Artifact) else Artifact(path)
     record, backend, status = _choose(opened, device)
+    tuning.warn_of_another(opened)
     here = status.target
     check_memory = check_memory and here.kind == "cpu"
     if check_memory:

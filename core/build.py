@@ -29,6 +29,7 @@ from spikingbrain import artifact, errors, workers
 from spikingbrain.backend import Backend, resolve_target
 from spikingbrain.files import write_atomically
 from spikingbrain.target import Target
+from spikingbrain.tuning import tuned
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str], None]
@@ -228,6 +229,7 @@ def code_parts(backend: Backend, target: Target, options: Any) -> dict[str, str]
         "target": target.name,
         "CPU features": " ".join(sorted(target.features)),
         "flags and options": f"{backend.name} {backend.cache_key(target, options)}",
+        "tuning": str(tuned(target, options).tuning),
         "versions": " ".join(f"{name}=={version}" for name, version in versions().items()),
         "compiler sources": source_hash()[:32],
     }

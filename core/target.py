@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from spikingbrain.tuning import USUAL, Tuning
+
 
 @dataclass(frozen=True)
 class Target:
@@ -26,7 +28,7 @@ class Target:
         shared_bytes: memory shared by a thread block, on a GPU.
         wave_kernels: whether the target takes hand-scheduled kernels in the ``gpu`` dialect
             (``passes/wave_kernels``).
-        l2_bytes: cache next to one core, for blocking decisions.
+        tuning: settings of kernels for it.
         host_memory: whether a GPU's kernels work on the memory of the process, as an emulator's do.
         accepts: further targets whose code this machine runs.
     """
@@ -42,7 +44,7 @@ class Target:
     wave_width: int = 1
     shared_bytes: int = 0
     wave_kernels: bool = False
-    l2_bytes: int = 1 << 20
+    tuning: Tuning = USUAL
     host_memory: bool = False
     accepts: frozenset[str] = frozenset()
 

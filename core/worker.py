@@ -119,9 +119,12 @@ def compile_module(
     from spikingbrain.passes import parameters, pipeline
     from spikingbrain.passes.base import Pass, PassContext
     from spikingbrain.passes.context import new_context
+    from spikingbrain.tuning import tuned
 
     backend, status = resolve_target(job["target"])
-    context = PassContext(status.target)
+    options = backend.options(**job["options"])
+    target = tuned(status.target, options)
+    context = PassContext(target)
     dump = Path(job["dump"]) if job.get("dump") else None
     timings: list[tuple[str, float]] = []
 
@@ -146,9 +149,8 @@ def compile_module(
         timings.append(("clean", time.perf_counter() - start))
         stored = {s.key: dataclasses.asdict(s) for s in parameters.all_stored(module)}
         value: Any = module.operation.get_asm(enable_debug_info=True)
-    options = backend.options(**job["options"])
-    stage_context = StageContext(status.target, options, workdir)
-    for name, stage in backend.stages(status.target).items():
+    stage_context = StageContext(target, options, workdir)
+    for name, stage in backend.stages(target).items():
         progress(name)
         start = time.perf_counter()
         value = stage(value, stage_context)

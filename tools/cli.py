@@ -14,6 +14,7 @@ COMMANDS = {
     "run": ("spikingbrain.tools.run", "generate text with a model or an artifact"),
     "chat": ("spikingbrain.tools.chat", "talk with a model that was trained to"),
     "compile": ("spikingbrain.tools.compile", "compile a model into an artifact"),
+    "tune": ("spikingbrain.tools.tune", "compile a model with settings searched on this machine"),
     "standalone": ("spikingbrain.tools.standalone", "write an artifact as a program in C++"),
     "convert": ("spikingbrain.tools.convert", "make a SpikingBrain of a Llama or Qwen2"),
     "forecast": ("spikingbrain.tools.forecast", "the memory that an artifact will need"),

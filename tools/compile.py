@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
+from spikingbrain import tuning
 from spikingbrain.artifact import Artifact, check_writable
 from spikingbrain.tools import named_models
 from spikingbrain.tools.progress import Progress
@@ -14,6 +16,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help=f"{', '.join(named_models.MODELS)}, or the folder of a checkpoint")
     parser.add_argument("-o", "--output", type=Path, required=True, help="file to write")
     parser.add_argument("--dump", type=Path, help="folder for the IR after each pass and stage")
+    parser.add_argument(
+        "--tuning",
+        type=Path,
+        metavar="FILE",
+        help="settings of kernels: an artifact of 'spikingbrain tune', or JSON",
+    )
     named_models.add_model_arguments(parser)
 
 
@@ -22,6 +30,8 @@ def run(args: argparse.Namespace) -> int:
     named_models.known(args.model)
     check_writable(args.output)
     options = named_models.model_options(args)
+    if args.tuning:
+        options = dataclasses.replace(options, tuning=tuning.read(args.tuning))
     if args.dump:
         named_models.compile_named(args.model, args.output, args.target, options, progress, args.dump)
     else:

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +80,7 @@ class ModelOptions:
         score: add the entry point ``score``, which returns the logits of every token.
         spike: how the linear layers spike; None: they do not.
         batch: texts that a call takes at the most.
+        tuning: settings of kernels that are not the usual ones.
     """
 
     window: int | None = None
@@ -88,6 +89,7 @@ class ModelOptions:
     score: bool = False
     spike: SpikeOptions | None = None
     batch: int = 1
+    tuning: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -255,6 +257,7 @@ def compile_named(
         path,
         state="state",
         target=target,
+        options={"tuning": dict(options.tuning)} if options.tuning else {},
         tokenizer=ready.tokenizer,
         metadata=ready.metadata,
         progress=progress,

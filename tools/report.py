@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,10 @@ def run(args: argparse.Namespace) -> int:
     weights = manifest["members"][WEIGHTS]["size"] / 1e6
     print(f"  {len(artifact.weights())} stored tensors, {weights:.1f} MB; {fields} tensors of state")
 
+    if settings := manifest["options"].get("tuning"):
+        print("  settings of kernels: " + ", ".join(f"{name} {value}" for name, value in settings.items()))
+    _print_search(manifest.get("tuned"))
+
     print("\nwhat the passes did")
     records = report["records"]
     groups = Counter((r["pass_name"], r["status"], r["op"], r["reason"]) for r in records)
@@ -65,6 +70,16 @@ def run(args: argparse.Namespace) -> int:
     for name, seconds in report["timings"]:
         print(f"  {seconds:8.2f}  {name}")
     return 0
+
+
+def _print_search(tuned: Mapping[str, Any] | None) -> None:
+    if not tuned:
+        return
+    print(f"\nsettings that were searched, by {tuned['clock']} on {tuned['machine']}")
+    for trial in tuned["trials"]:
+        ratios = (f"{entry} {ratio:.3f}x" for entry, ratio in trial["faster"].items())
+        result = ", ".join(ratios) or "the same code"
+        print(f"  {trial['setting']} {trial['value']}: {result}{', kept' if trial['kept'] else ''}")
 
 
 def _print_kernels(artifact: Artifact, report: dict[str, Any]) -> int:

@@ -36,7 +36,6 @@ from spikingbrain.passes.kernels.builders import ceil_div, converts_halves, has_
 from spikingbrain.passes.wave_kernels.attention import launch_attention
 from spikingbrain.target import Target
 
-ROW_LIMIT = 64  # more query rows per block gained nothing
 # Vectors of rows, and keys of a block: the first that fit the scratch. Measured on AVX-512: many keys to a block matter
 # more than many rows, as the outputs are scaled once per block.
 BLOCKS = ((3, 64), (2, 64), (3, 32), (2, 32), (1, 64), (1, 32), (1, 16))
@@ -59,6 +58,7 @@ class Schedule:
         packed_keys: keys of a tile that are made f32 at a time; 0 where all are f32.
         fused: whether the target multiplies and adds in one instruction.
         decode_key_heads: key heads per workgroup of a decode kernel; 0 where it would need too much scratch.
+        decode_keys: keys of a step of that kernel.
     """
 
     lanes: int
@@ -73,6 +73,7 @@ class Schedule:
     packed_keys: int
     fused: bool
     decode_key_heads: int
+    decode_keys: int
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ def plan(
             value_rows = min(lanes, 8 if value_vectors < 3 else 4)
         else:
             value_rows = 6 if step % 6 == 0 else 4
-        rows = ROW_LIMIT // step * step
+        rows = target.tuning.query_rows // step * step
         fitting = next(
             (
                 n
@@ -222,7 +223,10 @@ def plan(
                 span_rows=lanes if lanes % value_rows == 0 else step,
                 value_vectors=value_vectors,
                 packed_keys=packed_keys,
-                decode_key_heads=key_heads_per_workgroup(key_heads, group, head_size, lanes, head_lanes),
+                decode_key_heads=key_heads_per_workgroup(
+                    key_heads, group, head_size, lanes, head_lanes, target.tuning.decode_keys
+                ),
+                decode_keys=target.tuning.decode_keys,
                 fused=has_fma(target),
             )
     raise UnsupportedOp(

@@ -37,18 +37,19 @@ from spikingbrain.passes.kernels.builders import (
     store,
 )
 
-KEY_BLOCK = 128  # keys per step of the online softmax
 RUN_BYTES = 4096  # of contiguous keys, counted as f32, that a workgroup reads per token
 
 
-def key_heads_per_workgroup(key_heads: int, group: int, head_size: int, lanes: int, head_lanes: int) -> int:
+def key_heads_per_workgroup(
+    key_heads: int, group: int, head_size: int, lanes: int, head_lanes: int, block: int
+) -> int:
     """Returns how many key heads one workgroup takes: enough for it to read memory in long runs.
 
     It is 0 where even one would need too much scratch. With two heads of 128 per workgroup instead of eight, reading
     a cache of 512 tokens took 1.16 times as long.
     """
-    per_head = 2 * head_size + KEY_BLOCK + 3 * lanes
-    fixed = 4 * (group * lanes * head_lanes + KEY_BLOCK) + 9 * LINE_BYTES
+    per_head = 2 * head_size + block + 3 * lanes
+    fixed = 4 * (group * lanes * head_lanes + block) + 9 * LINE_BYTES
     for count in range(key_heads, 0, -1):
         run = 4 * count * head_size
         fits = fixed + 4 * count * group * per_head <= SCRATCH_BYTES
@@ -78,12 +79,12 @@ class DecodeKernel(AttentionKernel):
             [
                 ([heads, p.head_size], float_type),
                 ([heads, p.head_size], float_type),
-                ([heads, KEY_BLOCK], float_type),
+                ([heads, s.decode_keys], float_type),
                 ([p.group, s.lanes, s.head_lanes], float_type),
                 ([heads, s.lanes], float_type),
                 ([heads, s.lanes], float_type),
                 ([heads, s.lanes], float_type),
-                ([KEY_BLOCK], i32_type()),
+                ([s.decode_keys], i32_type()),
             ]
         )
         first_head = mul(self.key_head, p.group)
@@ -120,7 +121,7 @@ class DecodeKernel(AttentionKernel):
                 store(value, self.out, [self.batch, 0, add(first_head, head), d])
 
         loop(0, heads, 1, start)
-        self.visible_blocks(KEY_BLOCK, self.positions, self.query_position, self.query_position, visit)
+        self.visible_blocks(s.decode_keys, self.positions, self.query_position, self.query_position, visit)
         loop(0, heads, 1, finish)
 
     def _channels(self) -> range:
@@ -217,7 +218,7 @@ class DecodeKernel(AttentionKernel):
                     place = minimum(add(add(block.start, at), u), block.last_key)
                     row_at = [self.batch, place, head_of_keys]
                     if asks:
-                        after = minimum(add(place, KEY_BLOCK), block.last_key)
+                        after = minimum(add(place, self.schedule.decode_keys), block.last_key)
                         self._ask_for(segment.keys, [self.batch, after, head_of_keys])
                     row = [widened(load(segment.values, [*row_at, d], s.head_lanes)) for d in channels]
                     for head in heads:

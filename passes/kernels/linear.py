@@ -28,7 +28,6 @@ from spikingbrain.target import Target
 
 LINE_FLOATS = LINE_BYTES // 4  # of one cache line
 PREFETCH_BYTES = 1024  # how far ahead of its use a weight is asked for when two to four rows share it
-STREAMS = 4  # places at which one row reads a panel at a time; 8% faster from memory than one place
 WORKGROUP_BYTES = 128 << 10  # of weight for one workgroup: takes far longer than starting it
 WORKGROUP_ROWS = 1024  # 128 to 512 were slower: a panel is read from memory once per workgroup
 UNROLL = 4  # steps of K in the inner loop
@@ -43,6 +42,7 @@ class Schedule:
         vectors: vectors in a row of the register tile; they make one column block.
         rows: rows of the register tile; accumulators, a row of weights and a factor fit the registers.
         fma: whether to multiply and add in one instruction.
+        streams: places at which one row reads a panel at a time.
         steps: how much of K is done at a time, so that this part of a panel is a quarter of the L2 cache.
         group_panels: panels of a workgroup (first axis of the grid).
         group_rows: rows of a workgroup (second axis of the grid).
@@ -52,6 +52,7 @@ class Schedule:
     vectors: int
     rows: int
     fma: bool
+    streams: int
     steps: int
     group_panels: int
     group_rows: int
@@ -76,14 +77,15 @@ def schedule(k: int, target: Target) -> Schedule:
         raise ValueError(f"target {target.name!r} has no vector registers: use the portable form")
     rows, vectors = (6, 4) if target.vector_registers >= 32 else (6, 2)
     step_bytes = 4 * lanes * vectors
-    passes = max(1, -(-k * step_bytes * 4 // target.l2_bytes))
-    multiple = STREAMS * UNROLL  # of the steps that any inner loop takes at a time
+    passes = max(1, -(-k * step_bytes * 4 // target.tuning.l2_bytes))
+    multiple = target.tuning.linear_streams * UNROLL  # of the steps that any inner loop takes at a time
     steps = -(-k // passes // multiple) * multiple
     return Schedule(
         lanes=lanes,
         vectors=vectors,
         rows=rows,
         fma=has_fma(target),
+        streams=target.tuning.linear_streams,
         steps=steps,
         group_panels=max(1, WORKGROUP_BYTES // max(1, k * step_bytes)),
         group_rows=-(-WORKGROUP_ROWS // rows) * rows,
@@ -252,7 +254,7 @@ class LinearKernel:
         else:
             values = fresh()
         # A tile of few rows has accumulators to spare: it computes several runs of K side by side.
-        runs = max(1, STREAMS // count)
+        runs = max(1, self.cut.streams // count)
         unroll = UNROLL if runs == 1 else 2
         whole = arith.DivUIOp(arith.SubIOp(end_k, first_k).result, index(runs * unroll)).result
         length = mul(whole, unroll)

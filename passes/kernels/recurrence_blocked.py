@@ -82,8 +82,9 @@ class Schedule:
 def plan(problem: Problem, target: Target) -> Schedule:
     """Returns the blocking for an op. Raises UnsupportedOp when the kernel cannot serve it or the target."""
     lanes, size = vector_lanes(target), problem.value_size
+    steps_allowed = [n for n in CHUNKS if n <= target.tuning.recurrence_steps]
     for columns in (size // parts for parts in range(1, size + 1) if size % parts == 0):
-        steps = next((n for n in CHUNKS if scratch_bytes(problem, n, columns) <= SCRATCH_BYTES), 0)
+        steps = next((n for n in steps_allowed if scratch_bytes(problem, n, columns) <= SCRATCH_BYTES), 0)
         if steps >= SHORT_CHUNK or (steps and columns <= lanes):
             return Schedule(
                 lanes=lanes,

@@ -71,7 +71,8 @@ class Schedule:
 def plan(problem: Problem, target: Target) -> Schedule:
     """Returns the blocking for an op. Raises UnsupportedOp when the kernel cannot serve it or the target."""
     lanes, registers = vector_lanes(target), target.vector_registers
-    steps = next((n for n in STEPS if scratch_bytes(problem, n) <= SCRATCH_BYTES), 0)
+    steps_allowed = [n for n in STEPS if n <= target.tuning.recurrence_steps]
+    steps = next((n for n in steps_allowed if scratch_bytes(problem, n) <= SCRATCH_BYTES), 0)
     if not steps:
         raise UnsupportedOp(
             f"no recurrence kernel for states of {problem.key_size}x{problem.value_size}",

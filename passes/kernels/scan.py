@@ -119,7 +119,7 @@ class _Kernel:
             self.vectors //= 2
         carried_bytes = sum(widths[: self.carried]) // 8 or 1
         block = lanes * self.vectors
-        wanted = min(LARGEST_TILE, self.target.l2_bytes // CACHE_SHARE // carried_bytes)
+        wanted = min(LARGEST_TILE, self.target.tuning.l2_bytes // CACHE_SHARE // carried_bytes)
         self.tile = max(block, wanted // block * block)
 
     def _most_columns(self) -> int:

@@ -37,13 +37,10 @@ from spikingbrain.passes.kernels.builders import (
 )
 from spikingbrain.passes.kernels.spike_dot import ChannelDot, Dot, sums_type
 from spikingbrain.passes.kernels.spike_encode import EVENT_ROWS, Encoding, Spikes
-from spikingbrain.passes.spike_forms import LARGEST_FIRING_SHARE
 from spikingbrain.target import Target
 
 WORKGROUP_BYTES = 128 << 10  # of weight for one workgroup
 WORKGROUP_ROWS = 1024
-PREFETCH_BYTES = 4096  # how far ahead of its use one row asks for a weight: 4 to 7% faster than without
-EVENTS_AHEAD = 8  # steps: how far ahead of its use a channel's weights are asked for
 UNROLL = 4  # stored vectors of a column in the inner loop
 
 _GroupSums = Callable[[list[ir.Value], ir.Value, ir.Value], list[ir.Value]]
@@ -147,7 +144,7 @@ class SpikeKernel:
     def __init__(
         self, dot: Dot, shape: Shape, target: Target, spikes: Spikes, buffers: list[ir.Value]
     ) -> None:
-        self.dot, self.shape, self.fma = dot, shape, has_fma(target)
+        self.dot, self.shape, self.fma, self.tuning = dot, shape, has_fma(target), target.tuning
         self.spikes = spikes
         self.weight, self.scale, *bias, self.y = buffers
         self.bias = bias[0] if bias else None
@@ -165,7 +162,7 @@ class SpikeKernel:
             lambda row, so_far: [arith.addi(so_far, get(ends, [row, cut.groups - 1]))],
             [i32(0)],
         )
-        limit = i32(int(LARGEST_FIRING_SHARE * cut.channels / cut.width))
+        limit = i32(self.tuning.firing_percent * cut.channels // (100 * cut.width))
         return arith.andi(compare("ule", rows, index(EVENT_ROWS)), compare("sle", steps, limit))
 
     def panel(self, panel: ir.Value, first: ir.Value, end: ir.Value) -> None:
@@ -199,8 +196,8 @@ class SpikeKernel:
         last = sub(high, 1)
 
         def step(at: ir.Value, *sums: ir.Value) -> list[ir.Value]:
-            if EVENTS_AHEAD:
-                for channel in channels(minimum(add(at, EVENTS_AHEAD), last)):
+            if ahead := self.tuning.event_steps_ahead:
+                for channel in channels(minimum(add(at, ahead), last)):
                     dot.prefetch_channel(self.weight, panel, channel)
             counts = dot.counts_at(self.spikes.fired, row, at)
             weights = dot.gathered(self.weight, panel, channels(at))
@@ -344,8 +341,10 @@ class SpikeKernel:
         dot, sums = self.dot, list(sums)
         at = arith.divui(step, index(2)) if dot.steps_per_vector == 2 else step
         weights = dot.weights(self.weight, panel, at)
-        if len(rows) == 1 and dot.bits != 4:  # unpacking nibbles leaves too little time: 20% slower with it
-            dot.prefetch(self.weight, panel, add(at, -(-PREFETCH_BYTES // dot.step_bytes)))
+        ahead = -(-self.tuning.spike_ahead_bytes // dot.step_bytes)
+        # unpacking nibbles leaves too little time: 20% slower with it
+        if ahead and len(rows) == 1 and dot.bits != 4:
+            dot.prefetch(self.weight, panel, add(at, ahead))
         for part, (r, row) in itertools.product(range(dot.steps_per_vector), enumerate(rows)):
             counts = dot.counts_at(self.spikes.plane, row, add(step, part))
             for v in range(dot.vectors):

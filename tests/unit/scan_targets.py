@@ -16,10 +16,11 @@ from spikingbrain.passes.lower_pointwise_scan import LowerPointwiseScan
 from spikingbrain.passes.lower_scan import LowerScan
 from spikingbrain.passes.lower_time_loop import LowerTimeLoop
 from spikingbrain.target import Target
+from spikingbrain.tuning import Tuning
 
 V4 = Target("x86-64-v4", "cpu", "iree", "x86-64", "x86-64-v4", frozenset({"fma", "avx512f"}), 512, 32)
 V3 = Target("x86-64-v3", "cpu", "iree", "x86-64", "x86-64-v3", frozenset({"fma", "avx2"}), 256, 16)
-SMALL_TILES = dataclasses.replace(V3, name="small-tiles", l2_bytes=1 << 11)
+SMALL_TILES = dataclasses.replace(V3, name="small-tiles", tuning=Tuning(l2_bytes=1 << 11))
 PORTABLE = dataclasses.replace(V3, name="portable", vector_bits=0)
 
 

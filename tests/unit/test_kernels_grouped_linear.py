@@ -26,11 +26,12 @@ from spikingbrain.passes.lower_grouped_linear import LowerGroupedLinear
 from spikingbrain.passes.pack_weights import PackWeights
 from spikingbrain.passes.weights_to_arguments import WeightsToArguments
 from spikingbrain.target import Target
+from spikingbrain.tuning import Tuning
 
 Array = np.ndarray[Any, Any]
 
 # K in parts, so that results are read again; panels of one column block to a workgroup
-SMALL_CACHE = dataclasses.replace(V3, name="small-cache", l2_bytes=1 << 13)
+SMALL_CACHE = dataclasses.replace(V3, name="small-cache", tuning=Tuning(l2_bytes=1 << 13))
 TARGETS = [PORTABLE, SMALL_CACHE, *(pytest.param(t, marks=pytest.mark.slow) for t in (V3, V4))]
 
 

@@ -20,11 +20,12 @@ from spikingbrain.backend_iree.dispatch import wrap_kernels  # noqa: E402
 from spikingbrain.passes import dialect  # noqa: E402
 from spikingbrain.passes.kernels.linear import emit_linear, packed_block, schedule  # noqa: E402
 from spikingbrain.target import Target  # noqa: E402
+from spikingbrain.tuning import Tuning  # noqa: E402
 
 V4 = Target("x86-64-v4", "cpu", "iree", "x86-64", "x86-64-v4", frozenset({"fma", "avx512f"}), 512, 32)
 V3 = Target("x86-64-v3", "cpu", "iree", "x86-64", "x86-64-v3", frozenset({"fma", "avx2"}), 256, 16)
 V2 = Target("x86-64-v2", "cpu", "iree", "x86-64", "x86-64-v2", frozenset(), 128, 16)
-SMALL_L2 = dataclasses.replace(V3, name="small-l2", l2_bytes=1 << 13)
+SMALL_L2 = dataclasses.replace(V3, name="small-l2", tuning=Tuning(l2_bytes=1 << 13, linear_streams=2))
 TARGETS = [V4, V3, V2, SMALL_L2]
 
 # entry point -> input channels, columns, rows (None: dynamic), with a residual

@@ -1,0 +1,167 @@
+"""Settings of kernels that decide how long they take: which there are, and where they are read from.
+
+``spikingbrain tune`` searches them (``search.py``); ``export(..., options={"tuning": {...}})`` takes them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spikingbrain.errors import ArtifactError, OptionError
+
+if TYPE_CHECKING:
+    from spikingbrain.artifact import Artifact
+    from spikingbrain.target import Target
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a setting may be.
+
+    Attributes:
+        allowed: every value that it may have.
+        tried: values that a search tries beside the usual one.
+        ops: a pattern of what the report of an export says of ops whose kernels read it.
+        kind: of the targets that have these kernels, ``"cpu"`` or ``"gpu"``.
+    """
+
+    allowed: range | Sequence[int]
+    tried: tuple[int, ...]
+    ops: str
+    kind: str = "cpu"
+
+    def __str__(self) -> str:
+        if not isinstance(self.allowed, range):
+            return f"one of {', '.join(map(str, self.allowed))}"
+        step = f" in steps of {self.allowed.step}" if self.allowed.step > 1 else ""
+        return f"{self.allowed[0]} to {self.allowed[-1]}{step}"
+
+
+def _setting(usual: int, *facts: Any) -> Any:
+    return dataclasses.field(default=usual, metadata={"setting": Setting(*facts)})
+
+
+_EVENTS = r"spike_linear kernel of events.*"
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What kernels read beside the facts of their target. Weights are stored the same way whatever it says.
+
+    Results stay the same but for the order of sums of floats; sums of spikes stay the same bit by bit.
+
+    Attributes:
+        l2_bytes: cache next to one core; a quarter of it holds what a kernel reads again and again.
+        linear_streams: places at which one row reads a panel of float weights at a time.
+        spike_ahead_bytes: how far ahead of its use one row of spikes asks for a weight.
+        firing_percent: of all channels, summed over the rows of a call: up to it only the weights of channels that fire are
+            read, where they are stored for that (``passes/spike_forms.py``).
+        event_steps_ahead: how many steps ahead of its use the weights of a channel that fires are asked for.
+        decode_keys: keys that attention of one token takes per step of its softmax.
+        query_rows: most rows of queries that a workgroup of attention of many tokens takes.
+        recurrence_steps: most steps of a chunk of a recurrence.
+    """
+
+    l2_bytes: int = _setting(
+        1 << 20,
+        range(1 << 10, (1 << 30) + 1),
+        (1 << 18, 1 << 19, 1 << 21),
+        r"((grouped_)?linear|\w*scan)\b.*",
+    )
+    # 4 places were 8% faster than one where weights come from memory
+    linear_streams: int = _setting(4, (1, 2, 4, 8, 16), (2, 8), r"(grouped_)?linear kernel.*")
+    # 4 to 7% faster than without
+    spike_ahead_bytes: int = _setting(
+        4096, range((1 << 20) + 1), (1024, 2048, 8192), r"spike_(grouped_)?linear kernel.*"
+    )
+    firing_percent: int = _setting(45, range(801), (30, 60), _EVENTS)  # of up to 8 rows
+    event_steps_ahead: int = _setting(8, range(1025), (4, 16), _EVENTS)
+    decode_keys: int = _setting(128, range(16, 4097, 16), (64, 256), r"attention kernel")
+    query_rows: int = _setting(64, range(16, 1025, 16), (32, 128), r"attention kernel")
+    recurrence_steps: int = _setting(16, range(4, 17), (8,), r"(linear|fused)_recurrence kernel")
+
+    def with_changes(self, changes: Mapping[str, Any]) -> Tuning:
+        """Returns these settings with some changed; raises OptionError for an unknown name or a value that cannot be."""
+        for name, value in changes.items():
+            if name not in SETTINGS:
+                raise OptionError(f"tuning: unknown setting {name!r}", hint=f"known: {', '.join(SETTINGS)}")
+            if type(value) is not int or value not in SETTINGS[name].allowed:
+                raise OptionError(f"tuning: {name} is {value!r}", why=f"it must be {SETTINGS[name]}")
+        return dataclasses.replace(self, **changes)
+
+
+SETTINGS: dict[str, Setting] = {f.name: f.metadata["setting"] for f in dataclasses.fields(Tuning)}
+USUAL = Tuning()
+
+
+def tuned(target: Target, options: Any) -> Target:
+    """Returns the target with the settings of a backend's options; raises OptionError for one that its kernels do not read."""
+    changes = getattr(options, "tuning", None)
+    if not changes:
+        return target
+    target = dataclasses.replace(target, tuning=target.tuning.with_changes(changes))
+    if strange := [name for name in changes if SETTINGS[name].kind != target.kind]:
+        known = [name for name, setting in SETTINGS.items() if setting.kind == target.kind]
+        raise OptionError(
+            f"tuning: kernels for {target.name} do not read {strange[0]!r}",
+            hint=f"they read {', '.join(known) or 'none'}",
+        )
+    return target
+
+
+def machine() -> str:
+    """Returns the name of this machine's CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def warn_of_another(artifact: Artifact) -> None:
+    """Logs a warning where an artifact's settings were measured on another CPU than this machine's."""
+    measured = artifact.manifest.get("tuned", {}).get("machine")
+    if measured and measured != (here := machine()):
+        log.warning(
+            "%s was tuned on %r, this is %r: results are the same, other settings may be faster",
+            artifact.path,
+            measured,
+            here,
+        )
+
+
+def read(path: str | Path) -> dict[str, int]:
+    """Returns the settings in a JSON file, or those that an artifact was compiled with.
+
+    Raises OptionError or ArtifactError where there are none.
+    """
+    from spikingbrain.artifact import Artifact
+
+    path = Path(path)
+    try:
+        found = json.loads(path.read_bytes())
+    except OSError as error:
+        raise OptionError(f"cannot read {path}", why=error.strerror or str(error)) from error
+    except ValueError:  # no text, or no JSON
+        artifact = Artifact(path)
+        found = artifact.manifest["options"].get("tuning")
+        if not found:
+            raise ArtifactError(
+                f"{path} was compiled with the settings that every export has",
+                hint="spikingbrain tune MODEL -o FILE searches others",
+            ) from None
+        warn_of_another(artifact)
+    if not isinstance(found, dict):
+        raise OptionError(f"{path} holds no settings", hint='{"decode_keys": 256}')
+    USUAL.with_changes(found)
+    return found
