@@ -7,9 +7,7 @@ from torch_mlir.dialects import arith
 
 from spikingbrain.backend_maca.lower.bodies import copy_body
 from spikingbrain.backend_maca.lower.index import index, less, product, split
-from spikingbrain.backend_maca.lower.mlir import source_of
 from spikingbrain.backend_maca.lower.per_element import dynamic_sizes, unique_name
-from spikingbrain.errors import UnsupportedOp
 from spikingbrain.passes.kernels import builders
 from spikingbrain.passes.wave_kernels.builders import barrier, choose, kernel, memref_of, shared, thread
 
@@ -20,9 +18,9 @@ def lower_scan(op: ir.Operation) -> None:
     """Replaces a scan by a launch.
 
     Every chunk is combined in log2(BLOCK) steps in shared memory, then with what was carried from the chunks before.
+    An exclusive one is the inclusive one of its elements moved on by one place, behind the initial value.
     """
-    if not ir.BoolAttr(op.attributes["inclusive"]).value:
-        raise UnsupportedOp("an exclusive 'tm_tensor.scan' has no kernel here", where=source_of(op.location))
+    is_inclusive = ir.BoolAttr(op.attributes["inclusive"]).value
     axis = ir.IntegerAttr(op.attributes["dimension"]).value
     source, _, start = op.operands
     kind = ir.RankedTensorType(source.type)
@@ -32,7 +30,7 @@ def lower_scan(op: ir.Operation) -> None:
         return copy_body(region, [a, b])[0]
 
     def fill(block: list[ir.Value], buffers: list[ir.Value]) -> None:
-        x, out, total = buffers
+        x, initial, out, total = buffers
         lane = thread()
         length = builders.size(x, axis)
         others = [builders.size(x, a) for a in range(kind.rank) if a != axis]
@@ -41,11 +39,20 @@ def lower_scan(op: ir.Operation) -> None:
         cells = shared([2, BLOCK], kind.element_type)
         carried = shared([1], kind.element_type)
 
+        def element(place: ir.Value) -> ir.Value:
+            """Loads what is added at a place; behind the end the last one, where nobody looks."""
+            place = arith.minsi(place, last)
+            if is_inclusive:
+                return builders.get(x, [*row[:axis], place, *row[axis:]])
+            before = arith.maxsi(arith.subi(place, index(1)), index(0))
+            value = builders.get(x, [*row[:axis], before, *row[axis:]])
+            is_first = arith.cmpi(arith.CmpIPredicate.eq, place, index(0))
+            return arith.select(is_first, builders.get(initial, row), value)
+
         def chunk(first: ir.Value) -> None:
             place = arith.addi(first, lane)
             inside = less(place, length)
-            at = [*row[:axis], arith.minsi(place, last), *row[axis:]]
-            value = builders.get(x, at)  # the last element again behind the end, where nobody looks
+            value = element(place)
             distance, side = 1, 0
             while distance < BLOCK:
                 builders.put(value, cells, [side, lane])
@@ -62,7 +69,7 @@ def lower_scan(op: ir.Operation) -> None:
             ends = arith.cmpi(arith.CmpIPredicate.eq, place, last)
             full = arith.cmpi(arith.CmpIPredicate.eq, lane, index(BLOCK - 1))
             builders.when(full, lambda: builders.put(value, carried, [0]))
-            builders.when(inside, lambda: builders.put(value, out, at))
+            builders.when(inside, lambda: builders.put(value, out, [*row[:axis], place, *row[axis:]]))
             builders.when(ends, lambda: builders.put(value, total, row))
             barrier()
 
@@ -70,13 +77,13 @@ def lower_scan(op: ir.Operation) -> None:
 
     with ir.InsertionPoint(op), op.location:
         name = unique_name("scan")
-        kernel(name, [memref_of(v.type) for v in (source, source, start)], BLOCK, fill)
+        kernel(name, [memref_of(v.type) for v in (source, start, source, start)], BLOCK, fill)
         rows = product([builders.size(source, a) for a in range(kind.rank) if a != axis])
         grid = [rows, index(1), index(1)]
         results = [source.type, op.results[1].type]
         sizes = dynamic_sizes(source, [source.type])
         sizes += dynamic_sizes(start, [start.type])
-        made = builders.launch(name, results, grid, [source], sizes, [-1, -1])
+        made = builders.launch(name, results, grid, [source, start], sizes, [-1, -1])
     for old, new in zip(op.results, made.results, strict=True):
         old.replace_all_uses_with(new)
     op.erase()

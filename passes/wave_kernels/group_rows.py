@@ -44,7 +44,8 @@ from spikingbrain.passes.wave_kernels.row_tiles import Rows
 FEW_ROWS = 8  # not worth sorting: each has a block of its own
 MOST_EXPERTS = MAX_THREADS - 1  # and one for rows that are sent to none that there is
 RUN = 32  # counts that are added before those of others
-Tiles = dict[tuple[ir.Value, int], tuple[ir.Value, ir.Value]]  # by the experts and their number
+# By the experts, their number and the rows of a tile.
+Tiles = dict[tuple[ir.Value, int, int], tuple[ir.Value, ir.Value]]
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Routing:
         """Returns what a kernel takes to find its rows, and how many blocks of rows there are."""
         if self.has_few_rows:
             return [expert], index(self.rows)
-        key = (expert, self.experts)
+        key = (expert, self.experts, self.tile)
         if key not in known:
             known[key] = emit_group_rows(expert, self.experts, self.tile)
         return list(known[key]), size(known[key][1], 0)

@@ -135,6 +135,18 @@ def test_running_sums_of_floats_are_near_those_of_double() -> None:
     np.testing.assert_array_equal(total, sums[-1])
 
 
+def test_exclusive_running_sums_begin_with_the_initial_value() -> None:
+    text = SCAN.replace("inclusive(true)", "inclusive(false)").replace("SHAPE", "?x?").replace("REST", "?")
+    text = text.replace("DIM", "0").replace("OP", "muli").replace("SIZE", "n").replace("ZERO", "3")
+    loaded = program(text.replace("KIND", "i32"))
+    for length in (1, 256, 257, 600):
+        x = np.random.default_rng(1).integers(-9, 9, (length, 2), np.int32)
+        products, last = run(loaded, x)
+        wanted = np.cumprod(np.concatenate([np.full((1, 2), 3, np.int32), x[:-1]]), 0, np.int32)
+        np.testing.assert_array_equal(products, wanted)
+        np.testing.assert_array_equal(last, wanted[-1])
+
+
 SCATTER = """
 func.func public @main(%x: tensor<6x3xf32>, %i: tensor<?x1xi32>, %u: tensor<?x3xf32>) -> tensor<6x3xf32> {
   %y = tm_tensor.scatter {dimension_map = array<i64: 0>} unique_indices(UNIQUE)
