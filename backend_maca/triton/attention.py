@@ -81,7 +81,7 @@ class _WindowAttention(torch.autograd.Function):
         sums = q.new_empty(batch, heads, steps, dtype=torch.float32)
         if o.numel():
             sizes, blocks = _launch(q, v, window, sinks, scale, FORWARD[q.dtype])
-            kernels.attend[-(-steps // blocks["BM"]), batch * heads](q, k, v, o, sums, *sizes, **blocks)
+            kernels.attend[(-(-steps // blocks["BM"]) * batch * heads,)](q, k, v, o, sums, *sizes, **blocks)
         ctx.save_for_backward(q, k, v, o, sums)
         ctx.options = (window, sinks, scale)
         return o
@@ -97,10 +97,10 @@ class _WindowAttention(torch.autograd.Function):
             window, sinks, scale = ctx.options
             sizes, blocks = _launch(q, v, window, sinks, scale, BACKWARD[q.dtype])
             given = (q, k, v, do, sums, products)
-            kernels.attend_query_gradients[-(-steps // blocks["BM"]), batch * heads](
+            kernels.attend_query_gradients[(-(-steps // blocks["BM"]) * batch * heads,)](
                 *given, dq, *sizes, scale, **blocks
             )
-            kernels.attend_key_gradients[-(-k.shape[1] // blocks["BN"]), batch * k.shape[2]](
+            kernels.attend_key_gradients[(-(-k.shape[1] // blocks["BN"]) * batch * k.shape[2],)](
                 *given, dk, dv, *sizes, scale, **blocks
             )
         return dq, dk, dv, None, None, None

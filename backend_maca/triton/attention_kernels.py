@@ -31,9 +31,11 @@ def attend(
     DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     """Stores o of BM queries of one head, and log2 of the sums of exponentials. ``scale`` is in units of log2(e)."""
-    head = tl.program_id(1) % (S * G)
-    batch, source = (tl.program_id(1) // (S * G)).to(tl.int64), head // G
-    start = tl.program_id(0) * BM
+    tiles = tl.cdiv(T, BM)
+    which = tl.program_id(0) // tiles
+    head = which % (S * G)
+    batch, source = (which // (S * G)).to(tl.int64), head // G
+    start = tl.program_id(0) % tiles * BM
     time = start + tl.arange(0, BM)
     position = time + N - T
     sizes, values = tl.arange(0, BD), tl.arange(0, BE)
@@ -69,7 +71,7 @@ def attend(
     there = (time < T)[:, None] & (values < E)[None, :]
     tl.store(out + row[:, None] * E + values[None, :], o.to(out.dtype.element_ty), mask=there)
     log = tl.where(some, largest + tl.log2(tl.where(some, total, 1.0)), 0.0)
-    tl.store(sums + tl.program_id(1).to(tl.int64) * T + time, log, mask=time < T)
+    tl.store(sums + which.to(tl.int64) * T + time, log, mask=time < T)
 
 
 @triton.jit
@@ -78,15 +80,17 @@ def attend_query_gradients(
     DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     """Stores dq of BM queries of one head; ``products`` [B, H, T] are o . do, ``factor`` is the scale itself."""
-    head = tl.program_id(1) % (S * G)
-    batch, source = (tl.program_id(1) // (S * G)).to(tl.int64), head // G
-    start = tl.program_id(0) * BM
+    tiles = tl.cdiv(T, BM)
+    which = tl.program_id(0) // tiles
+    head = which % (S * G)
+    batch, source = (which // (S * G)).to(tl.int64), head // G
+    start = tl.program_id(0) % tiles * BM
     time = start + tl.arange(0, BM)
     position = time + N - T
     sizes, values = tl.arange(0, BD), tl.arange(0, BE)
     query = load_rows(q, batch, head, T, S * G, D, time, sizes).to(DOT)
     of_o = load_rows(do, batch, head, T, S * G, E, time, values).to(DOT)
-    row = tl.program_id(1).to(tl.int64) * T + time
+    row = which.to(tl.int64) * T + time
     log = tl.load(sums + row, mask=time < T, other=0.0)
     product = tl.load(products + row, mask=time < T, other=0.0)
     of_q = tl.zeros([BM, BD], dtype=tl.float32)
@@ -120,9 +124,11 @@ def attend_key_gradients(
     DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     """Stores dk and dv of BN keys of one source of G heads."""
-    source = tl.program_id(1) % S
-    batch = (tl.program_id(1) // S).to(tl.int64)
-    start = tl.program_id(0) * BN
+    tiles = tl.cdiv(N, BN)
+    which = tl.program_id(0) // tiles
+    source = which % S
+    batch = (which // S).to(tl.int64)
+    start = tl.program_id(0) % tiles * BN
     key = start + tl.arange(0, BN)
     sizes, values = tl.arange(0, BD), tl.arange(0, BE)
     keys = load_rows(k, batch, source, N, S, D, key, sizes).to(DOT)

@@ -28,12 +28,10 @@ def kernels(device: Device) -> TorchKernels:
     )
 
 
-def _refuse(x: Tensor, programs: int | torch.SymInt) -> str | None:
-    """Returns why no kernel takes tensors like ``x`` in so many programs, or None."""
+def _refuse(x: Tensor) -> str | None:
+    """Returns why no kernel takes tensors like ``x``, or None."""
     if x.dtype not in DOTS:
         return f"{str(x.dtype).removeprefix('torch.')}; the Triton kernel computes on float32, bfloat16 and float16"
-    if isinstance(programs, int) and programs > recurrence.GRID_LIMIT:
-        return f"{programs} heads in a batch; a launch of the Triton kernel has {recurrence.GRID_LIMIT}"
     return None
 
 
@@ -61,7 +59,7 @@ def _refuse_recurrence(
         return "a decay given as a factor, which may be negative; the Triton kernel takes its logarithm (log_decay=True)"
     if any(isinstance(n, int) and n == 0 for n in (q.shape[0], q.shape[2], q.shape[3], v.shape[3])):
         return "a tensor without elements"
-    return _refuse(q, q.shape[0] * q.shape[2])
+    return _refuse(q)
 
 
 def _refuse_recurrence_backward(do: Tensor, dlast: Tensor, *given: object) -> str | None:
@@ -173,7 +171,7 @@ def _refuse_scan(
 ) -> str | None:
     if any(isinstance(n, int) and n == 0 for n in (update.shape[0], update.shape[2])):
         return "a tensor without elements"
-    return _refuse(update, 1)
+    return _refuse(update)
 
 
 def _refuse_spikes(

@@ -17,7 +17,6 @@ AXES = {"none": 0, "head": 1, "key": 2}
 LARGEST = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}
 STEP_KEYS, STEP_VALUES = 256, 32  # of a tile of the state where there is one step
 ROWS = 16  # rows that share a reference point where each key has a gate; the least that a dot takes
-GRID_LIMIT = 65535  # programs along the second and third axis
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class Plan:
         width = key.shape[-1]
         rows = ROWS if axis == 2 else self.block
         made = query.new_empty(self.batch, self.heads, self.steps, self.block, dtype=torch.float32)
-        kernels.pair_scores[-(-self.steps // rows), self.batch * self.heads](
+        kernels.pair_scores[(-(-self.steps // rows) * self.batch * self.heads,)](
             query, key, decay, made, self.steps, self.states, self.groups, width,
             DECAY=axis, EXCLUSIVE=self.exclusive, DOT=self.dot, C=self.block, R=rows,
             BK=tile(width, self.largest), num_warps=WARPS, num_stages=1,
@@ -120,7 +119,7 @@ class Plan:
         """Writes the outputs into ``o``, from the states at the start of blocks."""
         scores = self.scores(q, k, decay, self.axis)
         of_erase = scores if erase is None else self.scores(q, erase, decay, self.axis)
-        grid = (self.blocks, self.batch * self.heads, -(-self.value_size // self.value_tile))
+        grid = (self.blocks * self.batch * self.heads, -(-self.value_size // self.value_tile))
         kernels.read_states[grid](
             q, v, decay, states, scores, of_erase, scores if predicted is None else predicted, o,
             self.steps, self.blocks, self.states, self.groups, self.key_size, self.value_size,
@@ -190,7 +189,7 @@ def backward(
         DOT=plan.dot, C=plan.block, BK=plan.key_tile, BV=plan.value_tile, num_warps=WARPS, num_stages=1
     )
     of_v = torch.empty_like(v)
-    kernels.value_gradients[plan.blocks, plan.batch * plan.states, -(-plan.value_size // plan.value_tile)](
+    kernels.value_gradients[plan.blocks * plan.batch * plan.states, -(-plan.value_size // plan.value_tile)](
         k, do, gates, of_states, scores, of_v, *sizes, DECAY=plan.axis, **tiles
     )
 
@@ -202,10 +201,10 @@ def backward(
     of_q, of_k = torch.empty_like(q, dtype=exact), torch.empty_like(k, dtype=exact)
     row_tiles, key_tiles = -(-plan.steps // plan.rows), -(-plan.key_size // plan.key_tile)
     rows = dict(DECAY=plan.axis, EXCLUSIVE=exclusive, R=plan.rows, **tiles)
-    kernels.query_gradients[row_tiles, plan.batch * plan.heads, key_tiles](
+    kernels.query_gradients[row_tiles * plan.batch * plan.heads, key_tiles](
         k, do, gates, states, of_scores, of_q, *sizes, **rows
     )
-    kernels.key_gradients[row_tiles, plan.batch * plan.states, key_tiles](
+    kernels.key_gradients[row_tiles * plan.batch * plan.states, key_tiles](
         q, v, gates, of_states, of_scores, of_k, *sizes, **rows
     )
     if decay is None:

@@ -163,9 +163,11 @@ def pair_scores(
     DOT: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Stores A_ij for R rows i and the C columns j of their block: 0 unless j <= i (j < i if EXCLUSIVE)."""
-    head = tl.program_id(1) % (S * G)
-    batch, state = (tl.program_id(1) // (S * G)).to(tl.int64), head // G
-    start = tl.program_id(0) * R
+    tiles = tl.cdiv(steps, R)
+    which = tl.program_id(0) // tiles
+    head = which % (S * G)
+    batch, state = (which // (S * G)).to(tl.int64), head // G
+    start = tl.program_id(0) % tiles * R
     first = start // C * C
     later, earlier = start + tl.arange(0, R), first + tl.arange(0, C)
     end = tl.minimum(first + C, steps)
@@ -206,7 +208,7 @@ def pair_scores(
         a = tl.where(later[:, None] > earlier[None, :], a, 0.0)
     else:
         a = tl.where(later[:, None] >= earlier[None, :], a, 0.0)
-    row = tl.program_id(1).to(tl.int64) * steps + later
+    row = which.to(tl.int64) * steps + later
     tl.store(scores + row[:, None] * C + (earlier - first)[None, :], a, mask=live[:, None])
 
 
@@ -217,15 +219,15 @@ def read_states(
     DOT: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Stores o of one block, head and tile of values; with DELTA ``erase_scores`` weigh what was ``predicted`` [B, T, S, V]."""
-    head = tl.program_id(1) % (S * G)
-    batch, state = (tl.program_id(1) // (S * G)).to(tl.int64), head // G
-    block = tl.program_id(0)
+    block, which = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    head = which % (S * G)
+    batch, state = (which // (S * G)).to(tl.int64), head // G
     first = block * C
     rows = tl.arange(0, C)
     time = first + rows
     end = tl.minimum(first + C, steps)
     live = time < end
-    values = tl.program_id(2) * BV + tl.arange(0, BV)
+    values = tl.program_id(1) * BV + tl.arange(0, BV)
     o = tl.zeros([C, BV], dtype=tl.float32)
     place = ((batch * S + state) * blocks + block) * K * V
     for offset in range(0, K, BK):
@@ -238,7 +240,7 @@ def read_states(
         inside = (keys < K)[:, None] & (values < V)[None, :]
         matrix = tl.load(states + place + keys[:, None] * V + values[None, :], mask=inside, other=0.0)
         o += tl.dot(q.to(DOT), matrix.to(DOT), input_precision="ieee")
-    row = tl.program_id(1).to(tl.int64) * steps + time
+    row = which.to(tl.int64) * steps + time
     a = tl.load(scores + row[:, None] * C + rows[None, :], mask=live[:, None], other=0.0)
     v = rows_of(value, batch, state, steps, S, V, time, live, values)
     o += tl.dot(a.to(DOT), v.to(DOT), input_precision="ieee")
@@ -290,15 +292,15 @@ def value_gradients(
     DECAY: tl.constexpr, DOT: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Stores dv of one block, state and tile of values."""
-    state = tl.program_id(1) % S
-    batch = (tl.program_id(1) // S).to(tl.int64)
-    block = tl.program_id(0)
+    block, which = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    state = which % S
+    batch = (which // S).to(tl.int64)
     first = block * C
     rows = tl.arange(0, C)
     time = first + rows
     end = tl.minimum(first + C, steps)
     live = time < end
-    values = tl.program_id(2) * BV + tl.arange(0, BV)
+    values = tl.program_id(1) * BV + tl.arange(0, BV)
     of_v = tl.zeros([C, BV], dtype=tl.float32)
     place = ((batch * S + state) * blocks + block) * K * V
     for offset in range(0, K, BK):
@@ -327,15 +329,17 @@ def query_gradients(
     DOT: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Stores dq of R rows (all of a block unless DECAY is 2), one head and a tile of keys."""
-    head = tl.program_id(1) % (S * G)
-    batch, state = (tl.program_id(1) // (S * G)).to(tl.int64), head // G
-    start = tl.program_id(0) * R
+    tiles = tl.cdiv(steps, R)
+    which = tl.program_id(0) // tiles
+    head = which % (S * G)
+    batch, state = (which // (S * G)).to(tl.int64), head // G
+    start = tl.program_id(0) % tiles * R
     block = start // C
     first = block * C
     later, earlier = start + tl.arange(0, R), first + tl.arange(0, C)
     end = tl.minimum(first + C, steps)
     live = later < end
-    keys = tl.program_id(2) * BK + tl.arange(0, BK)
+    keys = tl.program_id(1) * BK + tl.arange(0, BK)
     of_q = tl.zeros([R, BK], dtype=tl.float32)
     place = ((batch * S + state) * blocks + block) * K * V
     for offset in range(0, V, BV):
@@ -344,7 +348,7 @@ def query_gradients(
         inside = (keys < K)[None, :] & (values < V)[:, None]
         matrix = tl.load(states + place + keys[None, :] * V + values[:, None], mask=inside, other=0.0)
         of_q += tl.dot(of_o.to(DOT), matrix.to(DOT), input_precision="ieee")
-    row = tl.program_id(1).to(tl.int64) * steps + later
+    row = which.to(tl.int64) * steps + later
     of_a = tl.load(of_scores + row[:, None] * C + (earlier - first)[None, :], mask=live[:, None], other=0.0)
     if DECAY == 2:
         to = gates_to(decay, batch, state, steps, S, K, start, later, end, keys, DECAY, EXCLUSIVE)
@@ -383,16 +387,18 @@ def key_gradients(
     DOT: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Stores dk of R rows (all of a block unless DECAY is 2), one state and a tile of keys."""
-    state = tl.program_id(1) % S
-    batch = (tl.program_id(1) // S).to(tl.int64)
-    start = tl.program_id(0) * R
+    tiles = tl.cdiv(steps, R)
+    which = tl.program_id(0) // tiles
+    state = which % S
+    batch = (which // S).to(tl.int64)
+    start = tl.program_id(0) % tiles * R
     block = start // C
     first = block * C
     earlier, later = start + tl.arange(0, R), first + tl.arange(0, C)
     end = tl.minimum(first + C, steps)
     behind = tl.minimum(start + R, steps)  # the step behind these rows
     live = earlier < end
-    keys = tl.program_id(2) * BK + tl.arange(0, BK)
+    keys = tl.program_id(1) * BK + tl.arange(0, BK)
     of_k = tl.zeros([R, BK], dtype=tl.float32)
     place = ((batch * S + state) * blocks + block) * K * V
     for offset in range(0, V, BV):

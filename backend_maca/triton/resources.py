@@ -49,9 +49,10 @@ _OPTIONS = ("num_warps", "num_stages")
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with the arguments of one launch, by name, and the options of its compilation."""
+    """A kernel with the grid and the arguments of one launch, by name, and the options of its compilation."""
 
     kernel: Any
+    grid: tuple[int, ...]
     arguments: Mapping[str, Any]
     options: Mapping[str, int]
 
@@ -91,7 +92,8 @@ def recorded() -> Iterator[list[Launch]]:
             def launch(*given: Any, **named: Any) -> None:
                 options = {name: named.pop(name) for name in _OPTIONS}
                 names = [p.name for p in self.kernel.params]
-                found.append(Launch(self.kernel, dict(zip(names, given, strict=False)) | named, options))
+                arguments = dict(zip(names, given, strict=False)) | named
+                found.append(Launch(self.kernel, tuple(grid), arguments, options))
 
             return launch
 

@@ -18,7 +18,7 @@ def linear_scan(
     decay, update = decay.contiguous(), update.contiguous()
     batch, steps, channels = update.shape
     h, last = torch.empty_like(update), update.new_empty(batch, channels, dtype=torch.float32)
-    kernels.scan_elements[batch, -(-channels // CHANNELS)](
+    kernels.scan_elements[(batch * -(-channels // CHANNELS),)](
         decay, update, last if state is None else state.contiguous(), h, last, steps, channels,
         LOG=log_decay, REVERSE=reverse, HAS_FIRST=state is not None, BC=CHANNELS, num_warps=WARPS, num_stages=1,
     )  # fmt: skip

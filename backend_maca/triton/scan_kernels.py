@@ -10,8 +10,9 @@ def scan_elements(
     LOG: tl.constexpr, REVERSE: tl.constexpr, HAS_FIRST: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Stores h_t = a_t h_(t-1) + update_t [B, T, C] for BC channels, one step after the other, and the last state [B, C]."""
-    batch = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    tiles = tl.cdiv(channels, BC)
+    batch = (tl.program_id(0) // tiles).to(tl.int64)
+    c = tl.program_id(0) % tiles * BC + tl.arange(0, BC)
     inside = c < channels
     h = tl.zeros([BC], dtype=tl.float32)
     if HAS_FIRST:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from spikingbrain.backend_maca.triton import resources
+from spikingbrain.backend_maca.triton import attention, recurrence, resources, scan
 from spikingbrain.backend_maca.triton.device import SHARED_BYTES
 
 
@@ -51,3 +52,17 @@ def test_launches_are_recorded_and_kernels_put_back() -> None:
     # backward: states both ways, scores and their gradients, those of v, q and k
     assert len(launches) == 1 + 3 + 7
     assert all(launch.options == {"num_warps": 4, "num_stages": 1} for launch in launches)
+
+
+def test_a_batch_of_any_size_lies_on_the_first_axis_of_grids() -> None:
+    """The other axes end at 65535."""
+    x = torch.empty(70000, 2, 2, 16, device="meta")
+    decay, state = x[..., 0], torch.empty(70000, 2, 16, 16, device="meta")
+    with resources.recorded() as launches:
+        recurrence.forward(x, x, x, decay, state, "head", False)
+        recurrence.backward(x, state, x, x, x, decay, state, "head", False)
+        scan.linear_scan(x.flatten(2), x.flatten(2), None, False, False)
+        o = attention.window_attention(x.requires_grad_(), x, x, 8)
+        o.backward(torch.empty_like(o))
+    assert {launch.kernel.__name__ for launch in launches} > {"attend_key_gradients", "pair_scores"}
+    assert all(launch.grid[0] >= 70000 and max(launch.grid[1:], default=1) == 1 for launch in launches)
