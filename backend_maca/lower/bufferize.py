@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch_mlir import ir
 
+from spikingbrain.backend_maca.lower import constants
 from spikingbrain.backend_maca.lower.launches import LAUNCH, open_launches
 from spikingbrain.backend_maca.lower.mlir import functions, nested, parse, run_passes, source_of
 from spikingbrain.errors import UnsupportedOp
@@ -25,7 +28,7 @@ def bufferize(text: str) -> str:
     state: it is updated in place.
     """
     with dialect.load() as context:
-        module = parse(text, context)
+        module, resources = parse(text, context), constants.blobs(text)
         for op in [op for function in functions(module) for op in nested(function)]:
             if op.name.startswith("spikingbrain") and op.name not in ("spikingbrain.parameter", LAUNCH):
                 raise UnsupportedOp(
@@ -40,7 +43,7 @@ def bufferize(text: str) -> str:
                     why="of this dialect, sorts, running sums and scatters have kernels here",
                 )
         for function in functions(module):
-            _take_arguments(function)
+            _take_arguments(function, resources)
             _copy_reshaped_slices(function)
         run_passes(module, ("func.func(linalg-generalize-named-ops)",))
         # only now: a pattern rewriter would fold what this writes before bufferization has seen it
@@ -57,7 +60,7 @@ def _in_body(op: ir.Operation) -> bool:
     return parent is not None
 
 
-def _take_arguments(function: ir.Operation) -> None:
+def _take_arguments(function: ir.Operation, resources: Mapping[str, str]) -> None:
     """Turns the weights and constant tensors in a function's body into arguments."""
     view, entry = function.opview, function.regions[0].blocks[0]
     attributes = [ir.DictAttr(a) for a in view.arg_attrs] if "arg_attrs" in function.attributes else []
@@ -68,14 +71,16 @@ def _take_arguments(function: ir.Operation) -> None:
             key, kind = parameters.stored(op).key, "spikingbrain.weight"
             note: ir.Attribute = ir.StringAttr.get(key)
         elif op.name == "arith.constant" and isinstance(op.results[0].type, ir.RankedTensorType):
-            key, kind, note = str(op), "spikingbrain.constant", op.attributes["value"]
-            if not isinstance(note, ir.DenseElementsAttr) or "bf16" in str(note.type):
+            key, kind = str(op), "spikingbrain.constant"
+            found = constants.dense(op.attributes["value"], resources)
+            if found is None:
                 raise UnsupportedOp(
                     f"a constant of type {op.results[0].type} cannot be stored",
                     where=source_of(op.location),
-                    why="only 'dense' elements can be read here, and not as bf16",
-                    hint="make it a spikingbrain.parameter",
+                    why="its elements cannot be read here",
+                    hint="make it a parameter or buffer of the model",
                 )
+            note = found
         else:
             continue
         if key not in weights:

@@ -182,7 +182,9 @@ class _Entry:
             record = {"role": "weight", "key": attributes["spikingbrain.weight"].value}
         elif "spikingbrain.constant" in attributes:
             elements = attributes["spikingbrain.constant"]
-            values = np.array(elements).astype(DTYPES[str(value.type.element_type)], copy=False).reshape(-1)
+            kind = DTYPES[str(value.type.element_type)]
+            stored = "int16" if kind == "bfloat16" else kind  # its bits
+            values = np.array(elements).astype(stored, copy=False).reshape(-1)
             values = values[:1] if elements.is_splat else values
             record = {"role": "constant", "data": base64.b64encode(values.tobytes()).decode()}
         self._add_buffer(value, record, lambda axis: ["dim", number, axis])
@@ -391,7 +393,7 @@ class _Entry:
         kind = op.results[0].type
         strides, offset = kind.get_strides_and_offset()
         gapless = [int(np.prod(kind.shape[axis + 1 :])) for axis in range(kind.rank)]
-        if offset or list(strides) != gapless:
+        if 0 not in kind.shape and (offset or list(strides) != gapless):
             self._refuse(op, "a kernel takes whole buffers")
         _, offsets_count, sizes_count, _ = op.attributes["operandSegmentSizes"]
         given = iter(list(op.operands)[1 + offsets_count :][:sizes_count])

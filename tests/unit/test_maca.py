@@ -286,6 +286,33 @@ def test_math_is_close_to_numpy() -> None:
     np.testing.assert_allclose(run(unary(body, "f32", "f32"), x), expected, rtol=1e-5, atol=1e-6)
 
 
+CONSTANTS = """
+func.func public @main(%x: tensor<1xi64>) -> (tensor<3xi64>, tensor<3xi1>, tensor<3xbf16>, tensor<3xbf16>) {
+  %0 = arith.constant dense_resource<a> : tensor<3xi64>
+  %1 = arith.constant dense_resource<b> : tensor<3xi1>
+  %2 = arith.constant dense_resource<c> : tensor<3xbf16>
+  %3 = arith.constant dense<-2.5> : tensor<3xbf16>
+  return %0, %1, %2, %3 : tensor<3xi64>, tensor<3xi1>, tensor<3xbf16>, tensor<3xbf16>
+}
+{-# dialect_resources: { builtin: {
+  a: "0x08000000010000000000000002000000000000000300000000000080",
+  b: "0x01000000010001",
+  c: "0x02000000803F40C00000"
+} } #-}"""
+
+
+@needs_cxx
+def test_constants_of_every_form_are_read() -> None:
+    program = load(compile_text(CONSTANTS))
+    numbers, flags, halves, same = program.call("main", [np.zeros(1, np.int64)])
+    np.testing.assert_array_equal(numbers, [1, 2, 3 - 2**63])
+    np.testing.assert_array_equal(flags, [True, False, True])
+    np.testing.assert_array_equal(halves, np.uint16([0x3F80, 0xC040, 0]))
+    np.testing.assert_array_equal(same, np.uint16([0xC020] * 3))
+    with pytest.raises(UnsupportedOp, match="a constant of type tensor<3xi64> cannot be stored"):
+        compile_text(CONSTANTS.split("{-#")[0])
+
+
 @needs_cxx
 def test_constant_tensors_travel_in_the_plan() -> None:
     text = """
