@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from torch_mlir import ir
@@ -49,11 +50,13 @@ def dense(note: ir.Attribute, resources: Mapping[str, str]) -> ir.DenseElementsA
     return _made(np.full(kind.shape, bits, np.uint32).astype(np.uint16).view(np.int16), kind.element_type)
 
 
-def _made(values: np.ndarray, element: ir.Type) -> ir.DenseElementsAttr:
+def _made(values: np.ndarray[Any, Any], element: ir.Type) -> ir.DenseElementsAttr:
     shape = list(values.shape)
     if str(element) == "bf16":
         element = ir.IntegerType.get_signless(16)
     if str(element) == "i1":  # how bits lie in a buffer is MLIR's affair
         flags = [ir.IntegerAttr.get(element, int(v)) for v in values.reshape(-1)]
-        return ir.DenseElementsAttr.get(flags, ir.RankedTensorType.get(shape, element))
+        return ir.DenseElementsAttr.get(
+            flags, ir.RankedTensorType.get(shape, element, loc=ir.Location.unknown())
+        )
     return ir.DenseElementsAttr.get(np.ascontiguousarray(values), type=element, shape=shape)
