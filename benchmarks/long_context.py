@@ -1,4 +1,4 @@
-"""SpikingBrain-1B over long texts: time per token and memory against the tokens before it, and the time to the first token.
+"""SpikingBrain-1B over long texts: time per token and memory against the tokens before it.
 
     python benchmarks/long_context.py --folder DIR             # keeps the artifacts there, made at the first run
     python benchmarks/long_context.py --folder DIR --draw FILE # .png or .svg, needs matplotlib
@@ -30,7 +30,7 @@ TWIN, CAPACITY = (
     (1_000, 4_000, 8_000, 16_000, 32_000),
     32_768,
 )  # positions of full attention; tokens its cache holds
-PROMPTS, BLOCK = (512, 1024, 2048), 512
+BLOCK = 512  # tokens of one call of prefill
 OURS = {"int8": ("1b", 8), "int4": ("1b", 4)}
 LLAMA = (1_000, 4_000, 16_000, 64_000, 128_000, 256_000)
 READ = np.ones(1 << 26, np.int64)
@@ -76,19 +76,6 @@ def decode_times(candidates: dict[tuple[str, int], tuple[Any, Any]], rounds: int
     return times
 
 
-def first_token_times(made: spikingbrain.Program) -> dict[int, float]:
-    """Returns seconds from an empty state to the first logits, the prompt fed block by block."""
-    tokens = np.random.default_rng(0).integers(0, 100_000, (1, max(PROMPTS)))
-    found = {}
-    for length in PROMPTS:
-        state = made.new_state()
-        found[length] = sum(
-            timed(lambda i=i, s=state: made.prefill(tokens[:, i : i + BLOCK], state=s))
-            for i in range(0, length, BLOCK)
-        )
-    return found
-
-
 def llama_cpp_rows(python: str, folder: Path, cache: str, rounds: int, int4: Any) -> list[dict[str, Any]]:
     """Returns points of llama.cpp, each measured in turns with a token of ours."""
     file = folder / "1b-Llama-Q4_0.gguf"
@@ -113,13 +100,13 @@ def llama_cpp_rows(python: str, folder: Path, cache: str, rounds: int, int4: Any
     return rows
 
 
-def draw(file: Path, rows: list[dict[str, Any]], floors: dict[str, float], line: Any, first: Any) -> None:
+def draw(file: Path, rows: list[dict[str, Any]], floors: dict[str, float], line: Any) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     longest = np.geomspace(POSITIONS[0], POSITIONS[-1], 50)
     colours = {"int8": "tab:blue", "int4": "tab:green", "twin": "tab:red", "llama.cpp": "tab:gray"}
     labels = {"twin": "full attention, int4", "llama.cpp": "llama.cpp, Llama in Q4_0"}
@@ -130,30 +117,23 @@ def draw(file: Path, rows: list[dict[str, Any]], floors: dict[str, float], line:
         label = labels.get(name, f"SpikingBrain, {name}")
         x = [r["position"] for r in mine]
         left.plot(x, [r["ms"] for r in mine], "o", color=colour, label=label)
-        middle.plot(x, [r["gb"] for r in mine], "o", color=colour, label=label)
+        right.plot(x, [r["gb"] for r in mine], "o", color=colour, label=label)
         if name != "twin":
             left.plot(x, [r["ms"] for r in mine], color=colour, alpha=0.5)
             if name in floors:
                 left.axhline(
                     floors[name], color=colour, ls=":", lw=1, label=f"{name}: bytes read / read bandwidth"
                 )
-            middle.plot(x, [r["gb"] for r in mine], color=colour, alpha=0.5)
-    for axis, fit in ((left, line["ms"]), (middle, line["gb"])):
+            right.plot(x, [r["gb"] for r in mine], color=colour, alpha=0.5)
+    for axis, fit in ((left, line["ms"]), (right, line["gb"])):
         axis.plot(
             longest, np.polyval(fit, longest), "--", color=colours["twin"], label="line through its points"
         )
         axis.set(xscale="log", yscale="log", xlabel="tokens before")
         axis.legend(fontsize=8)
     left.set(ylabel="ms per token", title="decode, one thread")
-    middle.set(ylabel="GB of weights and state", title="memory")
-    for name, times in first.items():
-        right.plot(
-            list(times), list(times.values()), "o-", color=colours[name], label=f"SpikingBrain, {name}"
-        )
-    right.set(xlabel="tokens of the prompt", ylabel="seconds", title=f"first token, in blocks of {BLOCK}")
-    right.set_ylim(0)
-    right.legend(fontsize=8)
-    for axis in (left, middle, right):
+    right.set(ylabel="GB of weights and state", title="memory")
+    for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.suptitle("1.2 billion random weights: speed and memory only")
     figure.savefig(file, dpi=110)
@@ -207,13 +187,9 @@ def main() -> None:
             )
     if args.llama:
         rows += llama_cpp_rows(args.llama, args.folder, args.cache, args.rounds, ours["int4"])
-    first = {name: first_token_times(p) for name, p in ours.items()}
-    for name, found in first.items():
-        told = ", ".join(f"{n}: {s:.1f} s" for n, s in found.items())
-        print(f"{name:5} first token after a prompt of {told}")
     if args.draw:
         floors = {name: sum(sizes[name]) / bandwidth * 1e3 for name in ours}
-        draw(args.draw, rows, floors, line, first)
+        draw(args.draw, rows, floors, line)
         print(f"drawn: {args.draw}")
 
 
