@@ -9,6 +9,7 @@ times longer the dense form takes, the median over rounds. Both forms' results a
     python benchmarks/spike_events.py --model
 
 A stack of feed-forward blocks of squared ReLU, its weights random, compiled by torch.compile before and after `measure_silence`.
+With `--experts`, each block is a mixture of 8, of which a token takes 4.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import nn
 
 from spikingbrain.backend_iree import targets
 from spikingbrain.models import spiking
+from spikingbrain.models.spikingbrain.experts import ExpertLinear
 from spikingbrain.target import Target
 
 
@@ -71,16 +73,33 @@ class Block(nn.Module):
         return x + self.down(torch.relu(self.up(self.norm(x))).square())
 
 
+class ExpertBlock(nn.Module):
+    """The same of experts, drawn for each token."""
+
+    def __init__(self, size: int = 1024, hidden: int = 4096, experts: int = 8, chosen: int = 4) -> None:
+        super().__init__()
+        self.size, self.chosen = size, chosen
+        self.norm, self.router = nn.RMSNorm(size), nn.Linear(size, experts)
+        self.up, self.down = ExpertLinear(experts, size, hidden), ExpertLinear(experts, hidden, size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x_ME = self.norm(x).repeat_interleave(self.chosen, 0)
+        expert_M = self.router(x).topk(self.chosen).indices.flatten()
+        y_ME = self.down(torch.relu(self.up(x_ME, expert_M) - 0.7).square(), expert_M)
+        return x + y_ME.unflatten(0, (-1, self.chosen)).sum(1)
+
+
 @torch.no_grad()
-def compare_model(settings: argparse.Namespace, blocks: int = 6) -> str:
+def compare_model(settings: argparse.Namespace) -> str:
     """Returns the line of a whole model, whose weights are larger than the last cache."""
     torch.manual_seed(0)
-    model = nn.Sequential(*[Block() for _ in range(blocks)]).eval()
+    blocks, kind, size = (4, ExpertBlock, 1024) if settings.experts else (6, Block, 2048)
+    model = nn.Sequential(*[kind() for _ in range(blocks)]).eval()
     spiking.spike(model, group_size=None)
-    x = torch.randn(1, 2048)
+    x = torch.randn(1, size)
     calls, results = {}, []
     for form in ("dense", "events"):
-        shares = spiking.measure_silence(model, [torch.randn(64, 2048)]) if form == "events" else {}
+        shares = spiking.measure_silence(model, [torch.randn(64, size)]) if form == "events" else {}
         torch._dynamo.reset()
         call = torch.compile(copy.deepcopy(model), backend="spikingbrain")
         results.append(call(x))
@@ -90,7 +109,7 @@ def compare_model(settings: argparse.Namespace, blocks: int = 6) -> str:
     hidden = np.mean([share for name, share in shares.items() if name.endswith("down")])
     dense, events = (min(times[form]) * 1e3 for form in calls)
     return (
-        f"{blocks} blocks 2048 - 8192 - 2048, 1 row, {hidden:.0%} of hidden channels silent:"
+        f"{blocks} blocks {size} - {4 * size} - {size}, 1 row, {hidden:.0%} of hidden channels silent:"
         f" dense {dense:.2f} ms, events {events:.2f} ms, {ratio(times['dense'], times['events']):.2f}x"
     )
 
@@ -107,10 +126,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--target", default="cpu", help="of another instruction set, e.g. x86-64-v3")
     parser.add_argument("--model", action="store_true", help="the stack of blocks, compiled by torch.compile")
+    parser.add_argument("--experts", action="store_true", help="the stack of mixtures")
     settings = parser.parse_args()
     keep_memory()
     torch.set_num_threads(1)
-    if settings.model:
+    if settings.model or settings.experts:
         print(compare_model(settings))
         return
     target = targets.known()[settings.target].target

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 import spikingbrain.frontend.ops  # noqa: F401  (registers the op)
 from spikingbrain.frontend.checks import user_line
 from spikingbrain.frontend.recurrences.emit import Emitter
+from spikingbrain.passes.spike_forms import form
 
 aten = torch.ops.aten
 _GROUPED = torch.ops.spikingbrain.grouped_linear.default
@@ -36,6 +37,8 @@ class ExpertReport:
         where: the user's line.
         reason: what it was recognised as, or why it was not.
         experts, inputs, outputs: its sizes, 0 where unknown.
+        silent: of spiking experts, the share of counts that are 0, 0 where nobody has measured it.
+        form: how a CPU computes few rows of spiking experts: "dense", all channels, or "events", those that fire.
     """
 
     status: str
@@ -45,9 +48,14 @@ class ExpertReport:
     experts: int = 0
     inputs: int = 0
     outputs: int = 0
+    silent: float = 0.0
+
+    @property
+    def form(self) -> str:
+        return form(self.silent) if self.op == "spike_grouped_linear" else ""
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "form": self.form}
 
 
 class _NotGrouped(Exception):
@@ -129,15 +137,19 @@ def note_spiking(graph: fx.Graph, weights: Mapping[fx.Node, Tensor]) -> list[Exp
     """Returns what a graph whose ``weights`` are fixed calls by the spiking op; codes that fit 4 bits are given 4."""
     reports = []
     for node in graph.find_nodes(op="call_function", target=_SPIKING):
-        codes = node.args[2]
+        names = [argument.name for argument in node.target._schema.arguments]
+        given = dict(zip(names, node.args, strict=False)) | node.kwargs
+        codes, bits, silent = given["weight"], 8, float(given.get("silent", 0.0))
         if codes in weights and weights[codes].numel():
             low, high = weights[codes].aminmax()
-            node.args = (*node.args[:5], 4 if -8 <= int(low) <= int(high) < 8 else 8)
+            bits = 4 if -8 <= int(low) <= int(high) < 8 else 8
+        node.args, node.kwargs = (*(given[name] for name in names[:5]), bits, silent), {}
         experts, outputs, inputs = codes.meta["val"].shape
         where = str(user_line(node) or "")
-        reason = "a spiking layer of this package"
+        way = ", added for the channels that fire" if form(silent) == "events" else ""
+        reason = "a spiking layer of this package" + way
         reports.append(
-            ExpertReport("raised", "spike_grouped_linear", where, reason, experts, inputs, outputs)
+            ExpertReport("raised", "spike_grouped_linear", where, reason, experts, inputs, outputs, silent)
         )
     return reports
 

@@ -6,6 +6,7 @@ from torch_mlir import ir
 from torch_mlir.dialects import ext
 
 from spikingbrain.passes.dialect_base import SpikingBrain, after_declaration, fail, fits, shape
+from spikingbrain.passes.dialect_spikes import silent_share
 
 
 class GroupedLinear(SpikingBrain.Operation, name="grouped_linear", traits=[ext.Pure]):
@@ -53,7 +54,7 @@ class SpikeGroupedLinear(SpikingBrain.Operation, name="spike_grouped_linear", tr
 
     ``y[r, o] = threshold[r] * sum_g scale[e, o, g] * f32(sum_(k in group g) counts[r, k] * weight[e, o, k])`` with
     ``e = expert[r]``: the choice is that of ``grouped_linear``, the sums are those of ``spike_linear``. Codes lie in -8 .. 7 with
-    ``bits = 4`` and in -128 .. 127 with 8, both in an i8 weight.
+    ``bits = 4`` and in -128 .. 127 with 8, both in an i8 weight. ``silent`` is that of ``spike_linear``.
 
         %y = "spikingbrain.spike_grouped_linear"(%counts, %threshold, %w, %scale, %expert) {bits = 8 : i64}
                : (tensor<?x576xf32>, tensor<?xf32>, tensor<16x960x576xi8>, tensor<16x960x9xf32>,
@@ -75,6 +76,8 @@ class SpikeGroupedLinear(SpikingBrain.Operation, name="spike_grouped_linear", tr
         elements = [str(v.type.element_type) for v in values]
         if elements != ["f32", "f32", "i8", "f32", "i64", "f32"]:
             return fail(op.operation, f"takes f32, f32, i8, f32 and i64 and returns f32, got {elements}")
+        if not 0 <= silent_share(op.operation) <= 1:
+            return fail(op.operation, f"silent is a share, 0 to 1, got {silent_share(op.operation)}")
         if op.bits.value not in (4, 8):
             return fail(op.operation, f"a weight of i8 has no codes of {op.bits.value} bits")
         counts, threshold, w, scale, expert, y = map(shape, values)

@@ -108,5 +108,5 @@ class SpikeLinear(SpikingBrain.Operation, name="spike_linear", traits=[ext.Pure]
 
 
 def silent_share(op: ir.Operation) -> float:
-    """Returns the measured share of a ``spike_linear``'s counts that are 0; 0 where nobody measured it."""
+    """Returns the measured share of a product's counts that are 0; 0 where nobody measured it."""
     return float(op.attributes["silent"].value) if "silent" in op.attributes else 0.0

@@ -41,14 +41,16 @@ class RaiseGroupedLinear:
 
 
 def _refusal(op: ir.Operation) -> str:
-    *tensors, setting = op.operands
+    floats = op.attributes["name"].value == _FLOATS
+    tensors = op.operands[: 3 if floats else 5]
+    settings = op.operands[len(tensors) :]
     expert = tensors[-1]
-    weights = tensors[1:2] if op.attributes["name"].value == _FLOATS else tensors[2:4]
+    weights = tensors[1:2] if floats else tensors[2:4]
     if any(-1 in (torch_ir.shape(weight) or [-1]) for weight in weights):
         return "weights of unknown size"
     if torch_ir.element_type(expert) != "si64":
         return f"experts of {torch_ir.element_type(expert)}; only int64 is raised"
-    if torch_ir.constant(setting) is None:
+    if any(torch_ir.constant(setting) is None for setting in settings):
         return "an argument that is not constant"
     return ""
 
@@ -64,10 +66,12 @@ def _floats(operands: list[ir.Value], type_: ir.Type) -> ir.Value:
 
 
 def _spikes(operands: list[ir.Value], type_: ir.Type) -> ir.Value:
-    counts, threshold, weight, scale, expert, bits = operands
+    counts, threshold, weight, scale, expert, bits, silent = operands
     operands = [to_builtin(counts), to_builtin(threshold), _plain(weight), _plain(scale), to_builtin(expert)]
-    width = {"bits": _number(torch_ir.constant(bits))}
-    return ir.Operation.create("spikingbrain.spike_grouped_linear", [type_], operands, width).result
+    attributes: dict[str, ir.Attribute] = {"bits": _number(torch_ir.constant(bits))}
+    if share := torch_ir.constant(silent):
+        attributes["silent"] = ir.FloatAttr.get(ir.F64Type.get(), float(share))
+    return ir.Operation.create("spikingbrain.spike_grouped_linear", [type_], operands, attributes).result
 
 
 def _number(value: int | float | None) -> ir.IntegerAttr:

@@ -69,8 +69,7 @@ class SpikeToInt:
                 else:
                     y = _kernel(op, dot, context.target, encoded)
             op.results[0].replace_all_uses_with(y)
-            way = f"kernel of events, {silent_share(op):.0%} silent" if by_channel else "kernel"
-            context.record(self, "lowered", op, f"linalg: {reason}" if reason else way)
+            context.record(self, "lowered", op, f"linalg: {reason}" if reason else _kind(op, by_channel))
             stored = [parameters.parameter(value) for value in op.operands]
             if dot and not reason and not by_channel:
                 packed |= {parameters.stored(p).key: dot for p in stored[2:4] if p}
@@ -80,7 +79,8 @@ class SpikeToInt:
         routings: dict[int, Routings] = {}  # by block
         tiles: dict[int, Tiles] = {}
         for op in torch_ir.operations(module, "spikingbrain.spike_grouped_linear"):
-            dot = _choose(context.target, op.attributes["bits"].value)
+            by_channel = form(silent_share(op)) == "events" and not context.target.wave_kernels
+            dot = _choose(context.target, op.attributes["bits"].value, by_channel)
             reason = _refusal(op, dot)
             if isinstance(dot, Codes) and not reason:
                 reason = refusal_of_experts(ir.RankedTensorType(op.operands[2].type).shape[0])
@@ -95,7 +95,7 @@ class SpikeToInt:
                     known = routings.setdefault(block, {})
                     y = _grouped_kernel(op, dot, context.target, encoded, known)
             op.results[0].replace_all_uses_with(y)
-            context.record(self, "lowered", op, "kernel")
+            context.record(self, "lowered", op, _kind(op, by_channel))
             stored = [parameters.parameter(value) for value in op.operands]
             op.erase()
             for parameter in {hash(p): p for p in stored if p}.values():
@@ -123,6 +123,10 @@ def _choose(target: Target, bits: int, by_channel: bool = False) -> Dot | Codes 
     if target.wave_kernels:
         return Codes(bits)
     return (choose_by_channel if by_channel else choose)(target, bits)
+
+
+def _kind(op: ir.Operation, by_channel: bool) -> str:
+    return f"kernel of events, {silent_share(op):.0%} silent" if by_channel else "kernel"
 
 
 def _erase_unused(parameter: ir.Operation) -> None:
@@ -256,10 +260,11 @@ def _grouped_kernel(
     groups = ir.RankedTensorType(scale.type).shape[2]
     encode = torch_ir.defining(counts)
     assert encode is not None
-    spikes, cut = _encoded(encode, dot, channels, groups, False, encoded)
-    m = ir.RankedTensorType(spikes.x.type).shape[0]
-    rows = None if m == ir.ShapedType.get_dynamic_size() else m
-    shape = grouped.Shape(cut, columns, Routing(experts, rows))
+    m = ir.RankedTensorType(encode.operands[0].type).shape[0]
+    routing = Routing(experts, None if m == ir.ShapedType.get_dynamic_size() else m)
+    events = isinstance(dot, ChannelDot) and routing.has_few_rows
+    spikes, cut = _encoded(encode, dot, channels, groups, events, encoded)
+    shape = grouped.Shape(cut, columns, routing)
     stored = zip((weight, scale), grouped.recipes(dot), shape.stored(dot), strict=True)
     codes, scales = (_with_steps(value, steps, type_) for value, steps, type_ in stored)
     return grouped.emit_spike_grouped_linear(spikes, codes, scales, expert, dot, shape, target, routings)

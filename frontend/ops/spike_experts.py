@@ -12,12 +12,19 @@ from spikingbrain.models import spiking
 
 @torch.library.custom_op("spikingbrain::spike_grouped_linear", mutates_args=())
 def spike_grouped_linear(
-    counts: Tensor, threshold: Tensor, weight: Tensor, scale: Tensor, expert: Tensor, bits: int = 8
+    counts: Tensor,
+    threshold: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    expert: Tensor,
+    bits: int = 8,
+    silent: float = 0.0,
 ) -> Tensor:
     """Returns y [R, O]: threshold * (sum over groups of scale * (exact sum of counts * codes)) of each row's expert.
 
     counts [R, C] and threshold [R] are those of `spike_encode`; weight [N, O, C] int8 holds codes of ``bits`` bits, scale is
-    [N, O, G]; expert [R] int64 counts from the end where it is negative. There is no gradient.
+    [N, O, G]; expert [R] int64 counts from the end where it is negative. There is no gradient. ``silent`` is that of
+    `spike_linear`: no result depends on it.
 
     Raises:
         ShapeError: shapes or dtypes do not fit each other, or a code does not fit ``bits``.
@@ -42,7 +49,13 @@ def spike_grouped_linear(
 
 @spike_grouped_linear.register_fake
 def _(
-    counts: Tensor, threshold: Tensor, weight: Tensor, scale: Tensor, expert: Tensor, bits: int = 8
+    counts: Tensor,
+    threshold: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    expert: Tensor,
+    bits: int = 8,
+    silent: float = 0.0,
 ) -> Tensor:
     _check(counts, threshold, weight, scale, expert, bits)
     return counts.new_empty(counts.shape[0], weight.shape[1])

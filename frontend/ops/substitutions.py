@@ -77,13 +77,22 @@ def adaptive_spike_linear(
 
 
 def adaptive_spike_experts(
-    x: Tensor, codes: Tensor, scale: Tensor, expert: Tensor, k: float, lower: float, upper: float
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    expert: Tensor,
+    k: float,
+    lower: float,
+    upper: float,
+    silent: float = 0.0,
 ) -> Tensor:
     """Calls `spike_encode` and `spike_grouped_linear`; where gradients may be asked for, what the layer computes without them."""
     if x.dtype != torch.float32 or x.requires_grad:
         return experts.gathering_spike_experts(x, codes, scale, expert, k, lower, upper)
     counts, threshold = torch.ops.spikingbrain.spike_encode(x, k, lower, upper)
-    y: Tensor = torch.ops.spikingbrain.spike_grouped_linear(counts, threshold, codes, scale, expert)
+    y: Tensor = torch.ops.spikingbrain.spike_grouped_linear(
+        counts, threshold, codes, scale, expert, silent=silent
+    )
     return y
 
 

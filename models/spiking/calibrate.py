@@ -12,7 +12,7 @@ threshold of all others, and those with large weights finer. The number of spike
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from spikingbrain.models.spiking.errors import SpikingError
 from spikingbrain.models.spiking.threshold import threshold
+from spikingbrain.models.spikingbrain.experts import ExpertLinear
 
 
 @dataclass
 class Observed:
-    """What a layer has seen: the summed size of each channel, float64 [C], over so many tokens."""
+    """What layers of one input have seen: the summed size of each channel, float64 [C], over so many tokens."""
 
     sizes: Tensor
     tokens: int
@@ -35,24 +36,34 @@ class Observed:
         return self.sizes / max(self.tokens, 1)
 
 
-def observe(model: nn.Module, layers: Mapping[str, nn.Linear], calls: Iterable[Any]) -> dict[str, Observed]:
+def observe(
+    model: nn.Module, layers: Mapping[str, nn.Linear | ExpertLinear], calls: Iterable[Any]
+) -> dict[str, Observed]:
     """Returns what the inputs of ``layers`` were, by name, when ``model`` was called with each of ``calls``.
 
-    A call is a tuple of arguments, or the only one.
+    A call is a tuple of arguments, or the only one. Layers that are given the same tensor share what is returned.
     """
-    found = {
-        name: Observed(layer.weight.new_zeros(layer.in_features, dtype=torch.float64), 0)
-        for name, layer in layers.items()
-    }
+    found: dict[str, Observed] = {}
+    leads: dict[str, Observed] = {}  # of the layers that count their input
+    last: tuple[Tensor | None, Observed | None] = None, None
 
-    def see(name: str, x: Tensor) -> None:
-        x = x.flatten(0, -2)
-        found[name].sizes += x.abs().sum(0, dtype=torch.float64)
-        found[name].tokens += x.shape[0]
+    def see(name: str, x: Tensor, *_: Tensor) -> None:
+        nonlocal last
+        if name not in found:
+            if x is last[0] and last[1] is not None:
+                found[name] = last[1]
+            else:
+                found[name] = leads[name] = Observed(x.new_zeros(x.shape[-1], dtype=torch.float64), 0)
+        if name in leads:
+            rows = x.flatten(0, -2)
+            leads[name].sizes += rows.abs().sum(0, dtype=torch.float64)
+            leads[name].tokens += len(rows)
+            last = x, leads[name]
 
     watch_inputs(model, layers, calls, see)
-    for name, seen in found.items():
-        check_seen(name, seen.tokens, seen.sizes)
+    for name in layers:
+        seen = found.get(name)
+        check_seen(name, seen.tokens if seen else 0, seen.sizes if seen else torch.zeros(1))
     return found
 
 
@@ -78,12 +89,15 @@ def watch_inputs(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     calls: Iterable[Any],
-    see: Callable[[str, Tensor], None],
+    see: Callable[..., None],
 ) -> None:
-    """Calls ``model`` with each of ``calls`` and shows ``see`` the input of each layer, with its name, before the layer runs."""
+    """Calls ``model`` with each of ``calls`` and shows ``see`` the input of each layer, with its name, before the layer runs.
+
+    ``see`` is given the name, the input, and of a layer of experts also the number of each row's expert.
+    """
 
     def watch(name: str) -> Any:
-        return lambda _, args: see(name, args[0])
+        return lambda _, args: see(name, *args)
 
     handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
     try:
@@ -105,12 +119,27 @@ def check_seen(name: str, tokens: int, sums: Tensor) -> None:
         )
 
 
-def channel_scale(observed: Observed, weight: Tensor) -> Tensor:
-    """Returns r [C], float32, for a layer of ``weight`` [N, C]; its geometric mean is 1.
+def channel_scales(
+    observed: Mapping[str, Observed], layers: Mapping[str, nn.Linear | ExpertLinear]
+) -> dict[str, Tensor]:
+    """Returns r [C] of each layer, by name; layers of one input have one, so that it fires once for all of them."""
+    sharers: dict[int, list[str]] = {}
+    for name, seen in observed.items():
+        sharers.setdefault(id(seen), []).append(name)
+    scales: dict[str, Tensor] = {}
+    for names in sharers.values():
+        weights = [layers[name].weight.detach().flatten(0, -2) for name in names]
+        scales |= dict.fromkeys(names, channel_scale(observed[names[0]], weights))
+    return scales
+
+
+def channel_scale(observed: Observed, weights: Sequence[Tensor]) -> Tensor:
+    """Returns r [C], float32, for layers of ``weights`` [N, C] that share their input; its geometric mean is 1.
 
     Channels that were never seen, or have no weights, count as if they were a millionth of the largest.
     """
-    sizes, norms = observed.mean.to(weight.device), torch.linalg.vector_norm(weight.double(), dim=0)
+    norms = torch.stack([torch.linalg.vector_norm(weight.double(), dim=0) for weight in weights]).norm(dim=0)
+    sizes = observed.mean.to(norms.device)
     sizes = sizes.clamp(min=max(float(sizes.max()) * 1e-6, 1e-30))
     norms = norms.clamp(min=max(float(norms.max()) * 1e-6, 1e-30))
     log: Tensor = (2 * norms.log() - sizes.log()) / 3

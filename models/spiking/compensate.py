@@ -23,10 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from spikingbrain.models.spiking.calibrate import check_seen, watch_inputs
-from spikingbrain.models.spiking.quantise import quantise_weight, weight_scale
+from spikingbrain.models.spiking.quantise import quantise_weight, weight_codes, weight_scale
+from spikingbrain.models.spikingbrain.experts import ExpertLinear
 
 DAMPING = 0.01  # of the mean size of a channel's square, added to each: what few tokens say is uncertain
 MEMORY = 4 << 30  # bytes of what is gathered in one pass over the calls; a larger model takes several
+ROWS = 4  # rows for each channel that an expert must have seen: with fewer, what they tell is mostly chance
 BLOCK = 128  # channels rounded before their errors reach the rest
 Spikes = Callable[[str, Tensor], Tensor]
 
@@ -38,6 +40,11 @@ class Products:
     spikes: Tensor
     errors: Tensor
     tokens: int = 0
+
+    @classmethod
+    def none(cls, channels: int, device: torch.device) -> Products:
+        zeros = torch.zeros(channels, channels, dtype=torch.float64, device=device)
+        return cls(zeros, zeros.clone())
 
     def add(self, x: Tensor, told: Tensor) -> None:
         self.spikes += told.mT @ told
@@ -55,13 +62,14 @@ class Products:
 class Compensation:
     """What ``layers`` of ``model`` see in ``calls``, gathered when it is asked for, several layers in a pass.
 
-    ``spikes`` gives what the input x [tokens, C] of a layer, by name, is rounded to.
+    ``spikes`` gives what the input x [tokens, C] of a layer, by name, is rounded to; the same for layers that share an input.
+    Of layers of experts, each expert has sums of its own, over the rows that are sent to it.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        layers: Mapping[str, nn.Linear],
+        layers: Mapping[str, nn.Linear | ExpertLinear],
         calls: Iterable[Any],
         spikes: Spikes,
         damping: float = DAMPING,
@@ -70,36 +78,66 @@ class Compensation:
         self.model, self.layers, self.calls, self.spikes = model, dict(layers), list(calls), spikes
         self.damping, self.memory = damping, memory
         self.waiting = list(layers)
-        self.found: dict[str, Products] = {}
+        self.found: dict[str, list[Products]] = {}
 
-    def products(self, name: str) -> Products:
-        """Returns the sums of a layer. Layers are asked for in their order: those before are forgotten."""
+    def products(self, name: str) -> list[Products]:
+        """Returns the sums of a layer, one, or one for each expert.
+
+        Layers are asked for in their order: those before are forgotten.
+        """
         if name not in self.found:
             self.waiting = self.waiting[self.waiting.index(name) :]
             self._gather()
         return self.found[name]
 
+    def unfitted(self, name: str) -> list[int]:
+        """Returns the experts of a layer that keep their weights: too few rows were sent to them to tell others."""
+        if isinstance(self.layers[name], nn.Linear):
+            return []
+        return [e for e, seen in enumerate(self.products(name)) if seen.tokens < ROWS * len(seen.spikes)]
+
     def weight(self, name: str) -> Tensor:
-        """Returns W' [N, C] of a layer, in the dtype of its weights."""
-        weight, seen = self.layers[name].weight.detach(), self.products(name)
-        change: Tensor = torch.linalg.solve(seen.damped(self.damping), seen.errors.mT).mT
-        return weight + (weight.double() @ change).to(weight.dtype)
+        """Returns W' of a layer, [N, C] or [experts, N, C], in the dtype of its weights."""
+        stack = self._stack(name)
+        kept = self.unfitted(name)
+        fitted = [
+            weight if e in kept else self._fitted(weight, seen)
+            for e, (weight, seen) in enumerate(zip(stack, self.products(name), strict=True))
+        ]
+        return torch.stack(fitted).view_as(self.layers[name].weight)
 
     def rounded(
         self, name: str, group_size: int | None, bits: int, channels: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Returns W' of a layer, divided by ``channels`` [C], as codes [N, C] and scales [N, G]."""
+        """Returns W' of a layer, divided by ``channels`` [C], as codes [..., N, C] and scales [..., N, G]."""
         weight = self.weight(name)
         if channels is not None:
             weight = weight / channels
+        shape = weight.shape[:-1]
         if bits > 4:  # the error of rounding to 8 bits is a hundredth of that of x
-            return quantise_weight(weight, group_size, bits)
-        products = self.products(name).damped(self.damping)
-        if channels is not None:
-            products = products * torch.outer(channels, channels)
-        scale = weight_scale(weight, group_size, bits)
-        codes = rounded_together(weight, scale, products, 2 ** (bits - 1) - 1)
-        return codes.to(torch.int8), scale
+            codes, scale = quantise_weight(weight.flatten(0, -2), group_size, bits)
+            return codes.view(*shape, -1), scale.view(*shape, -1)
+        kept = self.unfitted(name)
+        scale = weight_scale(weight.flatten(0, -2), group_size, bits).view(*shape, -1)
+        stacks = (t.view(-1, *t.shape[-2:]) for t in (weight, scale))
+        each = []
+        for e, (one, scales, seen) in enumerate(zip(*stacks, self.products(name), strict=True)):
+            if e in kept:
+                each.append(weight_codes(one, scales))
+                continue
+            products = seen.damped(self.damping)
+            if channels is not None:
+                products = products * torch.outer(channels, channels)
+            each.append(rounded_together(one, scales, products, 2 ** (bits - 1) - 1))
+        return torch.stack(each).view(*shape, -1).to(torch.int8), scale
+
+    def _stack(self, name: str) -> Tensor:
+        weight = self.layers[name].weight.detach()
+        return weight.view(-1, *weight.shape[-2:])
+
+    def _fitted(self, weight: Tensor, seen: Products) -> Tensor:
+        change: Tensor = torch.linalg.solve(seen.damped(self.damping), seen.errors.mT).mT
+        return weight + (weight.double() @ change).to(weight.dtype)
 
     def _gather(self) -> None:
         """Calls the model and keeps what the next layers see, as many as fit; layers that share an input share the sums."""
@@ -107,32 +145,41 @@ class Compensation:
         asked: list[str] = []
         room = self.memory
         for name in self.waiting:
-            room -= 16 * self.layers[name].in_features ** 2
+            experts, _, channels = self._stack(name).shape
+            room -= 16 * experts * channels**2
             if asked and room < 0:
                 break
             asked.append(name)
         self.waiting = self.waiting[len(asked) :]
-        last: tuple[Tensor | None, Products | None] = None, None
+        last: tuple[Tensor | None, list[Products]] = None, []
         leads: set[str] = set()
 
-        def see(name: str, x: Tensor) -> None:
+        def see(name: str, x: Tensor, expert: Tensor | None = None) -> None:
             nonlocal last
             if name not in self.found:
-                if x is last[0] and last[1] is not None:
+                if x is last[0]:
                     self.found[name] = last[1]  # of the layer before, which counts the tokens
                     return
-                none = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64, device=x.device)
-                self.found[name] = Products(none, none.clone())
+                experts, _, channels = self._stack(name).shape
+                self.found[name] = [Products.none(channels, x.device) for _ in range(experts)]
                 leads.add(name)
-            if name in leads:
-                flat = x.flatten(0, -2).float()
-                self.found[name].add(flat, self.spikes(name, flat))
-                last = x, self.found[name]
+            if name not in leads:
+                return
+            flat = x.flatten(0, -2).float()
+            told = self.spikes(name, flat)
+            if expert is None:
+                self.found[name][0].add(flat, told)
+            else:
+                for e in sorted(set(expert.tolist())):
+                    self.found[name][e].add(flat[expert == e], told[expert == e])
+            last = x, self.found[name]
 
         watch_inputs(self.model, {name: self.layers[name] for name in asked}, self.calls, see)
         for name in asked:
-            seen = self.found.get(name)
-            check_seen(name, seen.tokens if seen else 0, seen.errors if seen else torch.zeros(1))
+            seen = self.found.get(name, [])
+            check_seen(
+                name, sum(s.tokens for s in seen), sum((s.errors.sum() for s in seen), torch.zeros(()))
+            )
 
 
 def rounded_together(weight: Tensor, scale: Tensor, products: Tensor, largest: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spikingbrain.models.embedding import TiedEmbedding
-from spikingbrain.models.spiking.calibrate import channel_scale, mean_thresholds, observe
+from spikingbrain.models.spiking.calibrate import channel_scales, mean_thresholds, observe
 from spikingbrain.models.spiking.codings import Budget
 from spikingbrain.models.spiking.compensate import Compensation
 from spikingbrain.models.spiking.embedding import SpikeEmbedding
@@ -51,6 +51,7 @@ class SpikeReport:
         replaced: the layers that spike.
         tables: embeddings, other than those that are heads, whose vectors are integers.
         kept: the linear layers that do not, each with the reason.
+        unfitted: layers of experts, and which of these saw too few rows in calibration to change their weights.
     """
 
     k: float
@@ -61,6 +62,7 @@ class SpikeReport:
     replaced: list[Replaced] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
     tables: list[str] = field(default_factory=list)
+    unfitted: dict[str, list[int]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         weights = sum(r.inputs * r.outputs for r in self.replaced)
@@ -78,6 +80,10 @@ class SpikeReport:
             worst = max(self.replaced, key=lambda r: r.error)
             lines.append(f"  largest error of rounded weights: {worst.error:.2%} in {worst.name}")
         lines += [f"  vectors in integers: {name}" for name in self.tables]
+        lines += [
+            f"  too few rows seen to change weights: {name}, experts {', '.join(map(str, experts))}"
+            for name, experts in self.unfitted.items()
+        ]
         reasons: dict[str, list[str]] = {}
         for name, reason in self.kept.items():
             reasons.setdefault(reason, []).append(name)
@@ -180,10 +186,13 @@ def spike(
             thresholds = mean_thresholds(model, _linears(chosen), calibration, k)
         else:
             # codes that serve as vectors, too, must stay near them
-            alone = {n: m for n, m in _linears(chosen).items() if not _embeddings_of(model, m)}
+            alone = {
+                n: m
+                for n, m in chosen.items()
+                if isinstance(m, nn.Linear | ExpertLinear) and not _embeddings_of(model, m)
+            }
             calls = list(calibration)
-            observed = observe(model, alone, calls)
-            channels = {n: channel_scale(seen, chosen[n].weight.detach()) for n, seen in observed.items()}
+            channels = channel_scales(observe(model, alone, calls), alone)
             compensation = Compensation(
                 model, alone, calls, lambda name, x: spiking(x * channels[name], k) / channels[name]
             )
@@ -192,14 +201,16 @@ def spike(
         if id(linear) not in made:
             width = (head_bits or bits) if name in heads else bits
             new: nn.Module
+            rounded = None
+            if compensation is not None and name in compensation.layers:
+                rounded = compensation.rounded(name, sizes[name], width, channels[name])
+                if kept := compensation.unfitted(name):
+                    report.unfitted[name] = kept
             if isinstance(linear, ExpertLinear):
-                new = _frozen_experts(name, linear, k, sizes[name], width)
+                new = _frozen_experts(name, linear, k, sizes[name], width, channels.get(name), rounded)
             elif training and isinstance(linear, nn.Linear):
                 new = SpikeLinearTraining.of(linear, k, sizes[name], width)
             else:
-                rounded = None
-                if compensation is not None and name in compensation.layers:
-                    rounded = compensation.rounded(name, sizes[name], width, channels[name])
                 new = frozen = _frozen(
                     name,
                     linear,
@@ -275,10 +286,16 @@ def _frozen(
 
 
 def _frozen_experts(
-    name: str, experts: ExpertLinear, k: float, group_size: int, bits: int
+    name: str,
+    experts: ExpertLinear,
+    k: float,
+    group_size: int,
+    bits: int,
+    channels: Tensor | None,
+    rounded: tuple[Tensor, Tensor] | None,
 ) -> SpikeExpertLinear:
     try:
-        return SpikeExpertLinear.of(experts, k, group_size, bits)
+        return SpikeExpertLinear.of(experts, k, group_size, bits, channels, rounded)
     except SpikingError as error:
         raise SpikingError(str(error), where=name) from None
 
@@ -290,12 +307,11 @@ def _error(linear: _Layer, made: nn.Module) -> float:
     weight, codes, scales = (
         t.reshape(-1, t.shape[-1]) for t in (linear.weight.detach(), made.codes, made.scale)
     )
-    channels = made.channel_scale if isinstance(made, SpikeLinear) else None
     rows = max(1, SLAB // max(1, weight.shape[1]))
     squares = torch.zeros(2, dtype=torch.float64)  # a piece at a time, beside a large weight
     for some, code, scale in zip(*(torch.split(t, rows) for t in (weight, codes, scales)), strict=True):
         told = dequantise_weight(code, scale)
-        told = told if channels is None else told * channels
+        told = told if made.channel_scale is None else told * made.channel_scale
         squares += torch.stack([(told - some.float()).norm() ** 2, some.float().norm() ** 2])
     return float((squares[0] / squares[1].clamp(min=1e-60)).sqrt())
 

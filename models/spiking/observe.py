@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from spikingbrain.models.spiking.calibrate import watch_inputs
 from spikingbrain.models.spiking.codings import Budget, held_range
 from spikingbrain.models.spiking.errors import SpikingError
+from spikingbrain.models.spiking.experts import SpikeExpertLinear
 from spikingbrain.models.spiking.linear import SpikeLinear
 
 
@@ -139,19 +140,20 @@ def _small(counts: Tensor) -> Tensor:
 
 
 def measure_silence(model: nn.Module, calls: Iterable[Any]) -> dict[str, float]:
-    """Measures the share of counts that are 0 at each `SpikeLinear`; returns it by name, and keeps it there as ``silent``.
+    """Measures the share of counts that are 0 at each spiking layer; returns it by name, and keeps it there as ``silent``.
 
     A call is a tuple of arguments, or the only one. Layers that no call reaches keep what they have. Only the channels of a token
     that fires at all are counted: rows of zeros, such as padding, say nothing.
 
     Raises SpikingError if no layer of the model spikes, or none is reached.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, SpikeLinear)}
+    kinds = SpikeLinear, SpikeExpertLinear
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
     if not layers:
         raise SpikingError("no layer of the model spikes", hint="models.spiking.spike(model)")
     seen = {name: [0, 0] for name in layers}
 
-    def see(name: str, x: Tensor) -> None:
+    def see(name: str, x: Tensor, *_: Tensor) -> None:
         counts = layers[name].counts(x)[0].flatten(0, -2)
         fires = (counts != 0).sum(-1)
         seen[name][0] += int(fires.sum())

@@ -20,6 +20,11 @@ def telling(silent: float | None) -> contextlib.AbstractContextManager[Any]:
 
     Raises SpikingError for what is no share.
     """
+    return contextlib.nullcontext() if silent is None else annotate({SILENT_NOTE: share(silent)})
+
+
+def share(silent: float | None) -> float:
+    """Returns a share of silent channels, 0 where it is not known. Raises SpikingError for what is no share."""
     if silent is not None and not 0 <= silent <= 1:
         raise SpikingError(f"silent = {silent}", why="it is a share of channels", hint="0 to 1, or None")
-    return contextlib.nullcontext() if silent is None else annotate({SILENT_NOTE: float(silent)})
+    return float(silent or 0.0)

@@ -1,7 +1,8 @@
 """CPU kernels for ``spikingbrain.spike_grouped_linear``: the exact sums of ``spike_linear``, each row with its expert's weight.
 
 The weights of all experts are packed as those of one projection, each expert's from a panel of its own on; a workgroup multiplies
-the rows of one expert, found as in ``grouped_linear.py``, with some of its panels.
+the rows of one expert, found as in ``grouped_linear.py``, with some of its panels. Where weights are stored by channel and rows
+are few, a row of which few channels fire adds the weights of those alone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from torch_mlir.dialects import func
 from spikingbrain.passes.kernels import spike_linear as one
 from spikingbrain.passes.kernels.builders import (
     add,
+    compare,
+    get,
+    i32,
     index,
     launch,
     loop,
@@ -24,14 +28,14 @@ from spikingbrain.passes.kernels.builders import (
     sub,
 )
 from spikingbrain.passes.kernels.group_rows import Place, Routing, Routings
-from spikingbrain.passes.kernels.spike_dot import Dot
+from spikingbrain.passes.kernels.spike_dot import ChannelDot, Dot
 from spikingbrain.passes.kernels.spike_encode import Encoding, Spikes
 from spikingbrain.target import Target
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a kernel is made for: the counts' encoding, without lists of events, the columns of an expert, and the routing."""
+    """What a kernel is made for: the counts' encoding, with events for few rows alone, the columns of an expert, the routing."""
 
     cut: Encoding
     columns: int
@@ -40,7 +44,8 @@ class Shape:
     def name(self, dot: Dot) -> str:
         m = "" if self.routing.rows is None else self.routing.rows
         sizes = f"e{self.routing.experts}_k{self.cut.channels}_g{self.cut.groups}_n{self.columns}_m{m}"
-        return f"spike_grouped_linear_i{dot.bits}_{sizes}"
+        way = "events" if isinstance(dot, ChannelDot) else "linear"
+        return f"spike_grouped_{way}_i{dot.bits}_{sizes}"
 
     def panels(self, dot: Dot) -> int:
         """Returns the panels of one expert."""
@@ -126,8 +131,8 @@ class _GroupedKernel(one.SpikeKernel):
         place: Place,
     ) -> None:
         rows = 1 if place.order is None else None
-        super().__init__(dot, one.Shape(shape.cut, shape.columns, rows, False), target, spikes, buffers)
         self.place = place
+        super().__init__(dot, one.Shape(shape.cut, shape.columns, rows, False), target, spikes, buffers)
         self.first_panel: ir.Value = index(0)  # of the expert, among those of all
         self.panels_each = shape.panels(dot)
 
@@ -138,8 +143,15 @@ class _GroupedKernel(one.SpikeKernel):
             add(self.first_panel, panel),
             add(self.first_panel, last_panel),
             1,
-            lambda at: self.dense(at, self.place.first, self.place.end),
+            lambda at: self.panel(at, self.place.first, self.place.end),
         )
+
+    def _few_fire(self) -> ir.Value:
+        """Returns whether few channels of the row fire: no other row shares its weights."""
+        cut = self.shape.cut
+        steps = get(self.spikes.active_ends, [self.place.first, cut.groups - 1])
+        limit = i32(self.tuning.firing_percent * cut.channels // (100 * cut.width))
+        return compare("sle", steps, limit)
 
     def row_numbers(self, first: ir.Value, count: int) -> list[ir.Value]:
         return self.place.rows(first, count)

@@ -125,6 +125,7 @@ class Spiking(nn.Module):
 def test_spiking_experts_are_integers_in_both_doors(bits: int, tmp_path: Path) -> None:
     torch._dynamo.reset()
     model = Spiking(bits).eval()
+    model.gate.silent = 0.9
     x, expert = torch.randn(9, 48), torch.randint(0, EXPERTS, (9,))
     with torch.no_grad(), report.collect() as graphs:
         compiled = torch.compile(model, backend="spikingbrain")
@@ -142,8 +143,10 @@ def test_spiking_experts_are_integers_in_both_doors(bits: int, tmp_path: Path) -
     assert [(e["op"], e["experts"], e["inputs"]) for e in found] == [
         ("spike_grouped_linear", EXPERTS, 48)
     ] * 2
+    assert [(e["silent"], e["form"]) for e in found] == [(0.0, "dense"), (0.9, "events")]
     held = (tmp_path / "experts.sbrain").read_bytes()  # names of weights tell how they are stored
     assert (b"pack_nibbles" in held, b"pack_dot" in held) == (bits == 4, bits == 8)
+    assert (b"pack_channel_nibbles" in held, b"pack_channels" in held) == (bits == 4, bits == 8)
     for entry, count in (("prefill", 1), ("prefill", 60), ("decode", 2)):
         x, expert = torch.randn(count, 48), torch.randint(0, EXPERTS, (count,))
         y = torch.as_tensor(getattr(program, entry)(x.numpy(), expert.numpy()))

@@ -89,6 +89,40 @@ def test_exported_for_a_step_and_any_length(model: MLP, tmp_path: Path) -> None:
         torch.testing.assert_close(got, model(x), rtol=2e-5, atol=2e-6)
 
 
+class Limited(nn.Module):
+    """Layers whose counts are made in another way, all of one input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        linear, v = nn.Linear(H, C), torch.tensor([0.5])
+        drop = [spiking.Budget(3, coding, "drop") for coding in ("bitwise_ternary", "twos_complement")]
+        self.static = spiking.SpikeLinear.of(linear, group_size=64, static_threshold=v)
+        self.budget = spiking.SpikeLinear.of(linear, group_size=64, budget=drop[0])
+        self.both = spiking.SpikeLinear.of(linear, group_size=64, static_threshold=v, budget=drop[1])
+        for layer in self.children():
+            layer.silent = 0.9
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [layer(x) for layer in self.children()]
+
+
+@torch.no_grad()
+def test_static_thresholds_and_budgets_have_events(tmp_path: Path) -> None:
+    model = Limited().eval()
+    artifact = spikingbrain.export(
+        model, {"step": spikingbrain.Entry((torch.randn(2, H),))}, tmp_path / "m.sbrain"
+    )
+    assert [s["form"] for s in artifact.manifest["entries"]["step"]["spikes"]] == ["events"] * 3
+    stored = json.loads(bytes(artifact.member(REPORT)))["weights"]
+    assert [any("pack_channels" in step for step in w["recipe"]) for w in stored.values()].count(True) == 3
+    program = spikingbrain.load(tmp_path / "m.sbrain")
+    for share in (0.0, 0.1, 1.0):
+        x = torch.randn(2, H) * (torch.rand(2, H) < share)
+        x[0, 5] = 1e5  # a count of 18 bits
+        for got, y in zip(program.step(x.numpy()), model(x), strict=True):
+            torch.testing.assert_close(torch.from_numpy(np.asarray(got)), y, rtol=2e-5, atol=2e-6)
+
+
 @torch.no_grad()
 def test_layers_by_hand_tell_it_too() -> None:
     x = F.relu(torch.randn(1, H) - 1)

@@ -59,16 +59,17 @@ func.func @unknown_size(%x: !x, %w: !torch.vtensor<[3,?,4],f32>, %e: !e) -> !tor
 // CHECK-SAME:      %[[C:[a-z0-9]+]]: {{.+}}, %[[V:[a-z0-9]+]]: {{.+}}, %[[E:[a-z0-9]+]]:
 func.func @spikes(%c: !x, %v: !torch.vtensor<[?],f32>, %e: !e) -> !y {
   %bits = torch.constant.int 8
+  %silent = torch.constant.float 9.000000e-01
   %codes = "spikingbrain.parameter"() {sources = ["codes"], recipe = []} : () -> tensor<3x6x4xi8>
   %scale = "spikingbrain.parameter"() {sources = ["scale"], recipe = []} : () -> tensor<3x6x2xf32>
   %w = torch_c.from_builtin_tensor %codes : tensor<3x6x4xi8> -> !torch.vtensor<[3,6,4],si8>
   %s = torch_c.from_builtin_tensor %scale : tensor<3x6x2xf32> -> !torch.vtensor<[3,6,2],f32>
   // CHECK:         %[[W:.+]] = "spikingbrain.parameter"() {{.*}} -> tensor<3x6x4xi8>
   // CHECK:         %[[S:.+]] = "spikingbrain.parameter"() {{.*}} -> tensor<3x6x2xf32>
-  // CHECK:         %[[Y:.+]] = "spikingbrain.spike_grouped_linear"(%{{.+}}, %{{.+}}, %[[W]], %[[S]], %{{.+}}) {bits = 8 : i64}
+  // CHECK:         %[[Y:.+]] = "spikingbrain.spike_grouped_linear"(%{{.+}}, %{{.+}}, %[[W]], %[[S]], %{{.+}}) {bits = 8 : i64, silent = {{.+}} : f64}
   // CHECK:         torch_c.from_builtin_tensor %[[Y]]
-  %y = torch.operator "torch.spikingbrain.spike_grouped_linear"(%c, %v, %w, %s, %e, %bits)
-      : (!x, !torch.vtensor<[?],f32>, !torch.vtensor<[3,6,4],si8>, !torch.vtensor<[3,6,2],f32>, !e, !torch.int) -> !y
+  %y = torch.operator "torch.spikingbrain.spike_grouped_linear"(%c, %v, %w, %s, %e, %bits, %silent)
+      : (!x, !torch.vtensor<[?],f32>, !torch.vtensor<[3,6,4],si8>, !torch.vtensor<[3,6,2],f32>, !e, !torch.int, !torch.float) -> !y
   return %y : !y
 }
 

@@ -37,6 +37,7 @@ class Case:
     groups: int = 1
     bits: int = 8
     rows: int | None = None  # None: any number
+    silent: float | None = None  # the share that is told
 
     def function(self, name: str) -> str:
         m = "?" if self.rows is None else self.rows
@@ -50,12 +51,14 @@ class Case:
             f"tensor<{self.experts}x{self.columns}x{n}x{t}>"
             for n, t in ((self.k, "i8"), (self.groups, "f32"))
         )
+        settings = f"bits = {self.bits} : i64"
+        settings += "" if self.silent is None else f", silent = {self.silent} : f64"
         return f"""
 func.func @{name}(%x: {x}, %e: {e}) -> {y} attributes {{spikingbrain.weight_arguments}} {{
   %w = "spikingbrain.parameter"() {{sources = ["w"], recipe = []}} : () -> {w}
   %s = "spikingbrain.parameter"() {{sources = ["s"], recipe = []}} : () -> {s}
   %c, %v = "spikingbrain.spike_encode"(%x) {{k = 3.0 : f64, lower = 1.0e-5 : f64, upper = 1.0e4 : f64}} : ({x}) -> ({x}, {v})
-  %y = "spikingbrain.spike_grouped_linear"(%c, %v, %w, %s, %e) {{bits = {self.bits} : i64}} : ({x}, {v}, {w}, {s}, {e}) -> {y}
+  %y = "spikingbrain.spike_grouped_linear"(%c, %v, %w, %s, %e) {{{settings}}} : ({x}, {v}, {w}, {s}, {e}) -> {y}
   return %y : {y}
 }}"""
 
@@ -75,6 +78,10 @@ CASES = {
     "nibbles": Case(3, 96, 33, groups=3, bits=4),
     "nibbles_row": Case(3, 96, 70, bits=4, rows=1),
     "groups_of_3": Case(3, 12, 20, groups=4),  # no kernel takes them
+    "events": Case(4, 130, 70, rows=8, silent=0.9),
+    "events_grouped": Case(3, 384, 33, groups=3, rows=1, silent=0.9),
+    "events_nibbles": Case(3, 96, 70, groups=2, bits=4, rows=2, silent=0.9),
+    "events_rows": Case(4, 64, 40, silent=0.9),  # any number of rows: all channels are multiplied
 }
 
 
@@ -84,8 +91,11 @@ class Program:
             module = ir.Module.parse("".join(case.function(name) for name, case in CASES.items()))
             context = PassContext(target)
             pipeline.run([SpikeToInt(), LowerGroupedLinear()], module, context)
-            kernels = str(module).count("func.func private @spike_grouped_linear")
-            assert kernels == (len(CASES) - 1 if choose(target, 8) else 0)
+            forms = [
+                str(module).count(f"func.func private @spike_grouped_{form}") for form in ("linear", "events")
+            ]
+            events = [name for name in CASES if name.startswith("events")]
+            assert forms == [len(CASES) - 1 - len(events) if choose(target, 8) else 0, len(events)]
             pipeline.clean(module)
             pipeline.run([WeightsToArguments()], module, context)
             pipeline.check_lowered(module)
@@ -143,6 +153,19 @@ def test_each_row_adds_integers_of_its_expert(program: Program, name: str) -> No
         x *= 10.0 ** rng.integers(-4, 4, (m, 1))
         x[m // 2 :][:1, 0] = rng.choice([np.nan, np.inf, 1e30])
         check(program, name, x, rng.integers(0, case.experts, m))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.04, 0.3, 1.0])
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("events")])
+def test_any_share_of_channels_fires(program: Program, name: str, share: float) -> None:
+    """Rows of one call take either way, each by itself: its channels that fire, or all."""
+    rng, case = np.random.default_rng(4), CASES[name]
+    m = case.rows or 11
+    x = rng.standard_normal((m, case.k))
+    shares = np.where(np.arange(m) % 2, share, 0.1)[:, None]
+    x = np.where(rng.random(x.shape) < shares, x + np.copysign(1, x), 0)
+    x[0, 3] = 500  # a count beyond a byte
+    check(program, name, x, rng.integers(-1, case.experts, m))
 
 
 def test_one_expert_with_all_rows(program: Program) -> None:

@@ -56,7 +56,7 @@ def test_the_weights_are_those_of_least_squares(model: Forked) -> None:
 
 def test_layers_with_one_input_share_what_is_gathered(model: Forked) -> None:
     found = Compensation(model, {"a": model.a, "b": model.b, "c": model.c}, texts(2), told)
-    assert found.products("a") is found.products("b") and found.products("c").tokens == 200
+    assert found.products("a") is found.products("b") and found.products("c")[0].tokens == 200
 
 
 def test_several_passes_gather_the_same(model: Forked) -> None:

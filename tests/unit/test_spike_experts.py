@@ -86,6 +86,66 @@ def test_what_experts_have_not(options: dict[str, Any]) -> None:
     assert isinstance(model.up, ExpertLinear)
 
 
+class Mixture(nn.Module):
+    """A gated mixture; the first expert sees few rows, the last none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = ExpertLinear(4, 48, 40), ExpertLinear(4, 48, 40)
+        self.down = ExpertLinear(4, 40, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        expert = (x[:, 0] > 0).long() + 1
+        expert[:10] = 0
+        hidden = torch.nn.functional.silu(self.gate(x, expert)) * self.up(x, expert)
+        y: Tensor = self.down(hidden, expert)
+        return y
+
+
+def rows(count: int, seed: int) -> Tensor:
+    """Rows whose channels depend on each other: 6 dimensions and a little noise."""
+    generator, mix = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(0)
+    x = torch.randn(count, 6, generator=generator) @ torch.randn(6, 48, generator=mix)
+    return x + 0.05 * torch.randn(count, 48, generator=generator)
+
+
+@pytest.mark.parametrize(("bits", "share"), [(8, 0.85), (4, 0.75)])
+@torch.no_grad()
+def test_experts_are_calibrated_by_the_rows_sent_to_them(bits: int, share: float) -> None:
+    def spiked(calibration: list[Tensor] | None) -> tuple[Mixture, spiking.SpikeReport, float]:
+        torch.manual_seed(0)
+        model = Mixture()
+        x = rows(500, 1)
+        wanted = model(x)[10:]
+        report = spiking.spike(model, bits=bits, calibration=calibration)
+        return model, report, float((model(x)[10:] - wanted).norm() / wanted.norm())
+
+    _, _, plain = spiked(None)
+    model, report, calibrated = spiked([rows(600, seed) for seed in (2, 3)])
+    assert calibrated < share * plain
+    assert report.calibrated and report.unfitted == {name: [0, 3] for name in ("gate", "up", "down")}
+    assert "too few rows seen to change weights: up, experts 0, 3" in str(report)
+    assert torch.equal(model.gate.channel_scale, model.up.channel_scale)  # which fire once for both
+    torch.manual_seed(0)
+    kept = Mixture().up.weight.detach()
+    told = model.up.weight()
+    step = (model.up.scale * model.up.channel_scale.max()).amax()
+    assert (told[[0, 3]] - kept[[0, 3]]).abs().max() <= step
+    assert (told[[1, 2]] - kept[[1, 2]]).abs().max() > (5 if bits == 8 else 1) * step
+
+
+def test_silence_of_experts_is_measured_and_told() -> None:
+    torch.manual_seed(0)
+    model = Mixture()
+    spiking.spike(model, only=["down"])
+    found = spiking.measure_silence(model, [rows(50, 1) * (torch.arange(48) < 9)])
+    assert isinstance(model.down, SpikeExpertLinear)
+    assert found == {"down": model.down.silent} and 0 < found["down"] < 1
+    model.down.silent = -1
+    with pytest.raises(SpikingError, match=r"silent = -1\n.*it is a share"):
+        model(rows(20, 1))
+
+
 def test_weights_that_are_not_finite_are_refused_by_name() -> None:
     model = Model()
     with torch.no_grad():
