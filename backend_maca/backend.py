@@ -103,7 +103,10 @@ class MacaBackend:
         missing = [name for name in ("kernels.maca", "plan.json") if name not in code]
         if missing:
             raise CorruptArtifact(f"the artifact has no {' and no '.join(missing)}")
-        plan = json.loads(bytes(code["plan.json"]))
+        try:
+            plan = dict(json.loads(bytes(code["plan.json"])))
+        except (ValueError, TypeError) as error:
+            raise CorruptArtifact("the launch plan cannot be read", why=str(error)) from error
         runtime.check_format(plan)
         device = manifest.get("device") or plan["target"]
         if device == "maca-emulator":

@@ -163,4 +163,5 @@ class State:
 
     def fits(self, executable: Any, layout: Sequence[Mapping[str, Any]]) -> bool:
         """Returns whether a program with this layout can take the state."""
-        return type(executable) is type(self._executable) and layout == self._layout
+        mine, theirs = (getattr(e, "device", None) for e in (self._executable, executable))
+        return type(executable) is type(self._executable) and mine == theirs and layout == self._layout

@@ -29,6 +29,7 @@ class Read:
     at: tuple[int, ...]
 
 
+MAX_GRID = (1 << 31) - 1  # blocks along an axis
 _WIDTHS = {"bool": 1, "int8": 1, "int16": 2, "float16": 2, "bfloat16": 2, "int32": 4, "float32": 4}
 Resolved = Generator[Launch | Product | Read, Any, None]
 
@@ -58,7 +59,13 @@ class Resolver:
 
     def shape(self, buffer: int) -> tuple[int, ...]:
         """Returns the shape of a buffer, as far as the values it depends on are known by now."""
-        return self.sizes(self.host["buffers"][buffer]["shape"])
+        sizes = self.sizes(self.host["buffers"][buffer]["shape"])
+        if min(sizes, default=0) < 0:
+            raise CallError(
+                f"arguments of '{self.entry}' do not fit together",
+                why=f"a tensor would have sizes {list(sizes)}",
+            )
+        return sizes
 
     def note(self, step: Launch | Product) -> list[int]:
         """Notes how large the temporaries of a step are now; returns those that have become larger.
@@ -121,6 +128,12 @@ class Resolver:
         grid, kernel = self.sizes(step["grid"]), self.kernels[step["kernel"]]
         if 0 in grid:
             return
+        if not all(0 < size <= MAX_GRID for size in grid):
+            raise CallError(
+                f"kernel '{step['kernel']}' cannot be launched",
+                why=f"grid {list(grid)} is out of range",
+                hint="fewer rows at a time",
+            )
         arguments = [
             (a["buffer"], None)
             if "buffer" in a

@@ -201,6 +201,7 @@ class Card:
 
     buffer_type = DeviceArray
     hint = "to_device(array) makes a buffer on the card"
+    spread = 1
 
     def __init__(
         self,
@@ -276,6 +277,9 @@ class Card:
         self, buffer: DeviceArray, offset: int, dtype: np.dtype[Any], shape: Sequence[int]
     ) -> DeviceArray:
         return DeviceArray(buffer.owner, buffer.address + offset, shape, dtype)
+
+    def span(self, buffer: DeviceArray) -> tuple[int, int]:
+        return buffer.address, buffer.address + buffer.nbytes
 
     def run(self, steps: Steps, buffers: Mapping[int, DeviceArray]) -> None:
         with self.driver.lock:

@@ -11,7 +11,9 @@ import functools
 import hashlib
 import os
 import re
+import struct
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -22,12 +24,12 @@ import numpy as np
 
 from spikingbrain.artifact import cache_folder
 from spikingbrain.backend_maca.emulator_flags import COMMON_FLAGS, KERNEL_FLAGS, MACHINE_FLAGS
+from spikingbrain.backend_maca.plan.resolve import MAX_GRID
 from spikingbrain.errors import CallError, MissingDependency, SpikingBrainError
 
 HEADERS = Path(__file__).parents[1] / "emulator"
 MACHINE = HEADERS / "sb_machine.cpp"
 ORDERS = ("forward", "reverse", "shuffled")
-MAX_GRID = (1 << 31) - 1
 POISON = np.uint16(0xFFCD)  # not-a-number in f32, f16 and bf16: what memory holds before a kernel writes it
 
 _one_launch_at_a_time = threading.Lock()  # a library emulates one machine
@@ -49,7 +51,7 @@ class _Extent(ctypes.Structure):
 
 def compiler() -> str:
     """Returns the C++ compiler's command."""
-    return os.environ.get("CXX", "g++")
+    return os.environ.get("CXX") or "g++"
 
 
 @functools.lru_cache(maxsize=4)
@@ -92,7 +94,7 @@ def build(source: str, kernels: Sequence[str], flags: Sequence[str] = ()) -> Pat
     flags = [*_registers_filled(version), *flags]
     parts = [version, *COMMON_FLAGS, *KERNEL_FLAGS, *flags, text, *files]
     library = cache_folder() / "maca" / (hashlib.sha256("\0".join(parts).encode()).hexdigest() + ".so")
-    if library.exists():
+    if _is_whole(library):
         return library
     machine = _build_machine(version, files, flags)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
@@ -109,11 +111,26 @@ def _build_machine(version: str, files: Sequence[str], flags: Sequence[str]) -> 
     parts = [version, *COMMON_FLAGS, *MACHINE_FLAGS, *flags, *files]
     machine = cache_folder() / "maca" / (hashlib.sha256("\0".join(parts).encode()).hexdigest() + ".o")
     machine.parent.mkdir(parents=True, exist_ok=True)
-    if not machine.exists():
+    if not _is_whole(machine):
         with tempfile.TemporaryDirectory(dir=machine.parent) as folder:
             _compile([*COMMON_FLAGS, *MACHINE_FLAGS, *flags, "-c", str(MACHINE), "-o", "machine.o"], folder)
             os.replace(Path(folder) / "machine.o", machine)
     return machine
+
+
+def _is_whole(file: Path) -> bool:
+    """Returns whether an object file is there to its end; to load one that is cut short kills the process."""
+    if not sys.platform.startswith("linux"):  # objects have another form there
+        return file.exists()
+    try:
+        with file.open("rb") as opened:
+            head, size = opened.read(64), file.stat().st_size
+        (start,), (each, count) = struct.unpack_from("<Q", head, 40), struct.unpack_from("<HH", head, 58)
+    except (OSError, struct.error):
+        return False
+    return head[:4] == b"\x7fELF" and size >= int(start) + int(each) * int(
+        count
+    )  # the table of sections is last
 
 
 def _compile(arguments: Sequence[str], folder: str) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from spikingbrain.backend_maca.plan.steps import Product, Steps
 from spikingbrain.backend_maca.run import dlpack, library
 from spikingbrain.backend_maca.run.emulate import Kernels, build, poison
+from spikingbrain.errors import OutOfMemory
 
 ALIGNMENT = 16  # bytes: where kernels may assume that buffers begin
 Array = np.ndarray[Any, Any]
@@ -21,6 +22,7 @@ class Machine(Protocol):
     """Runs the steps of a plan."""
 
     hint: str  # what to pass as an argument
+    spread: int  # how far apart buffers of one workspace lie, in their own sizes
 
     @property
     def buffer_type(self) -> type:
@@ -64,6 +66,10 @@ class Machine(Protocol):
         """Returns a part of a buffer, from a byte on, as an array; the memory lives as long as the part."""
         ...
 
+    def span(self, buffer: Buffer) -> tuple[int, int]:
+        """Returns where a contiguous buffer begins and ends in memory."""
+        ...
+
     def run(self, steps: Steps, buffers: Mapping[int, Buffer]) -> None:
         """Runs the steps in order."""
         ...
@@ -74,6 +80,7 @@ class Emulator:
 
     buffer_type = np.ndarray
     hint = "pass a numpy array"
+    spread = 2  # behind each buffer lies as much memory that is nobody's: what runs into it is caught
     device = "host memory"
 
     def __init__(self, source: str, kernels: Sequence[str], order: str):
@@ -99,13 +106,20 @@ class Emulator:
         return array if array.ctypes.data % ALIGNMENT == 0 else array.copy()
 
     def unwritten(self, dtype: np.dtype[Any], shape: Sequence[int]) -> Array:
-        array = np.empty(shape, dtype)
+        try:
+            array = np.empty(shape, dtype)
+        except MemoryError as error:
+            raise OutOfMemory("this machine has not enough memory", why=str(error)) from error
         poison(array)
         return array
 
     def part(self, buffer: Array, offset: int, dtype: np.dtype[Any], shape: Sequence[int]) -> Array:
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         return buffer.reshape(-1).view(np.uint8)[offset : offset + size].view(dtype).reshape(shape)
+
+    def span(self, buffer: Array) -> tuple[int, int]:
+        start = buffer.ctypes.data
+        return start, start + buffer.nbytes
 
     def run(self, steps: Steps, buffers: Mapping[int, Array]) -> None:
         for number, step in enumerate(steps.steps):

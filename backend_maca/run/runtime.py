@@ -51,6 +51,10 @@ class Program:
         self._kept: dict[str, Buffer] = {}
         self.fixed = {name: self._fixed(entry, weights) for name, entry in plan["entries"].items()}
         self._static = {name: entry["static"] for name, entry in plan["entries"].items()}
+        self._written = {
+            name: {i for i, buffer in enumerate(entry["buffers"]) if buffer.get("donated")}
+            for name, entry in plan["entries"].items()
+        }
         self._steps: dict[str, dict[Any, Steps]] = {name: {} for name in plan["entries"]}
 
     @property
@@ -82,6 +86,7 @@ class Program:
                 raise CallError(f"{what} is a {type(argument).__name__}", hint=machine.hint)
             _check(argument, plan["buffers"][i], what)
             buffers[i] = machine.argument(argument)
+        self._require_own_memory(entry, inputs, buffers)
         shapes = {i: tuple(buffers[i].shape) for i in inputs}
         if self._static[entry]:
             steps = self._resolved(entry, shapes)
@@ -91,15 +96,33 @@ class Program:
             outputs = self._run_reading(entry, shapes, buffers)
         return [self._view(buffers[i], shape) for i, shape in outputs]
 
+    def _require_own_memory(self, entry: str, inputs: Sequence[int], buffers: Mapping[int, Buffer]) -> None:
+        """Raises CallError where what a call writes, the state, is also another argument."""
+        written = self._written[entry]
+        if not written:
+            return
+        spans = sorted((*self.machine.span(buffers[i]), i) for i in inputs)
+        widest = (0, 0, -1)
+        for span in spans:
+            start, end, i = span
+            if start < min(end, widest[1]) and (i in written or widest[2] in written):
+                one, other = sorted((inputs.index(i), inputs.index(widest[2])))
+                raise CallError(
+                    f"arguments {one} and {other} of '{entry}' share memory",
+                    why="a call updates its state in place",
+                    hint="pass a copy of one of them; a state forks: state.fork()",
+                )
+            widest = max(widest, span, key=lambda s: s[1])
+
     def _run(self, steps: Steps, plan: Mapping[str, Any], buffers: dict[int, Buffer]) -> None:
         places = steps.workspace.offsets if steps.workspace else {}
-        memory = (
-            self.machine.unwritten(np.dtype(np.uint8), (steps.workspace.size,)) if steps.workspace else None
-        )
+        memory, spread = None, self.machine.spread
+        if steps.workspace:
+            memory = self.machine.unwritten(np.dtype(np.uint8), (spread * steps.workspace.size,))
         for i, shape in steps.temporaries.items():
             dtype = storage(plan["buffers"][i]["dtype"])
             if i in places:
-                buffers[i] = self.machine.part(memory, places[i], dtype, shape)
+                buffers[i] = self.machine.part(memory, spread * places[i], dtype, shape)
             else:
                 buffers[i] = self.machine.unwritten(dtype, shape)
         self.machine.run(steps, buffers)
@@ -111,11 +134,13 @@ class Program:
     def _resolved(self, entry: str, shapes: Mapping[int, tuple[int, ...]]) -> Steps:
         """Returns what to do for arguments of these shapes; raises CallError if they do not fit together."""
         kept, key = self._steps[entry], tuple(shapes.values())
-        if key not in kept:
+        steps = kept.get(key)
+        if steps is None:
+            steps = resolve(self.plan, entry, shapes)
             if len(kept) >= KEPT_SHAPES:
-                kept.clear()
-            kept[key] = resolve(self.plan, entry, shapes)
-        return kept[key]
+                kept.clear()  # another thread may look up its own at this moment
+            kept[key] = steps
+        return steps
 
     def _run_reading(
         self, entry: str, shapes: Mapping[int, tuple[int, ...]], buffers: dict[int, Buffer]
