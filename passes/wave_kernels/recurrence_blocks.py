@@ -9,6 +9,9 @@ all chunks and heads at once. With E the product of a block's decays up to a ste
 where ``...`` are the products A of the blocks between. A block's own triangle needs the quotient of two such products,
 ``q_i E_i (k_j H_j) / A``. Where a channel's products leave the range in which that is exact (a decay of 0 always does),
 the channel counts as 0 there, and each pair of steps multiplies its decays one by one. Nothing else is ever divided.
+
+Decays of values stand on the other side: ``o = (((q S) A + (q k^T) (v H)) ... ) E + (triangle)``, block by block, where the
+triangle is ``(q_i . k_j) v_j H_j E_i / A``. Where a quotient is not exact, a tile of columns takes the steps one by one.
 """
 
 from __future__ import annotations
@@ -30,7 +33,9 @@ from spikingbrain.passes.wave_kernels.builders import (
     WAVE,
 )
 from spikingbrain.passes.wave_kernels.recurrence_entering import Entering
-from spikingbrain.passes.wave_kernels.recurrence_outputs import PAD, Outputs
+from spikingbrain.passes.wave_kernels.recurrence_outputs import PAD
+from spikingbrain.passes.wave_kernels.recurrence_outputs_of_keys import KeyOutputs
+from spikingbrain.passes.wave_kernels.recurrence_outputs_of_values import ValueOutputs
 from spikingbrain.passes.wave_kernels.recurrence_tiles import Schedule
 from spikingbrain.target import Target
 
@@ -42,14 +47,14 @@ MOST_KEYS = 256  # a query's row in the registers of four lanes
 def serves(problem: Problem) -> bool:
     """Tells whether a recurrence is one for tiles: long enough, of steps that no step before makes unknown, and not too wide."""
     is_long = problem.time is None or problem.time >= TILE
-    simple = not problem.rank_one and problem.decay_axis != "value"
-    return is_long and simple and problem.key_size <= MOST_KEYS
+    return is_long and not problem.rank_one and problem.key_size <= MOST_KEYS
 
 
 def plan(problem: Problem, target: Target) -> Schedule:
     """Returns the schedule for a recurrence that tiles serve."""
     rows = -(-problem.key_size // TILE) * TILE
-    part_bytes = 4 * (TILE * (rows + PAD) + 2 * rows)
+    of_decays = TILE * (2 * (TILE + PAD) + 1) if problem.decay_axis == "value" else 2 * rows
+    part_bytes = 4 * (TILE * (rows + PAD) + of_decays)
     chunk = TILE * min(LONGEST_CHUNK // TILE, SHARED_BYTES // part_bytes)
     if problem.time is not None:
         chunk = min(chunk, -(-problem.time // TILE) * TILE)
@@ -82,5 +87,6 @@ def launch(
         schedule.waves * WAVE,
     )
     grid = [chunks, index(problem.heads), batch]
-    (o,) = launch_kernel(problem, schedule, Outputs, parts, entering, [y], grid, schedule.parts * WAVE)
+    outputs = ValueOutputs if problem.decay_axis == "value" else KeyOutputs
+    (o,) = launch_kernel(problem, schedule, outputs, parts, entering, [y], grid, schedule.parts * WAVE)
     return [o, last]

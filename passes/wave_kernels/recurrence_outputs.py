@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from torch_mlir import ir
-from torch_mlir.dialects import arith, math
+from torch_mlir.dialects import arith, math, vector
 
 from spikingbrain.passes.dialect_fused import OUT, SUM
 from spikingbrain.passes.kernels.builders import (
@@ -13,15 +13,14 @@ from spikingbrain.passes.kernels.builders import (
     compare,
     f32,
     floor_div,
+    folded,
     get,
     index,
-    larger,
     less,
     load,
     loop,
     minimum,
     mul,
-    no_larger,
     put,
     rem,
     sub,
@@ -32,6 +31,7 @@ from spikingbrain.passes.kernels.recurrence_operands import Computed
 from spikingbrain.passes.wave_kernels.builders import (
     TILE,
     WAVE,
+    any_lane,
     barrier,
     choose,
     element_at,
@@ -51,7 +51,8 @@ SMALLEST, LARGEST = 1e-30, 1e30  # products of decays inside these are divided b
 class Outputs(Tiles):
     """The second launch: a wave takes 16 steps of a chunk of one head.
 
-    ``operands.state`` holds the entering states. Decayed rows, of the queries and then of the keys, lie in shared memory.
+    ``operands.state`` holds the entering states. Rows, of the queries and then of the keys, lie in shared memory. What
+    depends on the decays' axis, the subclasses do.
     """
 
     def __init__(
@@ -62,12 +63,9 @@ class Outputs(Tiles):
         self.number, self.query = floor_div(self.head, problem.group), rem(self.head, problem.group)
         kind, parts, rows = ir.F32Type.get(), schedule.parts, schedule.rows
         self.first = mul(self.chunk, schedule.chunk)  # step of the chunk
+        self.own_row = add(mul(self.wave, TILE), self.row)
         self.rows = shared([schedule.chunk, rows + PAD], kind)
-        self.products = shared([parts, rows], kind)
-        self.inverses = shared(
-            [parts, rows], kind
-        )  # of the square root of the product, or 0 where that is not exact
-        self.x = registers(rows // QUARTER, kind)  # the row of a query, decayed
+        self.x = registers(rows // QUARTER, kind)  # the row of a query
         self.scores = registers(parts * QUARTER, kind)
         self.tiles = -(-problem.value_size // TILE)
         self.sums = [source for source in operands.parts if source.part.name == SUM]
@@ -75,13 +73,11 @@ class Outputs(Tiles):
 
     def build(self) -> None:
         """Emits the body."""
-        parts = self.schedule.parts
         self._stage_queries()
         barrier()
-        own = add(mul(self.wave, TILE), self.row)
 
         def take(at: ir.Value) -> None:
-            four = load(self.rows, [own, add(mul(at, TILE), self.four)], QUARTER)
+            four = load(self.rows, [self.own_row, add(mul(at, TILE), self.four)], QUARTER)
             for i in range(QUARTER):
                 put(element_at(four, i), self.x, [add(mul(at, QUARTER), i)])
 
@@ -90,11 +86,34 @@ class Outputs(Tiles):
         self._stage_keys()
         barrier()
         self._own_scores()
-        for back in range(1, parts):
-            self._earlier_scores(back)
+        for back in range(1, self.schedule.parts):
+            is_there = compare("sge", self.wave, index(back))
+            when(is_there, lambda b=back: self._earlier_scores(b))
         loop(0, self.tiles, 1, self._tile)
         if self.sums:
             self._write_with_sums()
+
+    def _stage_queries(self) -> None:
+        raise NotImplementedError
+
+    def _stage_keys(self) -> None:
+        raise NotImplementedError
+
+    def _own_scores(self) -> None:
+        """Leaves the scores of the block's own values."""
+        raise NotImplementedError
+
+    def _earlier_scores(self, back: int) -> None:
+        """Leaves the scores of the values ``back`` blocks ago."""
+        raise NotImplementedError
+
+    def _add_earlier(self, sums: ir.Value, back: int, column: ir.Value) -> ir.Value:
+        """Returns the sums, decayed by the block ``back`` blocks ago, with its values."""
+        raise NotImplementedError
+
+    def _add_own(self, sums: ir.Value, column: ir.Value) -> ir.Value:
+        """Returns the sums with the block's own values."""
+        raise NotImplementedError
 
     # Shared memory
 
@@ -109,52 +128,6 @@ class Outputs(Tiles):
 
         loop(self.thread, self.schedule.parts * rows, self.schedule.parts * WAVE, visit)
 
-    def _stage_queries(self) -> None:
-        p = self.problem
-
-        def channel(part: ir.Value, row: ir.Value, safe_row: ir.Value, in_keys: ir.Value) -> None:
-            def step(u: ir.Value, product: ir.Value) -> list[ir.Value]:
-                at = add(mul(part, TILE), u)
-                token, inside = self.at_step(add(self.first, at))
-                after = arith.mulf(product, self.decay(token, safe_row, inside))
-                place = self.of_query(token, self.query, safe_row)
-                query = self.key(self.named["q"], place, arith.andi(inside, in_keys))
-                put(arith.mulf(query, product if p.exclusive else after), self.rows, [at, row])
-                return [after]
-
-            loop(0, TILE, 1, step, [f32(1.0)])
-
-        self._stage(channel)
-
-    def _stage_keys(self) -> None:
-        def channel(part: ir.Value, row: ir.Value, safe_row: ir.Value, in_keys: ir.Value) -> None:
-            def step(u: ir.Value, product: ir.Value, low: ir.Value, high: ir.Value) -> list[ir.Value]:
-                at = add(mul(part, TILE), sub(TILE - 1, u))
-                token, inside = self.at_step(add(self.first, at))
-                place = self.of_state(token, safe_row)
-                key = self.key(self.named["k"], place, arith.andi(inside, in_keys))
-                put(arith.mulf(key, product), self.rows, [at, row])
-                product = arith.mulf(product, self.decay(token, safe_row, inside))
-                size = math.absf(product)
-                return [product, arith.select(less(size, low), size, low), larger(size, high)]
-
-            one = f32(1.0)
-            product, low, high = loop(0, TILE, 1, step, [one, one, one])
-            put(product, self.products, [part, row])
-            size = math.absf(product)
-            bounds = [  # of the products from any step on, and of those up to any step
-                no_larger(f32(SMALLEST), low),
-                no_larger(high, f32(LARGEST)),
-                no_larger(arith.mulf(high, f32(SMALLEST)), size),
-                no_larger(size, arith.mulf(low, f32(LARGEST))),
-            ]
-            safe = bounds[0]
-            for bound in bounds[1:]:
-                safe = arith.andi(safe, bound)
-            put(arith.select(safe, math.rsqrt(size), f32(0.0)), self.inverses, [part, row])
-
-        self._stage(channel)
-
     # Scores: how much of each earlier value a step reads. A lane holds those of its row's step for four values.
 
     def _each_tile_of_keys(
@@ -162,75 +135,23 @@ class Outputs(Tiles):
     ) -> list[ir.Value]:
         return loop(0, self.schedule.rows // TILE, 1, body, carried)
 
-    def _own_scores(self) -> None:
-        """Leaves the scores of the block's own values."""
-        own = add(mul(self.wave, TILE), self.row)
+    def _mask(
+        self, product: ir.Value, earlier: ir.Value, left: Callable[..., ir.Value] | None = None
+    ) -> ir.Value:
+        """Returns how much of the value of step ``earlier`` of the block the lane's row reads, given the product with its key.
 
-        def multiply(at: ir.Value, sums: ir.Value) -> list[ir.Value]:
-            column = add(mul(at, TILE), self.four)
-            keys = load(self.rows, [own, column], QUARTER)
-            inverses = load(self.inverses, [self.wave, column], QUARTER)
-            products = load(self.products, [self.wave, column], QUARTER)
-            for i in range(QUARTER):
-                inverse = element_at(inverses, i)
-                key = arith.mulf(element_at(keys, i), inverse)
-                inverse = math.copysign(inverse, element_at(products, i))
-                query = arith.mulf(get(self.x, [add(mul(at, QUARTER), i)]), inverse)
-                sums = matrix_multiply("f32", key, query, sums)
-            return [sums]
-
-        (sums,) = self._each_tile_of_keys(multiply, [matrix_zero()])
-        any_left = self._any_channel_left()
-        for i in range(QUARTER):
-            put(self._own_score(element_at(sums, i), add(self.four, i), any_left), self.scores, [index(i)])
-
-    def _own_score(self, product: ir.Value, earlier: ir.Value, any_left: ir.Value) -> ir.Value:
-        """Returns how much of the value of step ``earlier`` of the block the lane's row reads."""
-        token, inside = self.at_step(add(self.first, add(mul(self.wave, TILE), self.row)))
+        ``left(score, reads, token)`` adds to a score, where the row reads that value.
+        """
+        token, inside = self.at_step(add(self.first, self.own_row))
         reads = compare("slt" if self.problem.exclusive else "sle", earlier, self.row)
         reads = arith.andi(reads, inside)
         score = arith.select(reads, product, f32(0.0))
-        left = arith.andi(reads, any_left)
-        (score,) = choose(left, lambda: [self._left_over(score, token, earlier)], [score])
+        if left is not None:
+            score = left(score, reads, token)
         if not self.problem.bonus:
             return score
         itself = arith.andi(inside, compare("eq", earlier, self.row))
         return choose(itself, lambda: [self._bonus(score, token)], [score])[0]
-
-    def _any_channel_left(self) -> ir.Value:
-        """Returns whether a channel of the block counts as 0 in the products of tiles; the same in all lanes."""
-        lane = rem(self.thread, WAVE)
-
-        def visit(row: ir.Value, found: ir.Value) -> list[ir.Value]:
-            is_left = no_larger(get(self.inverses, [self.wave, row]), f32(0.0))
-            return [arith.select(is_left, f32(1.0), found)]
-
-        (found,) = loop(lane, self.schedule.rows, WAVE, visit, [f32(0.0)])
-        return less(f32(0.0), over_lanes(larger, found))
-
-    def _left_over(self, score: ir.Value, token: ir.Value, earlier: ir.Value) -> ir.Value:
-        """Adds the channels that count as 0 so far to a score, decays multiplied one by one."""
-        first = add(self.first, mul(self.wave, TILE))
-        written = self.token(add(first, earlier))
-        last = self.row if self.problem.exclusive else add(self.row, 1)
-
-        def channel(row: ir.Value, total: ir.Value) -> list[ir.Value]:
-            def add_it() -> list[ir.Value]:
-                term = arith.mulf(
-                    element(self.named["q"], self.of_query(token, self.query, row)),
-                    element(self.named["k"], self.of_state(written, row)),
-                )
-
-                def decayed(u: ir.Value, term: ir.Value) -> list[ir.Value]:
-                    between, inside = self.at_step(add(first, u))
-                    return [arith.mulf(term, self.decay(between, row, inside))]
-
-                return [arith.addf(total, loop(add(earlier, 1), last, 1, decayed, [term])[0])]
-
-            is_left = no_larger(get(self.inverses, [self.wave, row]), f32(0.0))
-            return choose(is_left, add_it, [total])
-
-        return loop(0, self.problem.key_size, 1, channel, [score])[0]
 
     def _bonus(self, score: ir.Value, token: ir.Value) -> ir.Value:
         """Adds ``q . (bonus * k)`` to a score."""
@@ -243,61 +164,84 @@ class Outputs(Tiles):
 
         return loop(0, self.problem.key_size, 1, channel, [score])[0]
 
-    def _earlier_scores(self, back: int) -> None:
-        """Leaves the scores of the values ``back`` blocks ago, 0 without any, and moves the query before that block."""
-        is_there = compare("sge", self.wave, index(back))
-        part = arith.select(is_there, sub(self.wave, back), index(0))
-        row = add(mul(part, TILE), self.row)
-
-        def multiply(at: ir.Value, sums: ir.Value) -> list[ir.Value]:
-            column = add(mul(at, TILE), self.four)
-            keys = load(self.rows, [row, column], QUARTER)
-            products = load(self.products, [part, column], QUARTER)
-            for i in range(QUARTER):
-                place = [add(mul(at, QUARTER), i)]
-                query = get(self.x, place)
-                sums = matrix_multiply("f32", element_at(keys, i), query, sums)
-                product = arith.select(is_there, element_at(products, i), f32(1.0))
-                put(arith.mulf(query, product), self.x, place)
-            return [sums]
-
-        (sums,) = self._each_tile_of_keys(multiply, [matrix_zero()])
-        for i in range(QUARTER):
-            score = arith.select(is_there, element_at(sums, i), f32(0.0))
-            put(score, self.scores, [index(back * QUARTER + i)])
-
     # Outputs: a lane holds those of four steps in one column of a tile.
 
     def _tile(self, tile: ir.Value) -> None:
         """Makes the outputs of 16 columns, and writes or keeps them."""
         column = add(mul(tile, TILE), self.row)
-        in_columns = compare("slt", column, index(self.problem.value_size))
-        safe_column = minimum(column, self.problem.value_size - 1)
-        sums = matrix_zero()
-        for back in range(self.schedule.parts):
-            part = arith.maxsi(sub(self.wave, back), index(0))  # scores of no block are 0
-            for i in range(QUARTER):
-                at = add(mul(part, TILE), add(self.four, i))
-                token, inside = self.at_step(add(self.first, at))
-                value = self.value(token, column, inside)
-                sums = matrix_multiply("f32", get(self.scores, [index(back * QUARTER + i)]), value, sums)
-
-        def multiply(at: ir.Value, sums: ir.Value) -> list[ir.Value]:
-            for i in range(QUARTER):
-                row = add(mul(at, TILE), add(self.four, i))
-                inside = arith.andi(in_columns, compare("slt", row, index(self.problem.key_size)))
-                safe_row = minimum(row, self.problem.key_size - 1)
-                place = [self.batch, self.chunk, self.number, safe_row, safe_column]
-                entry = arith.select(inside, get(self.state, place), f32(0.0))
-                sums = matrix_multiply("f32", get(self.x, [add(mul(at, QUARTER), i)]), entry, sums)
-            return [sums]
-
-        (sums,) = self._each_tile_of_keys(multiply, [sums])
+        sums = self._read_states(column)
+        for back in reversed(range(1, self.schedule.parts)):
+            is_there = compare("sge", self.wave, index(back))
+            (sums,) = choose(is_there, lambda b=back, s=sums: [self._add_earlier(s, b, column)], [sums])
+        sums = self._add_own(sums, column)
         for i in range(QUARTER):
             if self.kept is not None:
                 put(element_at(sums, i), self.kept, [add(mul(tile, QUARTER), i)])
             else:
                 self._write(i, column, element_at(sums, i), [])
+
+    def _read_states(self, column: ir.Value) -> ir.Value:
+        """Returns what the queries read of the state that enters the chunk."""
+        in_columns = compare("slt", column, index(self.problem.value_size))
+        safe_column = minimum(column, self.problem.value_size - 1)
+
+        def multiply(at: ir.Value, sums: ir.Value) -> list[ir.Value]:
+            for i in range(QUARTER):
+                row, inside = add(mul(at, TILE), add(self.four, i)), in_columns
+                if self.schedule.rows > self.problem.key_size:
+                    inside = arith.andi(inside, compare("slt", row, index(self.problem.key_size)))
+                    row = minimum(row, self.problem.key_size - 1)
+                place = [self.batch, self.chunk, self.number, row, safe_column]
+                entry = arith.select(inside, get(self.state, place), f32(0.0))
+                sums = matrix_multiply("f32", get(self.x, [add(mul(at, QUARTER), i)]), entry, sums)
+            return [sums]
+
+        return self._each_tile_of_keys(multiply, [matrix_zero()])[0]
+
+    def _steps(self, back: int) -> list[tuple[ir.Value, ir.Value]]:
+        """Returns the tokens of the lane's four steps of the block ``back`` blocks ago, and whether they are of time."""
+        first = add(self.first, add(mul(sub(self.wave, back), TILE), self.four))
+        return [self.at_step(add(first, i)) for i in range(QUARTER)]
+
+    def _multiply(self, sums: ir.Value, back: int, values: Sequence[ir.Value]) -> ir.Value:
+        """Returns the sums with scores times values."""
+        for i, value in enumerate(values):
+            sums = matrix_multiply("f32", get(self.scores, [index(back * QUARTER + i)]), value, sums)
+        return sums
+
+    def _add_by_steps(
+        self, sums: ir.Value, values: Sequence[ir.Value], factor: Callable[[ir.Value], ir.Value] | None = None
+    ) -> ir.Value:
+        """Returns the sums with the block's own values, one step after the other.
+
+        A row that does not read a value stays as it is, whatever that is. ``factor`` of a step is what it multiplies sums with.
+        """
+        p = self.problem
+        reads_itself = p.bonus or not p.exclusive
+
+        def quarter(n: ir.Value, sums: ir.Value) -> list[ir.Value]:
+            is_mine = compare("eq", self.quarter, n)
+            for i in range(QUARTER):
+                score = arith.select(is_mine, get(self.scores, [index(i)]), f32(0.0))
+                value = arith.select(is_mine, values[i], f32(0.0))
+                terms = matrix_multiply("f32", score, value, matrix_zero())
+                step = add(mul(n, QUARTER), i)
+                decay = None if factor is None else factor(step)
+                found = []
+                for j in range(QUARTER):
+                    before, row = element_at(sums, j), add(self.four, j)
+                    decayed = before
+                    if decay is not None:
+                        decayed = arith.mulf(before, decay)
+                        if p.bonus:
+                            decayed = arith.select(compare("eq", step, row), before, decayed)
+                    after = arith.addf(decayed, element_at(terms, j))
+                    reads = compare("sle" if reads_itself else "slt", step, row)
+                    found.append(arith.select(reads, after, before))
+                sums = vector.from_elements(sums.type, found)
+            return [sums]
+
+        return loop(0, QUARTER, 1, quarter, [sums])[0]
 
     def _write(self, i: int, column: ir.Value, output: ir.Value, given: Sequence[ir.Value]) -> None:
         token, inside = self.at_step(self._step(i))
@@ -337,3 +281,9 @@ class Outputs(Tiles):
             return [arith.addf(total, arith.select(inside, value, f32(0.0)))]
 
         return over_lanes(arith.addf, loop(0, self.tiles, 1, term, [f32(0.0)])[0], TILE)
+
+
+def any_infinite(values: Sequence[ir.Value]) -> ir.Value:
+    """Returns whether some lane of the wave has an infinity or NaN among its values."""
+    finite = [less(math.absf(value), f32(float("inf"))) for value in values]
+    return any_lane(arith.xori(folded(arith.andi, finite), arith.constant(ir.IntegerType.get_signless(1), 1)))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch_mlir import ir
-from torch_mlir.dialects import arith
+from torch_mlir.dialects import arith, vector
 
 from spikingbrain.passes.kernels.builders import (
     Index,
@@ -23,6 +24,8 @@ from spikingbrain.passes.kernels.recurrence_operands import Computed
 from spikingbrain.passes.wave_kernels.builders import (
     TILE,
     WAVE,
+    element_at,
+    from_lane_xor,
     thread,
 )
 from spikingbrain.passes.wave_kernels.recurrence_base import Places, element
@@ -62,7 +65,9 @@ class Tiles(Places):
         super().__init__(problem, operands)
         self.schedule, self.thread = schedule, thread()
         self.wave, lane = floor_div(self.thread, WAVE), rem(self.thread, WAVE)
-        self.row, self.four = rem(lane, TILE), mul(floor_div(lane, TILE), QUARTER)
+        self.quarter = floor_div(lane, TILE)
+        self.row, self.four = rem(lane, TILE), mul(self.quarter, QUARTER)
+        self.on_values = problem.decay_axis == "value"
 
     def at_step(self, step: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Returns the token of a step, that of the last one beyond time, and whether the step is one of time."""
@@ -79,10 +84,51 @@ class Tiles(Places):
         return arith.select(inside, element(source, place), f32(0.0))
 
     def decay(self, token: ir.Value, row: Index, inside: ir.Value) -> ir.Value:
-        """Returns what a step multiplies a row of the state with, 1 beyond time."""
+        """Returns what a step multiplies a row of the state with, or a column where decays are of values; 1 beyond time."""
         if self.problem.decay_axis == "none":
             return f32(1.0)
         place = self.of_state(token, row)
         if self.problem.decay_axis == "head":
             place = place[:3]
         return arith.select(inside, self.factor(element(self.named["decay"], place)), f32(1.0))
+
+    def products(self, factors: Sequence[ir.Value]) -> Products:
+        """Returns the products of a channel's 16 decays, of which the lane has four."""
+        one = f32(1.0)
+        before, behind = [one], [one]
+        for factor in factors:
+            before.append(arith.mulf(before[-1], factor))
+        for factor in reversed(factors):
+            behind.insert(0, arith.mulf(behind[0], factor))
+        other = from_lane_xor(before[-1], TILE)
+        pair = arith.mulf(before[-1], other)
+        others = from_lane_xor(pair, 2 * TILE)
+        is_first = compare("eq", rem(self.quarter, 2), index(0))
+        in_first_half = compare("slt", self.quarter, index(2))
+        first = arith.mulf(
+            arith.select(is_first, one, other), arith.select(in_first_half, one, others)
+        )  # the decays of the lanes with earlier steps
+        last = arith.mulf(arith.select(is_first, other, one), arith.select(in_first_half, others, one))
+        return Products(
+            [arith.mulf(first, product) for product in before],
+            [arith.mulf(product, last) for product in behind],
+            arith.mulf(pair, others),
+        )
+
+
+@dataclass(frozen=True)
+class Products:
+    """Products of a channel's decays in a block of 16 steps: ``before[i]`` of those before the lane's i-th step.
+
+    ``behind[i]`` are of those from its i-th step on; both have five entries. ``whole`` is of all.
+    """
+
+    before: list[ir.Value]
+    behind: list[ir.Value]
+    whole: ir.Value
+
+
+def scaled(values: ir.Value, factor: ir.Value) -> ir.Value:
+    """Returns a vector times a number."""
+    elements = [arith.mulf(element_at(values, i), factor) for i in range(QUARTER)]
+    return vector.from_elements(values.type, elements)

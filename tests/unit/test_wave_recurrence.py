@@ -50,7 +50,7 @@ def check(case: Case, lengths: tuple[int, ...], time: Any = "?") -> None:
 STEPS = [
     Case("key", rank_one=True),
     Case("head", rank_one=True, exclusive=True, reverse=True, state=False, sizes=(1, 3, 18, 33)),
-    Case("value", log=False, exclusive=True, bonus=True, sizes=(1, 2, 5, 80)),
+    Case("value", rank_one=True, sizes=(1, 2, 5, 80)),
     Case("none", rank_one=True, sizes=(1, 1, 300, 7)),
 ]
 TILES = [
@@ -59,6 +59,24 @@ TILES = [
     Case("head", reverse=True, state=False, sizes=(2, 1, 16, 70)),
     Case("head", log=False, exclusive=True, sizes=(1, 2, 5, 16)),
     Case("none", sizes=(1, 1, 200, 3)),
+    Case("value", log=False, reverse=True, sizes=(1, 2, 20, 24)),
+]
+
+
+class Gentle(Case):
+    """Decays of values near 1, whose products divide, but for one channel that forgets."""
+
+    def operands(self, b: int, t: int) -> dict[str, Array]:
+        found = super().operands(b, t)
+        gates = 0.1 * np.random.default_rng(t).uniform(-1, 0, found["decay"].shape)
+        gates[:, 20:23, :, 1] = -np.inf
+        found["decay"] = (gates if self.log else np.exp(gates)).astype(np.float32)
+        return found
+
+
+GENTLE = [
+    Gentle("value", exclusive=True, bonus=True, sizes=(1, 1, 18, 33)),
+    Gentle("value", reverse=True, state=False, sizes=(2, 2, 16, 16)),
 ]
 
 
@@ -68,10 +86,32 @@ def test_steps_equal_a_loop(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [*TILES[:2], *(pytest.param(c, marks=pytest.mark.slow) for c in TILES[2:])], ids=Case.name
+    "case",
+    [*TILES[:2], *(pytest.param(c, marks=pytest.mark.slow) for c in TILES[2:]), GENTLE[0]]
+    + [pytest.param(c, marks=pytest.mark.slow) for c in GENTLE[1:]],
+    ids=Case.name,
 )
 def test_tiles_equal_a_loop(case: Case) -> None:
     check(case, MANY)
+
+
+@pytest.mark.parametrize("axis", ["key", "value"])
+def test_what_is_not_finite_stays_behind_its_step(axis: str) -> None:
+    case = Gentle(axis, sizes=(1, 2, 18, 20))
+    operands = case.operands(1, 37)
+    operands["v"][0, 5, 0, 3], operands["v"][0, 24, 0, 7] = np.inf, np.nan
+    operands["decay"][0, 12, 0, 9] = np.nan
+    operands["q"][0, 2, 1], operands["k"][0, 30, 0, 4] = np.nan, np.inf
+    program = compiled(case.function())
+    with np.errstate(invalid="ignore"):
+        wanted = case.expected(operands)
+    found = program.call(case.name(), [program.to_device(x) for x in operands.values()])
+    for got, want in zip(found, wanted, strict=True):
+        known = np.isfinite(want)
+        assert not known.all() and known.mean() > 0.1
+        np.testing.assert_array_equal(np.isfinite(got), known)
+        scale = max(1.0, np.abs(want[known]).max())
+        np.testing.assert_allclose(got[known], want[known], rtol=0, atol=3e-6 * scale)
 
 
 def test_one_token_takes_one_launch() -> None:
