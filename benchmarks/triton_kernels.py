@@ -18,6 +18,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -121,9 +122,31 @@ def _of_fla(axis: str) -> Callable[..., Tensor]:
     return lambda q, k, v, g: chunked(q, k, v, g)[0]
 
 
-def attentions(device: str, small: bool) -> Iterator[Problem]:
-    from spikingbrain.backend_maca.triton.attention import window_attention
+class _Windowed(torch.autograd.Function):
+    """Attention by our kernels alone."""
 
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int) -> Tensor:
+        from spikingbrain.backend_maca.triton import attention
+
+        o, sums = attention.forward(q, k, v, window, sinks, None)
+        ctx.save_for_backward(q, k, v, o, sums)
+        ctx.options = (window, sinks, None)
+        return o
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        from spikingbrain.backend_maca.triton import attention
+
+        return *attention.backward(do, *ctx.saved_tensors, *ctx.options), None, None
+
+
+def _windowed(window: int, sinks: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    o: Tensor = _Windowed.apply(q, k, v, window, sinks)  # type: ignore[no-untyped-call]
+    return o
+
+
+def attentions(device: str, small: bool) -> Iterator[Problem]:
     batch, steps, heads, sources, size, window, sinks = (
         (1, 37, 4, 2, 16, 9, 2) if small else (2, 8192, 16, 4, 128, 1024, 4)
     )
@@ -148,7 +171,7 @@ def attentions(device: str, small: bool) -> Iterator[Problem]:
                 o = function(*leaves)
                 return (o.detach(), *torch.autograd.grad(o, leaves, do)) if training else (o,)
 
-            ours = functools.partial(window_attention, window=window, sinks=sinks)
+            ours = functools.partial(_windowed, window, sinks)
             forms: dict[str, Callable[..., Tensor]] = {"eager": dense, "ours": ours}
             if device == "cuda":
                 forms["inductor"] = torch.compile(dense)

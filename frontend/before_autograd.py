@@ -1,4 +1,4 @@
-"""What is found in Dynamo's graph before autograd: recurrences, spiking projections, experts, each raised to an op of its own.
+"""What is found in Dynamo's graph before autograd: recurrences, spiking projections, experts, attention, each raised to an op.
 
 Differentiated first, a loop would save every state, a rounded activation would have no gradient, and the gradient of gathered
 weights would be as large as they are.
@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 import spikingbrain.frontend.ops  # noqa: F401  (registers the ops)
 from spikingbrain.finite import WatchedLayer
+from spikingbrain.frontend.attention import AttentionReport, Refuse, may_attend, raise_attention
 from spikingbrain.frontend.checks import user_line
 from spikingbrain.frontend.experts import ExpertReport, may_route, raise_experts
 from spikingbrain.frontend.recurrences.associative import leave_as_written
@@ -40,6 +41,7 @@ class Found:
     recurrences: list[RecurrenceReport] = field(default_factory=list)
     spikes: list[SpikeReport] = field(default_factory=list)
     experts: list[ExpertReport] = field(default_factory=list)
+    attention: list[AttentionReport] = field(default_factory=list)
     watched: list[WatchedLayer] = field(default_factory=list)
 
     @property
@@ -47,31 +49,36 @@ class Found:
         return (
             bool(self.watched)
             or any(r.status != "unrolled" for r in self.recurrences)
-            or "raised" in [*(s.status for s in self.spikes), *(e.status for e in self.experts)]
+            or "raised" in [r.status for r in (*self.spikes, *self.experts, *self.attention)]
         )
 
 
 def raise_in_dynamo_graph(
-    module: fx.GraphModule, inputs: Sequence[Any] = (), check_finite: bool = False
+    module: fx.GraphModule,
+    inputs: Sequence[Any] = (),
+    check_finite: bool = False,
+    attention: Refuse | None = None,
 ) -> tuple[fx.GraphModule, Found]:
     """Returns a module with what was found raised, or ``module`` itself where nothing was.
 
     ``inputs`` are the arguments that Dynamo gives, of which the model's own weights are read. With ``check_finite`` it also
-    returns whether inputs of spiking layers are finite (`frontend.spikes.finite`).
+    returns whether inputs of spiking layers are finite (`frontend.spikes.finite`). Where the target has kernels for attention,
+    ``attention`` tells what they do not take.
     """
-    made, found = _raised_if_possible(module, inputs, check_finite)
+    made, found = _raised_if_possible(module, inputs, check_finite, attention)
     leave_as_written(made)
     return made, found
 
 
 def _raised_if_possible(
-    module: fx.GraphModule, inputs: Sequence[Any], check_finite: bool
+    module: fx.GraphModule, inputs: Sequence[Any], check_finite: bool, attention: Refuse | None
 ) -> tuple[fx.GraphModule, Found]:
-    if not (promising(module.graph) or may_spike(module.graph) or may_route(module.graph)):
+    attends = attention is not None and may_attend(module.graph)
+    if not (attends or promising(module.graph) or may_spike(module.graph) or may_route(module.graph)):
         return module, Found()
     try:
         with _no_collection():
-            raised, found = _raised(module, _weights(module.graph, inputs), check_finite)
+            raised, found = _raised(module, _weights(module.graph, inputs), check_finite, attention)
         if check_finite and found.spikes and not found.watched:
             left = found.spikes[0]
             log.warning(
@@ -83,7 +90,7 @@ def _raised_if_possible(
     except Exception as error:  # a model never fails because a part of it was not recognised
         reason = f"the compiler failed: {type(error).__name__}: {error}"
         log.warning(
-            "recurrences, spikes and experts stay as they are written: %s",
+            "recurrences, spikes, experts and attention stay as they are written: %s",
             reason,
             exc_info=log.isEnabledFor(logging.DEBUG),
         )
@@ -91,20 +98,20 @@ def _raised_if_possible(
 
 
 def _raised(
-    module: fx.GraphModule, weights: Mapping[str, Tensor], check_finite: bool
+    module: fx.GraphModule, weights: Mapping[str, Tensor], check_finite: bool, attention: Refuse | None
 ) -> tuple[fx.GraphModule, Found]:
     try:
         if is_symbolic(module.graph):
-            return _raise_at_symbols(module, weights, check_finite)
+            return _raise_at_symbols(module, weights, check_finite, attention)
         functional = functionalise(module)
-        found = _raise(functional, weights, check_finite)
+        found = _raise(functional, weights, check_finite, attention)
         return (functional if found.raised else module), found
     except NotFunctional as stop:
         return module, _nothing(module, str(stop), str(user_line(stop.node) or ""))
 
 
 def _raise_at_symbols(
-    module: fx.GraphModule, weights: Mapping[str, Tensor], check_finite: bool
+    module: fx.GraphModule, weights: Mapping[str, Tensor], check_finite: bool, attention: Refuse | None
 ) -> tuple[fx.GraphModule, Found]:
     """Raises in a graph with symbolic sizes, by way of several graphs whose sizes are known."""
     try:
@@ -114,7 +121,7 @@ def _raise_at_symbols(
         found = Found()
         for point in points:
             graphs.append(functionalise(at_sizes(module, point)))
-            found = _raise(graphs[-1], weights, check_finite)
+            found = _raise(graphs[-1], weights, check_finite, attention, any_size=True)
             if not found.raised:
                 return module, found
         return unify(graphs, sizes, points), found
@@ -122,7 +129,13 @@ def _raise_at_symbols(
         return module, _nothing(module, f"sizes are symbols: {stop}", "")
 
 
-def _raise(functional: fx.GraphModule, weights: Mapping[str, Tensor], check_finite: bool) -> Found:
+def _raise(
+    functional: fx.GraphModule,
+    weights: Mapping[str, Tensor],
+    check_finite: bool,
+    attention: Refuse | None,
+    any_size: bool = False,
+) -> Found:
     found = Found()
     placeholders = functional.graph.find_nodes(op="placeholder")
     if promising(functional.graph):
@@ -137,6 +150,8 @@ def _raise(functional: fx.GraphModule, weights: Mapping[str, Tensor], check_fini
         found.watched = watch.layers if watch else []
     if may_route(functional.graph):
         found.experts = raise_experts(functional)
+    if attention is not None and may_attend(functional.graph):
+        found.attention = raise_attention(functional, attention, any_size)
     return found
 
 

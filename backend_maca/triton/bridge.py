@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spikingbrain.backend import TorchKernel, TorchKernels
-from spikingbrain.backend_maca.triton import delta, recurrence, scan, spikes
+from spikingbrain.backend_maca.triton import attention, delta, recurrence, scan, spikes
 from spikingbrain.backend_maca.triton.device import Device
 from spikingbrain.backend_maca.triton.dots import DOTS
 
@@ -24,6 +24,8 @@ def kernels(device: Device) -> TorchKernels:
             "linear_recurrence_backward": TorchKernel(_refuse_recurrence_backward, _recurrence_backward),
             "linear_scan": TorchKernel(_refuse_scan, scan.linear_scan),
             "spike_linear": TorchKernel(_refuse_spikes, _spikes),
+            "window_attention": TorchKernel(_refuse_attention, attention.forward),
+            "window_attention_backward": TorchKernel(_refuse_attention_backward, attention.backward),
         },
     )
 
@@ -184,3 +186,23 @@ def _spikes(
     counts: Tensor, threshold: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, bits: int
 ) -> Tensor:
     return spikes.spike_linear(counts, threshold, codes, scale, bias)
+
+
+def _refuse_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, scale: float | None
+) -> str | None:
+    return attention.refusal(q, v)
+
+
+def _refuse_attention_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    sums: Tensor,
+    window: int,
+    sinks: int,
+    scale: float | None,
+) -> str | None:
+    return attention.refusal(q, v)

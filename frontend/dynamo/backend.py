@@ -42,7 +42,9 @@ def spikingbrain(
     watched: list[WatchedLayer] = []
     if chosen.level:
         workers.prewarm()  # it imports while AOTAutograd traces
-        module, found = raise_in_dynamo_graph(module, example_inputs, chosen.check_finite)
+        module, found = raise_in_dynamo_graph(
+            module, example_inputs, chosen.check_finite, on_device.refusal(chosen.target, "window_attention")
+        )
         report.publish_found(found)
         watched = found.watched
     else:

@@ -14,6 +14,7 @@ import torch
 from torch._dynamo.utils import get_compilation_metrics, graph_break_reasons
 from torch.utils import _pytree as pytree
 
+from spikingbrain.frontend.attention import AttentionReport
 from spikingbrain.frontend.dynamo import report
 from spikingbrain.frontend.dynamo.once import differentiate, fresh, kept_buffers
 from spikingbrain.frontend.dynamo.options import parse
@@ -48,6 +49,7 @@ class Explanation:
         recurrences: each loop over time or written form of a recurrence, and what it was raised into, or why not.
         spikes: each product of spike counts, and whether it is computed in integers, or why not.
         experts: each product of rows with weights of experts, and whether those are read in place, or why not.
+        attention: for a target with kernels for it, each softmax attention, and the window that was recognised, or why none.
     """
 
     graphs: list[report.GraphReport]
@@ -55,6 +57,7 @@ class Explanation:
     recurrences: list[RecurrenceReport] = field(default_factory=list)
     spikes: list[SpikeReport] = field(default_factory=list)
     experts: list[ExpertReport] = field(default_factory=list)
+    attention: list[AttentionReport] = field(default_factory=list)
 
     @property
     def regions(self) -> list[report.RegionReport]:
@@ -84,6 +87,7 @@ class Explanation:
             "recurrences": [found.to_dict() for found in self.recurrences],
             "spikes": [found.to_dict() for found in self.spikes],
             "experts": [found.to_dict() for found in self.experts],
+            "attention": [found.to_dict() for found in self.attention],
             "graph_breaks": [broken.to_dict() for broken in self.graph_breaks],
             "counts": self.counts,
             "share": self.share,
@@ -120,7 +124,9 @@ def explain(
     found += [_skipped(m) for m in get_compilation_metrics() if id(m) not in frames_before and m.fail_reason]
     counted = Counter(found)
     breaks = [GraphBreak(b.where, b.reason, b.remedy, count) for b, count in counted.items()]
-    return Explanation(list(graphs), breaks, raised.recurrences, raised.spikes, raised.experts)
+    return Explanation(
+        list(graphs), breaks, raised.recurrences, raised.spikes, raised.experts, raised.attention
+    )
 
 
 def _from_dynamo(reason: Any) -> GraphBreak:
@@ -184,6 +190,7 @@ def _table(explanation: Explanation) -> Iterator[str]:
     for title, reports in (
         ("spiking projections", explanation.spikes),
         ("experts", explanation.experts),
+        ("attention", explanation.attention),
     ):
         if not reports:
             continue

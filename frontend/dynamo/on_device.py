@@ -29,6 +29,7 @@ from spikingbrain.frontend.ops import on_device
 from spikingbrain.frontend.ops.linear_recurrence import check as check_recurrence
 from spikingbrain.frontend.ops.linear_scan import check as check_scan
 from spikingbrain.frontend.ops.spikes import check as check_spikes
+from spikingbrain.frontend.ops.window_attention import check as check_attention
 
 log = logging.getLogger("spikingbrain.compile")
 
@@ -48,6 +49,12 @@ def kernels_of(target: str) -> TorchKernels | None:
         for name in kernels.table:
             _install(name, kernels)
     return kernels
+
+
+def refusal(target: str, op: str) -> Callable[..., str | None] | None:
+    """Returns what tells why kernels of a target inside torch do not take a call of ``op``; None where it has none."""
+    kernels = kernels_of(target)
+    return kernels.table[op].refuse if kernels is not None and op in kernels.table else None
 
 
 def _install(name: str, kernels: TorchKernels) -> None:
@@ -143,8 +150,14 @@ def _spikes(
     return counts, threshold, codes, scale, bias, bits
 
 
+def _attention(*given: Any) -> tuple[Any, ...]:
+    check_attention(*given[:5])
+    return given
+
+
 _CHECKED: dict[str, Callable[..., tuple[Any, ...]]] = {
     "linear_recurrence": _recurrence,
     "linear_scan": _scan,
     "spike_linear": _spikes,
+    "window_attention": _attention,
 }

@@ -86,7 +86,7 @@ _found_collectors: list[Found] = []
 
 @contextlib.contextmanager
 def collect_found() -> Iterator[Found]:
-    """Collects what is found of recurrences, spikes and experts in all graphs compiled inside."""
+    """Collects what is found of recurrences, spikes, experts and attention in all graphs compiled inside."""
     found = Found()
     with _lock:
         _found_collectors.append(found)
@@ -98,7 +98,7 @@ def collect_found() -> Iterator[Found]:
 
 
 def publish_found(found: Found) -> None:
-    """Logs what was found of recurrences, spikes and experts in one graph and hands it to whoever collects."""
+    """Logs what was found of recurrences, spikes, experts and attention in one graph and hands it to whoever collects."""
     for r in found.recurrences:
         became = f"{r.status} to {r.op}" if r.op else r.status
         log.info("recurrence at %s: %s, %d steps (%s)", r.where or "?", became, r.steps, r.reason)
@@ -106,11 +106,14 @@ def publish_found(found: Found) -> None:
         log.info("spikes at %s: %s (%s)", s.where or "?", s.op or "left as written", s.reason)
     for e in found.experts:
         log.info("experts at %s: %s (%s)", e.where or "?", e.op or "left as written", e.reason)
+    for a in found.attention:
+        log.info("attention at %s: %s (%s)", a.where or "?", a.op or "left to torch's kernels", a.reason)
     with _lock:
         for collector in _found_collectors:
             collector.recurrences += found.recurrences
             collector.spikes += found.spikes
             collector.experts += found.experts
+            collector.attention += found.attention
 
 
 def describe(

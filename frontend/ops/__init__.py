@@ -1,4 +1,4 @@
-"""Differentiable torch ops for recurrences and spikes, `torch.ops.spikingbrain.*`: importing this package registers them.
+"""Differentiable torch ops for recurrences, spikes and attention, `torch.ops.spikingbrain.*`; importing this registers them.
 
 Each has a shape function (dynamic sizes too), a blockwise body in plain PyTorch that runs wherever nothing faster was
 compiled, and a backward. docs/recurrence-ops.md has equations, shapes and examples.
@@ -12,6 +12,7 @@ from spikingbrain.frontend.ops.selective_scan import selective_scan, selective_s
 from spikingbrain.frontend.ops.spike_experts import spike_grouped_linear
 from spikingbrain.frontend.ops.spikes import spike_encode, spike_linear
 from spikingbrain.frontend.ops.unit_lower_inverse import unit_lower_inverse
+from spikingbrain.frontend.ops.window_attention import window_attention, window_attention_backward
 
 __all__ = [
     "grouped_linear",
@@ -25,4 +26,6 @@ __all__ = [
     "spike_grouped_linear",
     "spike_linear",
     "unit_lower_inverse",
+    "window_attention",
+    "window_attention_backward",
 ]

@@ -57,6 +57,16 @@ def test_spikes_are_exact(found: dict[str, Any]) -> None:
     assert "compiled" in [r["status"] for r in found["regions of spikes"] if "spike_linear" in r["ops"]]
 
 
+def test_attention_over_a_window_runs_on_kernels(found: dict[str, Any]) -> None:
+    assert len(found["attention"]) == 4 and max(found["attention"]) < 2e-6
+    raised, left = found["found of attention"]
+    assert (raised["status"], raised["reason"]) == ("raised", "a window of 6 and 2 sinks")
+    assert (left["status"], left["reason"]) == ("torch's", "queries see later positions")
+    ours = {"window_attention", "window_attention_backward"}
+    regions = [r for r in found["regions of attention"] if ours & set(r["ops"])]
+    assert [(r["kind"], r["status"]) for r in regions] == [("forward", "compiled"), ("backward", "compiled")]
+
+
 def test_explain_tells_what_runs_where(found: dict[str, Any]) -> None:
     ours = {"linear_recurrence", "linear_recurrence_backward", "linear_scan"}
     told = [(r["kind"], r["status"], r["ops"][0]) for r in found["regions"] if ours & set(r["ops"])]
@@ -142,7 +152,9 @@ def test_a_device_takes_the_ops_on_it(no_device_known: pytest.MonkeyPatch) -> No
     no_device_known.setattr(on_device, "_install", lambda name, kernels: installed.append(name))
     no_device_known.setattr(registry, "_installed", {})
     assert parse({"target": "maca"}).target == "maca"
-    assert installed == ["linear_recurrence", "linear_recurrence_backward", "linear_scan", "spike_linear"]
+    differentiated = ("linear_recurrence", "window_attention")
+    both = {f"{name}{suffix}" for name in differentiated for suffix in ("", "_backward")}
+    assert set(installed) == both | {"linear_scan", "spike_linear"}
     kernels = on_device.kernels_of("maca")
     assert kernels is not None and (kernels.device, kernels.name) == ("cuda", "Triton on GPU")
     assert on_device.kernels_of("cpu") is None

@@ -39,6 +39,13 @@ def ruled(q: Tensor, k: Tensor, v: Tensor, g: Tensor, strength: Tensor) -> Tenso
     return gated_delta_rule(q, k, v, F.logsigmoid(g), torch.sigmoid(strength))[0]
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    at = torch.arange(q.shape[2])
+    seen = (at <= at[:, None]) & ((at > at[:, None] - 6) | (at < 2))
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+    return o + F.scaled_dot_product_attention(q, q, q)  # without a mask: torch's
+
+
 def gradients(model: nn.Module, call, x: Tensor) -> list[Tensor]:
     y = call(x)
     return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])]
@@ -77,6 +84,13 @@ def main() -> None:
         o = call(*delta)
         of_delta.append([o.detach(), *torch.autograd.grad(o.square().sum(), delta)])
 
+    heads = [torch.randn(2, n, 19, 8, requires_grad=True) for n in (4, 2, 2)]
+    of_attention = []
+    for call in (attend, torch.compile(attend, backend="spikingbrain", options=OPTIONS)):
+        o = call(*heads)
+        of_attention.append([o.detach(), *torch.autograd.grad(o.square().sum(), heads)])
+    told_of_attention = spikingbrain.explain(attend, *heads, options=OPTIONS).to_dict()
+
     spiking = SpikeLinear.of(nn.Linear(40, 24))
     y = torch.randn(3, 5, 40)
     y[0, 0, 0] = 1e6  # a count outside int8
@@ -97,6 +111,9 @@ def main() -> None:
             {
                 "errors": [error(a, b) for a, b in zip(found, wanted, strict=True)],
                 "delta rule": [error(a, b) for a, b in zip(*of_delta, strict=True)],
+                "attention": [error(a, b) for a, b in zip(*reversed(of_attention), strict=True)],
+                "found of attention": told_of_attention["attention"],
+                "regions of attention": told_of_attention["regions"],
                 "bonus": [error(a, b) for a, b in zip(of_kernel, of_body, strict=True)],
                 "regions": told["regions"],
                 "of layer": of_layer,
