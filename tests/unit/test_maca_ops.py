@@ -148,9 +148,9 @@ def test_exclusive_running_sums_begin_with_the_initial_value() -> None:
 
 
 SCATTER = """
-func.func public @main(%x: tensor<6x3xf32>, %i: tensor<?x1xi32>, %u: tensor<?x3xf32>) -> tensor<6x3xf32> {
+func.func public @main(%x: tensor<6x3xf32>, %i: tensor<NUMBERx1xi32>, %u: tensor<NUMBERx3xf32>) -> tensor<6x3xf32> {
   %y = tm_tensor.scatter {dimension_map = array<i64: 0>} unique_indices(UNIQUE)
-      ins(%u, %i : tensor<?x3xf32>, tensor<?x1xi32>) outs(%x : tensor<6x3xf32>) {
+      ins(%u, %i : tensor<NUMBERx3xf32>, tensor<NUMBERx1xi32>) outs(%x : tensor<6x3xf32>) {
     ^bb0(%new: f32, %old: f32):
       %s = arith.addf %old, %new : f32
       tm_tensor.yield %s : f32
@@ -160,14 +160,23 @@ func.func public @main(%x: tensor<6x3xf32>, %i: tensor<?x1xi32>, %u: tensor<?x3x
 
 
 @pytest.mark.parametrize(
-    ("unique", "rows"), [("true", [4, 0, 9]), ("false", [4, 0, 4, -1, 4, 9, 0]), ("false", [])]
+    ("unique", "rows", "declared"),
+    [
+        ("true", [4, 0, 9], "?"),
+        ("false", [4, 0, 4, -1, 4, 9, 0], "?"),
+        ("false", [4, 0, 4, -1, 4, 9, 0], "7"),
+        ("false", [5, -1, 2, 6] * 90, "?"),
+        ("false", [3], "1"),
+        ("false", [], "?"),
+    ],
 )
 def test_scattered_updates_are_applied_in_order_and_those_outside_dropped(
-    unique: str, rows: list[int]
+    unique: str, rows: list[int], declared: str
 ) -> None:
-    x, u = np.random.default_rng(0).standard_normal((2, 7, 3), np.float32)
-    x, u, kept = x[:6], u[: len(rows)], x[:6].copy()
-    (y,) = run(program(SCATTER.replace("UNIQUE", unique)), x, np.int32(rows).reshape(-1, 1), u)
+    random = np.random.default_rng(0)
+    x, u = (random.standard_normal((n, 3), np.float32) for n in (6, len(rows)))
+    kept, text = x.copy(), SCATTER.replace("UNIQUE", unique).replace("NUMBER", declared)
+    (y,) = run(program(text), x, np.int32(rows).reshape(-1, 1), u)
     wanted = kept.copy()
     for row, update in zip(rows, u, strict=True):
         if 0 <= row < 6:
