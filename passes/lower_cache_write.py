@@ -28,8 +28,14 @@ class LowerCacheWrite:
     def run(self, module: ir.Module, context: PassContext) -> None:
         for op in torch_ir.operations(module, "spikingbrain.cache_write"):
             _sink(op)
+            row = ir.RankedTensorType(op.operands[0].type).shape[2:]
+            reason = "kernel" if context.target.vector_bits or context.target.wave_kernels else "linalg"
             with ir.InsertionPoint(op), op.location:
-                if context.target.vector_bits:
+                if 0 in row:
+                    value, reason = op.operands[0], "there is nothing to write"
+                elif ir.ShapedType.get_dynamic_size() in row:
+                    value, reason = _dense(*op.operands), "linalg: rows of a size that is not known"
+                elif context.target.vector_bits:
                     from spikingbrain.passes.kernels.cache_write import emit_cache_write
 
                     value = emit_cache_write(*op.operands)
@@ -40,8 +46,7 @@ class LowerCacheWrite:
                 else:
                     value = _dense(*op.operands)
             op.results[0].replace_all_uses_with(value)
-            has_kernel = context.target.vector_bits or context.target.wave_kernels
-            context.record(self, "lowered", op, "kernel" if has_kernel else "linalg")
+            context.record(self, "lowered", op, reason)
             op.erase()
 
 

@@ -19,7 +19,7 @@ pytestmark = needs_cxx
 BITS = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16, "i8": np.int8, "i64": np.int64}
 
 
-def compiled(row: tuple[int, ...], element: str) -> Any:
+def compiled(row: tuple[int | str, ...], element: str, reason: str = "kernel") -> Any:
     tail = "".join(f"x{n}" for n in row)
     cache, rows = (f"tensor<?x?{tail}x{element}>" for _ in range(2))
     text = (
@@ -30,7 +30,7 @@ def compiled(row: tuple[int, ...], element: str) -> Any:
     with dialect.load(), ir.Location.unknown():
         module, context = ir.Module.parse(text), PassContext(WAVES)
         pipeline.run([LowerCacheWrite()], module, context)
-        assert [r.reason for r in context.records] == ["kernel"]
+        assert [r.reason for r in context.records] == [reason]
         return load(compile_text(str(module)))
 
 
@@ -50,3 +50,20 @@ def test_later_rows_stay_and_slots_outside_are_dropped(row: tuple[int, ...], ele
             program.kernels.order = order
             (got,) = program.call("main", [program.to_device(x) for x in (cache, rows, slots)])
             np.testing.assert_array_equal(np.array(got).view(expected.dtype), expected)
+
+
+@pytest.mark.parametrize(
+    ("row", "declared", "reason"),
+    [
+        ((3, 0), (3, 0), "there is nothing to write"),
+        ((2, 5), (2, "?"), "linalg: rows of a size that is not known"),
+    ],
+)
+def test_rows_without_a_kernel(row: tuple[int, ...], declared: tuple[int | str, ...], reason: str) -> None:
+    program = compiled(declared, "f32", reason)
+    cache, rows = np.ones((2, 4, *row), np.float32), np.zeros((2, 3, *row), np.float32)
+    rows[:, 2] = 7
+    (got,) = program.call("main", [cache, rows, np.int64([[1, 9, 1], [0, 3, -1]])])
+    expected = cache.copy()
+    expected[0, 1], expected[1, 0], expected[1, 3] = 7, 0, 0
+    np.testing.assert_array_equal(got, expected)
