@@ -72,19 +72,29 @@ DIRECT = KEPT | {
     operator.mul,  # of symbolic sizes
 }
 
+# What torch-mlir or IREE compute otherwise than torch: a token shift, F.pad(x, (0, 0, 1, -1)), shifted nothing.
+_WRONG = (
+    aten.constant_pad_nd.default,
+    aten.pow.Tensor_Tensor,
+    aten.pow.Scalar,
+    aten.reciprocal.default,
+)
+
 
 def decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """Returns the program in ops that the importer and torch-mlir take."""
-    if all(_is_direct(node.target) for node in program.graph.nodes if node.op == "call_function"):
+    if all(_is_direct(node) for node in program.graph.nodes if node.op == "call_function"):
         return program
     table = {op: f for op, f in get_decomposition_table().items() if op not in KEPT}
     table[_INVERSE] = inverse
-    # torch-mlir takes negative padding for none: a token shift, F.pad(x, (0, 0, 1, -1)), shifted nothing
-    table[aten.constant_pad_nd.default] = EXACT[aten.constant_pad_nd.default]
+    table |= {op: EXACT[op] for op in _WRONG}
     decomposed: torch.export.ExportedProgram = program.run_decompositions(table)
     return decomposed
 
 
-def _is_direct(target: object) -> bool:
+def _is_direct(node: torch.fx.Node) -> bool:
     """Returns whether the importer or one of our passes takes an op as it is."""
+    target = node.target
+    if target == aten.pow.Scalar and node.args[0] <= 0:
+        return False
     return target in DIRECT or (getattr(target, "namespace", "") == "spikingbrain" and target != _INVERSE)

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from spikingbrain.frontend.while_loops import carry_closed_over
+from spikingbrain.frontend.without_elements import fold_tensors_without_elements
 
 aten = torch.ops.aten
 
@@ -208,6 +209,7 @@ def normalise(graph: fx.Graph) -> None:
         if isinstance(body, fx.GraphModule):
             normalise(body.graph)
     carry_closed_over(graph)
+    fold_tensors_without_elements(graph)
     make_scatter_dims_positive(graph)
     state_epsilon(graph)
     drop_identities(graph)

@@ -228,6 +228,47 @@ def power(x: Tensor, exponent: Any) -> Any:
     return found
 
 
+@_replaces(aten.pow.Tensor_Tensor)
+def power_of_tensors(x: Tensor, exponent: Tensor) -> Any:
+    """IREE computes exp(y * log(x)) in f32: NaN for zero and below, and few digits where y * log(x) is large."""
+    dtype = torch.result_type(x, exponent)
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return NotImplemented
+    x, y = (aten._to_copy.default(v, dtype=torch.float64) for v in _promoted(x, exponent))
+    return aten._to_copy.default(_wide_power(x, y), dtype=dtype)
+
+
+@_replaces(aten.pow.Scalar)
+def power_of_number(base: Any, exponent: Tensor) -> Any:
+    if base > 0:
+        return NotImplemented
+    return power_of_tensors(_constant(base, exponent, torch.result_type(base, exponent)), exponent)
+
+
+def _wide_power(x: Tensor, y: Tensor) -> Tensor:
+    """Computes x^y of f64 that hold f32, of which exp and log then lose no digit; the cases are those of C's pow."""
+    one, nan, infinite = (_constant(c, x) for c in (1.0, math.nan, math.inf))
+    size, lowest = aten.abs.default(x), aten.floor.default(y)
+    bounded = clamp(y, -1e11, 1e11)  # so that 1 to any power is 1; other f32 are 0 or infinite there
+    found = aten.exp.default(aten.mul.Tensor(bounded, aten.log.default(size)))
+    half = aten.mul.Tensor(y, 0.5)
+    odd = aten.eq.Scalar(aten.sub.Tensor(half, aten.floor.default(half)), 0.5)  # not of infinity
+    signed = aten.where.self(aten.eq.Scalar(x, 0.0), aten.div.Tensor(one, x), x)  # of -0, too
+    turned = aten.logical_and.default(odd, aten.lt.Scalar(signed, 0.0))
+    found = aten.where.self(turned, aten.neg.default(found), found)
+    below = aten.logical_and.default(aten.lt.Scalar(x, 0.0), aten.lt.Tensor(size, infinite))
+    broken = aten.logical_and.default(below, aten.ne.Tensor(lowest, y))
+    found = aten.where.self(broken, nan, found)
+    sure = aten.logical_or.default(aten.eq.Scalar(y, 0.0), aten.eq.Scalar(x, 1.0))  # whatever the other is
+    return aten.where.self(sure, one, found)
+
+
+@_replaces(aten.reciprocal.default)
+def reciprocal(x: Tensor) -> Any:
+    """torch-mlir asserts that no element is 0."""
+    return aten.div.Tensor(_constant(1, x), x)
+
+
 @_replaces(aten.eq.Tensor)
 def equal(a: Tensor, b: Tensor) -> Any:
     """torch-mlir takes ``x == x`` for true, which it is not for NaN."""

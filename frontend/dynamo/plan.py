@@ -16,6 +16,7 @@ from spikingbrain.frontend.dynamo.ops import Kind, Verdict, classify, packet_nam
 from spikingbrain.frontend.dynamo.options import CompileOptions
 from spikingbrain.frontend.dynamo.partition import SMALLEST, Region, Step, partition
 from spikingbrain.frontend.dynamo.region import RegionGraph, build
+from spikingbrain.frontend.without_elements import fold_tensors_without_elements
 
 
 @dataclass
@@ -46,6 +47,7 @@ def plan(graph: fx.Graph, kind: str, options: CompileOptions) -> Plan:
     frozen = _frozen_inputs(graph) if kind == "inference" and options.level > 1 else set()
     rewrites.gather_results(graph)
     rewrites.lift_sizes(graph)
+    fold_tensors_without_elements(graph)
     rewrites.drop_noop_copies(graph)
     fuse_constant_scatters(graph, indices_are_checked=kind == "backward")
     packed = rewrites.raise_linears(graph, frozen) + rewrites.frozen_experts(graph, frozen)

@@ -55,6 +55,11 @@ def _filled(target: torch.Tensor, value: Any) -> torch.Tensor:
     return torch.full_like(target, value)
 
 
+def _put(target: torch.Tensor, places: list[torch.Tensor], source: Any) -> torch.Tensor:
+    value = source if isinstance(source, torch.Tensor) else target.new_full((), source)
+    return target.index_put(places, value.to(target.dtype))
+
+
 def _zeroed(target: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(target)
 
@@ -297,7 +302,14 @@ class _Functionaliser:
             return
         steps = _steps(index, value)
         if steps is None:
-            raise NotFunctional("a write by an index that is a tensor or a symbol", node)
+            places = list(index) if isinstance(index, tuple) else [index]
+            if not all(
+                isinstance(i, fx.Node) and isinstance(i.meta.get("example_value"), torch.Tensor)
+                for i in places
+            ):
+                raise NotFunctional("a write by an index that is a symbol, or a tensor among others", node)
+            self._write(node, _put, (target, places, source), {}, "index_put_")
+            return
         view = self.new[target]
         try:
             for op, rest in steps:

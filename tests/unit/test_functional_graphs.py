@@ -175,6 +175,19 @@ def test_a_function_of_the_users_own() -> None:
     assert not mutable(functional)
 
 
+def test_writes_by_tensors_of_indices() -> None:
+    def writes(x: Tensor, y: Tensor) -> Tensor:
+        order = x[:, 0].argsort()
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(3)
+        o = torch.zeros(3, 5)
+        o[x > 0] = 1.0
+        o[inverse, order] = y[:, 0]
+        return (o * y)[inverse] + o
+
+    assert not mutable(check(writes, X, Y))
+
+
 def diagonal_read_later(x: Tensor, y: Tensor) -> Tensor:
     o = torch.zeros(3, 5)
     diagonal = o.diagonal()
@@ -190,8 +203,8 @@ def diagonal_written(x: Tensor, y: Tensor) -> Tensor:
 
 def written_by_index(x: Tensor, y: Tensor) -> Tensor:
     o = torch.zeros(3, 5)
-    o[x > 0] = 1.0
-    return o + y
+    o[:, x[0].argsort()] = y
+    return o
 
 
 @pytest.mark.parametrize(
@@ -199,7 +212,7 @@ def written_by_index(x: Tensor, y: Tensor) -> Tensor:
     [
         (diagonal_read_later, "a view of the tensor is read after a write into it"),
         (diagonal_written, "a write into a view that is no slice"),
-        (written_by_index, "a write by an index that is a tensor or a symbol"),
+        (written_by_index, "a write by an index that is a symbol, or a tensor among others"),
     ],
 )
 def test_refused(function: Callable[..., Tensor], why: str) -> None:
