@@ -66,6 +66,8 @@ func.func public @main(%x: tensor<SHAPExf32>, %i: tensor<SHAPExi64>) -> (tensor<
         ((2, 256), "2x256", "olt"),
         ((1, 257), "1x257", "oge"),
         ((1, 1100), "1x1100", "ole"),
+        ((2, 1100), "2x?", "oge"),
+        ((1, 17000), "1x?", "ole"),
     ],
 )
 def test_sort_is_stable_and_nan_is_the_largest(shape: tuple[int, int], declared: str, predicate: str) -> None:
