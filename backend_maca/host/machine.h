@@ -43,6 +43,7 @@ typedef const void* kernel_t;
 #define mcStreamNonBlocking cudaStreamNonBlocking
 #define mcStreamSynchronize cudaStreamSynchronize
 #define mcMalloc cudaMalloc
+#define mcFree cudaFree
 #define mcMemcpyAsync cudaMemcpyAsync
 #define mcMemcpyHostToDevice cudaMemcpyHostToDevice
 #define mcMemcpyDeviceToHost cudaMemcpyDeviceToHost
@@ -162,7 +163,9 @@ class Machine {
   Machine() {
 #ifdef SB_EMULATOR
     const char* order = getenv("SPIKINGBRAIN_EMULATOR_ORDER");
-    if (order) order_ = !strcmp(order, "reverse") ? 1 : !strcmp(order, "shuffled") ? 2 : 0;
+    const char* const known[] = {"forward", "reverse", "shuffled"};
+    for (order_ = 0; order && order_ < 3 && strcmp(order, known[order_]);) ++order_;
+    if (order_ == 3) fail(std::string("unknown thread order ") + order, "SPIKINGBRAIN_EMULATOR_ORDER is forward, reverse or shuffled");
 #else
     check(mcStreamCreateWithFlags(&stream_, mcStreamNonBlocking), "mcStreamCreateWithFlags");
 #endif
@@ -286,6 +289,12 @@ class Machine {
 #ifdef SB_EMULATOR
     if (posix_memalign(&made, 256, size)) fail("out of memory", std::to_string(size) + " bytes");
 #else
+    if (mcMalloc(&made, size) == mcSuccess) return static_cast<char*>(made);
+    check(mcStreamSynchronize(stream_), "mcStreamSynchronize");  // kernels may still use what is free
+    for (auto& blocks : free_) {
+      for (char* block : blocks.second) check(mcFree(block), "mcFree");
+      blocks.second.clear();
+    }
     check(mcMalloc(&made, size), "mcMalloc");
 #endif
     return static_cast<char*>(made);
@@ -352,7 +361,7 @@ class Mapping {
     path_ = path;
   }
   const char* at(int64_t offset, int64_t bytes) const {
-    if (offset < 0 || bytes < 0 || offset > bytes_ || bytes > bytes_ - offset) fail(path_ + " is too short", "write the program again");
+    if (offset < 0 || bytes < 0 || offset > bytes_ || bytes > bytes_ - offset) fail(path_ + " is too short", "it has " + std::to_string(bytes_) + " bytes");
     return start_ + offset;
   }
   int64_t bytes() const { return bytes_; }

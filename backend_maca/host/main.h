@@ -1,5 +1,7 @@
 // The command of a generated program: reads .npy files, runs entry points one after the other, writes .npy files.
 #pragma once
+#include <exception>
+
 #include "machine.h"
 
 namespace sb_host {
@@ -84,7 +86,7 @@ inline Buffer read_input(Machine& machine, const Input& input, const std::string
   return found;
 }
 
-inline int main_of(int count, char** words, const std::vector<Entry>& entries, const std::vector<Field>& fields,
+inline int run_all(int count, char** words, const std::vector<Entry>& entries, const std::vector<Field>& fields,
                    const char* batch_name, const Mapping& constants, Machine& machine) {
   int64_t batch = 1;
   std::string prefix;
@@ -119,6 +121,15 @@ inline int main_of(int count, char** words, const std::vector<Entry>& entries, c
     if (entry->uses_state) state.assign(results.begin() + entry->outputs, results.end());
   }
   return 0;
+}
+
+inline int main_of(int count, char** words, const std::vector<Entry>& entries, const std::vector<Field>& fields,
+                   const char* batch_name, const Mapping& constants, Machine& machine) {
+  try {
+    return run_all(count, words, entries, fields, batch_name, constants, machine);
+  } catch (const std::exception& error) {  // std::bad_alloc, std::length_error
+    fail("this machine has not enough memory", error.what());
+  }
 }
 
 }  // namespace sb_host

@@ -211,6 +211,8 @@ def test_tensors_cross_without_copies(exported: Any, card: Runtime, monkeypatch:
         assert back.data_ptr() == tensor.data_ptr()
         assert back.dtype == dtype
         assert torch.equal(back, tensor)
+    empty = executable.borrow(torch.utils.dlpack.to_dlpack(torch.ones(3, 0, 4).transpose(0, 2)))
+    assert empty.shape == (4, 0, 3)
     with pytest.raises(ValueError, match="not contiguous"):
         executable.borrow(torch.utils.dlpack.to_dlpack(torch.ones(3, 4).T))
 

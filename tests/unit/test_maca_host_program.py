@@ -107,6 +107,8 @@ def test_a_program_says_what_is_wrong(folder: Path, tmp_path: Path) -> None:
         save(tmp_path / "n.npy", np.float32([1])),
     )
     assert run(folder, "--batch", 1, "step", x, n).returncode == 0
+    short = tmp_path / "short.npy"
+    short.write_bytes(x.read_bytes()[:-1])
     for words, text in [
         (["step", x], "usage: ./program"),
         (["jump", x, n], "usage: ./program"),
@@ -116,6 +118,9 @@ def test_a_program_says_what_is_wrong(folder: Path, tmp_path: Path) -> None:
         (["--batch", 2, "step", x, n], "x.npy has B = 1\n  because: elsewhere it is 2"),
         (["step", tmp_path / "none.npy", n], "cannot read"),
         (["step", Path(__file__), n], "is no .npy file"),
+        (["step", short, n], "short.npy is too short"),
+        (["--batch", 1 << 50, "step", x, n], "not enough memory"),
+        (["--batch", 1 << 62, "step", x, n], "no array can have such sizes"),
     ]:
         done = run(folder, *words)
         assert done.returncode != 0
