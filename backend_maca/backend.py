@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,17 @@ class MacaBackend:
 
         return runtime.Program(plan, weights, open_card(device, code, plan))
 
+    def estimate(
+        self,
+        code: Mapping[str, bytes],
+        report: Mapping[str, Any],
+        shapes: Mapping[str, Sequence[tuple[int, ...]]],
+    ) -> dict[str, float]:
+        """Returns the seconds of entry points on a C550, by a model; the code was compiled with ``work=True``."""
+        from spikingbrain.backend_maca.plan.cost import estimate
+
+        return estimate(json.loads(code["plan.json"]), report["work"], shapes)
+
 
 def _card(name: str, does: str) -> TargetStatus:
     """Returns whether cards of a kind are here, by asking their runtime."""
@@ -170,7 +181,7 @@ def _print(module: str, context: StageContext) -> dict[str, bytes]:
     from torch_mlir import ir
 
     from spikingbrain.backend_maca.lower import mlir as modules
-    from spikingbrain.backend_maca.plan import figures, plan
+    from spikingbrain.backend_maca.plan import figures, plan, work
     from spikingbrain.backend_maca.source import printer
     from spikingbrain.passes import dialect
 
@@ -182,6 +193,8 @@ def _print(module: str, context: StageContext) -> dict[str, bytes]:
     context.report["kernels"] = len(launches["kernels"])
     context.report["steps"] = plan.providers(launches)
     context.report["one_token"] = figures.figures(launches, scattered)
+    if context.options.work:
+        context.report["work"] = work.work_of(parsed, printed)
     if context.options.resources:
         context.report["resources"] = toolchains.resources(source)
     members = {"kernels.maca": source.encode(), "plan.json": (json.dumps(launches, indent=1) + "\n").encode()}

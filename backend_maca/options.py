@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from spikingbrain.errors import OptionError
+from spikingbrain.tuning import USUAL
 
 # Op -> who provides it unless the user says otherwise: our kernels ("own") or the vendor's library.
 PROVIDERS = {"linear": "mcblas", "matmul": "mcblas"}
@@ -21,13 +24,18 @@ class MacaOptions:
             the library, as measurements of others suggest; smaller ones, and with ``own`` all, are generated kernels.
         resources: compile the kernels by the public device compilers that are installed, too, and report the registers
             and shared memory that each takes.
+        work: count what the kernels do, for ``spikingbrain tune`` where no card is, and report it.
+        tuning: settings of kernels that are not the usual ones, by the names of ``spikingbrain.tuning.Tuning``.
     """
 
     providers: str = ""
     resources: bool = False
+    work: bool = False
+    tuning: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.choice()
+        USUAL.with_changes(self.tuning)
 
     def choice(self) -> dict[str, str]:
         """Returns the provider of each op. Raises OptionError for a word that is not known."""

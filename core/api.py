@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
 
 from spikingbrain import errors, tuning
 from spikingbrain.artifact import STATE, TOKENIZER, Artifact, check_writable, pack
@@ -124,61 +127,80 @@ def tune(
     metadata: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Artifact:
-    """Exports a model with settings of kernels that were searched on this machine, by measured time.
+    """Exports a model with settings of kernels that were searched: by measured time on the device, else by a model of it.
 
-    The settings stand in the manifest, in ``options["tuning"]``, as ``export(..., options={"tuning": {...}})`` takes them;
-    what was tried and measured stands in ``tuned``. For a CPU, and one thread.
+    The settings stand in the manifest, in ``options["tuning"]``, as ``export(..., options={"tuning": {...}})`` takes them; what
+    was tried stands in ``tuned``, with how it was judged. A CPU is measured with one thread. A MetaX GPU that is not here
+    is modelled.
 
     Args:
         path: where the artifact is written, twice: first with the usual settings.
         calls: entry point -> arguments that it is timed with, without the state, in the order of the calls.
+        target: one target.
         settings: of ``spikingbrain.tuning.Tuning``, those that are searched; None: all that the model's kernels may read.
         rounds: measurements of each program.
         budget: seconds after which the search of no further setting is begun.
 
-    The other arguments, and what is raised, are those of ``export``. Raises TargetError for a target that does not run here.
+    The other arguments, and what is raised, are those of ``export``. Raises TargetError for a target that neither
+    runs here nor has a model.
     """
     try:
         from spikingbrain.build import Part, compile_code
         from spikingbrain.frontend.capture import capture
-        from spikingbrain.search import Built, Timing, known, relevant, search
+        from spikingbrain.search import Built, Compare, Estimating, Timing, known, relevant, search
     except ModuleNotFoundError as error:
         raise errors.needs_compiler(error) from error
 
     backend, status = resolve_target(target)
-    if status.target.kind != "cpu" or not status.runs:
-        why = status.note or "its time is measured, and only a CPU's is"
-        raise errors.TargetError(f"settings for {target!r} cannot be searched here", why=why)
+    here = status.target
+    estimate = getattr(backend, "estimate", None)
+    is_emulated = here.kind == "gpu" and here.host_memory  # an emulator's time tells nothing
+    compare: Compare
+    if status.runs and not is_emulated:
+        clock, why = (
+            (time.thread_time, "thread CPU time") if here.kind == "cpu" else (time.perf_counter, "time")
+        )
+        compare, estimate = Timing(calls, rounds, clock), None
+    elif estimate is not None:
+        compare, why = Estimating(calls), "a cost model, not a measurement"
+    else:
+        raise errors.TargetError(
+            f"settings for {target!r} cannot be searched here", why=status.note or "it does not run here"
+        )
     fixed = {key: value for key, value in (options or {}).items() if key != "tuning"}
     if fixed.get("threads", 1) != 1:
         raise errors.OptionError("settings are searched with one thread", hint="leave 'threads' away")
     if strange := calls.keys() - entries.keys():
         raise errors.OptionError(f"no entry point {min(strange)!r}", hint=f"one of {', '.join(entries)}")
-    compare = Timing(calls, rounds)
-    searched = None if settings is None else known(settings, status.target.kind)
+    searched = None if settings is None else known(settings, here.kind)
     check_writable(Path(path))
     captured = capture(model, entries, state, progress)
+    shapes = {entry: [np.shape(argument) for argument in arguments] for entry, arguments in calls.items()}
 
-    def compiled(chosen: Mapping[str, int]) -> Part:
-        own = {**fixed, "tuning": dict(chosen)} if chosen else fixed
-        return Part(status.target, compile_code(captured.module, target, own, progress), own)
+    def compiled(chosen: Mapping[str, int], **more: Any) -> Part:
+        own = {**fixed, **({"tuning": dict(chosen)} if chosen else {}), **more}
+        return Part(here, compile_code(captured.module, target, own, progress), own)
 
     usual = compiled({})
     written = _write(Path(path), captured, [usual], tokenizer, metadata or {}, progress)
     weights = written.weights()
 
     def build(chosen: Mapping[str, int]) -> Built:
-        code = compiled(chosen).code
+        code = compiled(chosen, **({"work": True} if estimate else {})).code
         assert code.report["weights"] == usual.code.report["weights"]  # settings change no stored weight
+        seconds = estimate(code.members, code.report, shapes) if estimate else {}
+        if not status.runs:
+            return Built(code.members, seconds=seconds)
         members = {name: memoryview(data) for name, data in code.members.items()}
         executable = backend.load(members, written.manifest, weights)
-        return Built(Program(written.manifest, executable, written), code.members)
+        return Built(code.members, Program(written.manifest, executable, written), seconds)
 
-    searched = relevant(usual.code.report["records"], status.target.kind) if searched is None else searched
+    searched = relevant(usual.code.report["records"], here.kind) if searched is None else searched
+    progress(f"search {', '.join(searched) or 'nothing: no kernel here has settings'}, by {why}")
     found = search(build, compare, searched, budget, progress)
     tuned = {
-        "machine": tuning.machine(),
-        "clock": "thread CPU time",
+        **({"cpu": tuning.cpu()} if here.kind == "cpu" else {}),
+        "judged_by": why,
         "trials": [trial.record() for trial in found.trials],
         "left_out": list(found.left_out),
     }

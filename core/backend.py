@@ -118,6 +118,9 @@ class Backend(Protocol):
     Where looking for devices takes time, a backend may also have ``status(name) -> TargetStatus | None``, which
     returns one of ``targets()`` and looks for that one's device only.
 
+    Where a target's devices are rarely at hand, a backend may also have ``estimate(code, report, shapes)``: it returns for each
+    entry point in ``shapes``, of its arguments, the seconds of a call by a model, of code compiled with the option ``work``.
+
     Where torch itself has the device, a backend may also have ``torch_kernels(target) -> TorchKernels | None``: what
     ``torch.compile`` puts in the place of our ops there. It raises TargetError where torch has no such device.
     """

@@ -2,7 +2,8 @@
 
 One setting after the other: code for each value is compiled and compared with the settings kept so far. ``Timing`` times programs
 in turn, so that other load on the machine hits all alike. It times the settings kept so far twice, as two programs: what these
-differ by is noise. A value is kept if it gains more than noise, no entry point loses more, and results stay the same.
+differ by is noise. ``Estimating`` takes what a model tells where no device is. A value is kept if it gains more than noise, no
+entry point loses more, and results stay the same.
 """
 
 from __future__ import annotations
@@ -28,10 +29,17 @@ Calls = Mapping[str, Sequence[Any]]  # entry point -> its arguments, in the orde
 
 @dataclass(frozen=True)
 class Built:
-    """Code for some settings: what is compared, such as a program, and text that is the same for the same code."""
+    """Code for some settings.
 
-    subject: Any = field(repr=False)
+    Attributes:
+        code: something that is equal for the same code.
+        program: None where it does not run here.
+        seconds: entry point -> what a model tells of a call, if there is one.
+    """
+
     code: Any = field(repr=False)
+    program: Program | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -184,8 +192,8 @@ class Timing:
             raise OptionError(f"{self.rounds} rounds", why="fewer than 3 tell nothing about noise")
 
     def __call__(self, base: Built, again: Built, others: Mapping[int, Built]) -> dict[int, Outcome]:
-        programs: list[Program] = [b.subject for b in (base, again, *others.values())]
         found = {value: Outcome() for value in others}
+        programs = [b.program for b in (base, again, *others.values()) if b.program]
         states = [p.new_state() if _stateful(p) else None for p in programs]
         for entry, arguments in self.calls.items():
             pairs = list(zip(programs, states, strict=True))
@@ -224,6 +232,29 @@ class Timing:
 
         run()
         return run
+
+
+@dataclass(frozen=True)
+class Estimating:
+    """Compares code by the seconds that a model tells of each entry point, and the results of programs where they run."""
+
+    calls: Calls
+
+    def __call__(self, base: Built, again: Built, others: Mapping[int, Built]) -> dict[int, Outcome]:
+        found, usual = {}, self._results(base)
+        for value, built in others.items():
+            faster = {entry: base.seconds[entry] / built.seconds[entry] for entry in self.calls}
+            off = [_difference(*pair) for pair in zip(usual, self._results(built), strict=True)]
+            found[value] = Outcome(faster, dict.fromkeys(faster, 0.0), float(np.max([0.0, *off])))
+        return found
+
+    def _results(self, built: Built) -> list[Sequence[Any]]:
+        program = built.program
+        if program is None:
+            return []
+        state = program.new_state() if _stateful(program) else None
+        uses = {entry: state if program.entries[entry].uses_state else None for entry in self.calls}
+        return [program.call(e, *arguments, state=uses[e]) for e, arguments in self.calls.items()]
 
 
 def _stateful(program: Program) -> bool:

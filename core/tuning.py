@@ -50,7 +50,9 @@ def _setting(usual: int, *facts: Any) -> Any:
     return dataclasses.field(default=usual, metadata={"setting": Setting(*facts)})
 
 
-_EVENTS = r"spike_linear kernel of events.*"
+_SPIKES = r"spike_(grouped_)?linear kernel.*"
+_EVENTS = r"spike_(grouped_)?linear kernel of events.*"
+_RECURRENCE = r"(linear|fused)_recurrence kernel"
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,14 @@ class Tuning:
         decode_keys: keys that attention of one token takes per step of its softmax.
         query_rows: most rows of queries that a workgroup of attention of many tokens takes.
         recurrence_steps: most steps of a chunk of a recurrence.
+
+        Of GPUs:
+        attention_waves: of a block of attention of many tokens.
+        share_keys: keys that a wave takes in attention of one token, where there are many.
+        chunk_steps: most steps of a chunk of a recurrence over many tokens.
+        chunk_waves: most waves of a block that moves its state through the chunks.
+        step_waves: most waves of a block of a recurrence that goes step by step.
+        staged_steps: most steps for which that stages what they read at once.
     """
 
     l2_bytes: int = _setting(
@@ -80,14 +90,18 @@ class Tuning:
     # 4 places were 8% faster than one where weights come from memory
     linear_streams: int = _setting(4, (1, 2, 4, 8, 16), (2, 8), r"(grouped_)?linear kernel.*")
     # 4 to 7% faster than without
-    spike_ahead_bytes: int = _setting(
-        4096, range((1 << 20) + 1), (1024, 2048, 8192), r"spike_(grouped_)?linear kernel.*"
-    )
+    spike_ahead_bytes: int = _setting(4096, range((1 << 20) + 1), (1024, 2048, 8192), _SPIKES)
     firing_percent: int = _setting(45, range(801), (30, 60), _EVENTS)  # of up to 8 rows
     event_steps_ahead: int = _setting(8, range(1025), (4, 16), _EVENTS)
     decode_keys: int = _setting(128, range(16, 4097, 16), (64, 256), r"attention kernel")
     query_rows: int = _setting(64, range(16, 1025, 16), (32, 128), r"attention kernel")
-    recurrence_steps: int = _setting(16, range(4, 17), (8,), r"(linear|fused)_recurrence kernel")
+    recurrence_steps: int = _setting(16, range(4, 17), (8,), _RECURRENCE)
+    attention_waves: int = _setting(4, (1, 2, 4, 8, 16), (2, 8), r"attention kernel", "gpu")
+    share_keys: int = _setting(128, range(64, 4097, 64), (64, 256, 512), r"attention kernel", "gpu")
+    chunk_steps: int = _setting(64, (16, 32, 48, 64), (16, 32), _RECURRENCE, "gpu")
+    chunk_waves: int = _setting(4, (1, 2, 4, 8), (2, 8), _RECURRENCE, "gpu")
+    step_waves: int = _setting(16, (1, 2, 4, 8, 16), (4, 8), _RECURRENCE, "gpu")
+    staged_steps: int = _setting(8, range(1, 33), (4, 16), _RECURRENCE, "gpu")
 
     def with_changes(self, changes: Mapping[str, Any]) -> Tuning:
         """Returns these settings with some changed; raises OptionError for an unknown name or a value that cannot be."""
@@ -118,7 +132,7 @@ def tuned(target: Target, options: Any) -> Target:
     return target
 
 
-def machine() -> str:
+def cpu() -> str:
     """Returns the name of this machine's CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -130,8 +144,8 @@ def machine() -> str:
 
 def warn_of_another(artifact: Artifact) -> None:
     """Logs a warning where an artifact's settings were measured on another CPU than this machine's."""
-    measured = artifact.manifest.get("tuned", {}).get("machine")
-    if measured and measured != (here := machine()):
+    measured = artifact.manifest.get("tuned", {}).get("cpu")
+    if measured and measured != (here := cpu()):
         log.warning(
             "%s was tuned on %r, this is %r: results are the same, other settings may be faster",
             artifact.path,

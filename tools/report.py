@@ -75,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
 def _print_search(tuned: Mapping[str, Any] | None) -> None:
     if not tuned:
         return
-    print(f"\nsettings that were searched, by {tuned['clock']} on {tuned['machine']}")
+    where = f" on {tuned['cpu']}" if "cpu" in tuned else ""
+    print(f"\nsettings that were searched, by {tuned['judged_by']}{where}")
     for trial in tuned["trials"]:
         ratios = (f"{entry} {ratio:.3f}x" for entry, ratio in trial["faster"].items())
         result = ", ".join(ratios) or "the same code"

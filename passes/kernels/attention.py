@@ -105,7 +105,7 @@ def emit_attention_launch(op: Any, target: Target) -> None:
     operation = op.operation
     if target.wave_kernels:
         with operation.context, operation.location, ir.InsertionPoint(operation):
-            op.out.replace_all_uses_with(launch_attention(op, problem, segments_of(op)[::-1]))
+            op.out.replace_all_uses_with(launch_attention(op, problem, segments_of(op)[::-1], target.tuning))
             operation.erase()
         return
     schedule = plan(

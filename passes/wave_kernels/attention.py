@@ -20,20 +20,17 @@ from spikingbrain.passes.kernels.builders import ceil_div, index, launch, mul, s
 from spikingbrain.passes.wave_kernels.attention_bounds import emit_bounds
 from spikingbrain.passes.wave_kernels.attention_tiles import KEYS, Schedule, Tiles, combine
 from spikingbrain.passes.wave_kernels.builders import TILE, WAVE, kernel, memref_of
+from spikingbrain.tuning import Tuning
 
 if TYPE_CHECKING:
     from spikingbrain.passes.kernels.attention import Problem
 
 LARGEST_HEAD = 256  # queries and outputs of a row lie in the registers of four lanes
-WAVES = 4  # of a block: neighbouring tiles read the same keys
 FEW_KEYS = 512  # that one wave visits by itself
-KEYS_OF_A_SHARE, MOST_SHARES = (
-    2 * KEYS,
-    32,
-)  # of many keys, for one token: each wave is a block, so that they spread
+MOST_SHARES = 32  # of many keys, for one token: each wave is a block, so that they spread
 
 
-def plan(problem: Problem, segments: Sequence[Segment]) -> Schedule:
+def plan(problem: Problem, segments: Sequence[Segment], tuning: Tuning) -> Schedule:
     """Returns the schedule for an op. Raises UnsupportedOp for heads that exceed the registers."""
     if problem.head_size > LARGEST_HEAD:
         raise UnsupportedOp(
@@ -44,14 +41,14 @@ def plan(problem: Problem, segments: Sequence[Segment]) -> Schedule:
     counts = [ir.RankedTensorType(segment.keys.type).shape[1] for segment in segments]
     known = all(count != ir.ShapedType.get_dynamic_size() for count in counts)
     if problem.time == 1 and not (known and sum(counts) <= FEW_KEYS):
-        return Schedule(1, min(MOST_SHARES, -(-sum(counts) // KEYS_OF_A_SHARE)) if known else MOST_SHARES)
+        return Schedule(1, min(MOST_SHARES, -(-sum(counts) // tuning.share_keys)) if known else MOST_SHARES)
     few_rows = problem.time is not None and problem.time * problem.group <= TILE
-    return Schedule(1 if few_rows else WAVES, 1)
+    return Schedule(1 if few_rows else tuning.attention_waves, 1)  # neighbouring tiles read the same keys
 
 
-def launch_attention(op: Any, problem: Problem, segments: Sequence[Segment]) -> ir.Value:
+def launch_attention(op: Any, problem: Problem, segments: Sequence[Segment], tuning: Tuning) -> ir.Value:
     """Emits the launches for an op at the insertion point; returns the result."""
-    schedule = plan(problem, segments)
+    schedule = plan(problem, segments, tuning)
     if problem.time != 1:
         segments = [_with_bounds(segment) for segment in segments]
     batch, time = (size(op.query, axis) for axis in (0, 1))

@@ -39,8 +39,6 @@ from spikingbrain.passes.wave_kernels.recurrence_outputs_of_values import ValueO
 from spikingbrain.passes.wave_kernels.recurrence_tiles import Schedule
 from spikingbrain.target import Target
 
-LONGEST_CHUNK = 64
-MOST_WAVES = 4  # of a block of the first launch: tiles beside each other
 MOST_KEYS = 256  # a query's row in the registers of four lanes
 
 
@@ -55,10 +53,11 @@ def plan(problem: Problem, target: Target) -> Schedule:
     rows = -(-problem.key_size // TILE) * TILE
     of_decays = TILE * (2 * (TILE + PAD) + 1) if problem.decay_axis == "value" else 2 * rows
     part_bytes = 4 * (TILE * (rows + PAD) + of_decays)
-    chunk = TILE * min(LONGEST_CHUNK // TILE, SHARED_BYTES // part_bytes)
+    chunk = TILE * min(target.tuning.chunk_steps // TILE, SHARED_BYTES // part_bytes)
     if problem.time is not None:
         chunk = min(chunk, -(-problem.time // TILE) * TILE)
-    return Schedule(chunk, rows, min(MOST_WAVES, -(-problem.value_size // TILE)))
+    waves = min(target.tuning.chunk_waves, -(-problem.value_size // TILE))  # tiles beside each other
+    return Schedule(chunk, rows, waves)
 
 
 def launch(

@@ -46,10 +46,8 @@ from spikingbrain.passes.wave_kernels.builders import (
 from spikingbrain.passes.wave_kernels.recurrence_base import Places, element, finished
 from spikingbrain.target import Target
 
-MOST_WAVES = 16  # of a block
 MOST_ROWS = 64  # of the state in the registers of a lane
 FEWEST_SHARES = 4  # of a column: 16 columns of a wave are a run of 64 bytes
-MOST_STEPS = 8  # that are staged at once
 
 
 @dataclass(frozen=True)
@@ -88,9 +86,10 @@ def plan(problem: Problem, target: Target) -> Schedule:
     while problem.key_size > shares * MOST_ROWS and shares < WAVE:
         shares *= 2
     rows = -(-problem.key_size // shares)
-    waves = min(MOST_WAVES, -(-problem.value_size // (WAVE // shares)))
+    waves = min(target.tuning.step_waves, -(-problem.value_size // (WAVE // shares)))
     step_bytes = 4 * (sum(row_buffers(problem).values()) * rows * shares + 2 * waves * WAVE // shares + 1)
-    steps = min(MOST_STEPS, (SHARED_BYTES - 4 * MOST_WAVES) // step_bytes, problem.time or MOST_STEPS)
+    most = target.tuning.staged_steps
+    steps = min(most, (SHARED_BYTES - 4 * waves) // step_bytes, problem.time or most)
     if rows > MOST_ROWS or steps < 1:
         raise UnsupportedOp(
             f"no wave kernel for {problem.group} queries of a state of {problem.key_size}x{problem.value_size}",

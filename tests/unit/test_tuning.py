@@ -91,7 +91,7 @@ class _Machine:
 
         entries = {name: SimpleNamespace(uses_state=False) for name in seconds}
         program: Any = SimpleNamespace(entries=entries, call=call)
-        return Built(program, sorted(i for i in settings.items() if i in self.factors))
+        return Built(sorted(i for i in settings.items() if i in self.factors), program)
 
     def search(self, *settings: str) -> Found:
         return search(self.build, Timing(CALLS, clock=lambda: self.now), settings)
@@ -139,8 +139,8 @@ def test_a_budget_ends_the_search() -> None:
 
 
 def test_settings_of_another_machine_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
-    for name, told in ((tuning.machine(), 0), ("another", 1)):
-        tuning.warn_of_another(SimpleNamespace(path="a", manifest={"tuned": {"machine": name}}))  # type: ignore[arg-type]
+    for name, told in ((tuning.cpu(), 0), ("another", 1)):
+        tuning.warn_of_another(SimpleNamespace(path="a", manifest={"tuned": {"cpu": name}}))  # type: ignore[arg-type]
         assert len(caplog.records) == told
     assert "tuned on 'another'" in caplog.text
 
