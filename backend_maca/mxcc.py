@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from spikingbrain.artifact import cache_folder
-from spikingbrain.errors import MissingDependency, PassFailed
-from spikingbrain.files import write_atomically
+from spikingbrain.backend_maca.native import compiled
+from spikingbrain.errors import MissingDependency
 
 ARCH = "xcore1000"  # of the C500; the C550 takes native code of this family
 FLAGS = ("-device-obj", "-O3", "-ffp-contract=off")
@@ -67,26 +66,6 @@ def find() -> Sdk | None:
 
 def build(source: str, sdk: Sdk, arch: str = ARCH) -> bytes:
     """Returns the native code of kernels, compiled now or taken from the cache; raises PassFailed."""
-    kept = sdk.cached(source, arch)
-    if not kept.exists():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            (folder / "kernels.maca").write_text(source)
-            command = [
-                str(sdk.compiler),
-                f"-offload-arch={arch}",
-                *FLAGS,
-                "kernels.maca",
-                "-o",
-                "kernels.mcbin",
-            ]
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-            if done.returncode:
-                raise PassFailed(
-                    "mxcc refuses the generated kernels",
-                    why=done.stderr.strip()[:2000],
-                    hint="unset MACA_PATH to export source only",
-                )
-            write_atomically(kept, (folder / "kernels.mcbin").read_bytes())
-    return kept.read_bytes()
+    command = [str(sdk.compiler), f"-offload-arch={arch}", *FLAGS, "kernels.maca", "-o", "kernels.mcbin"]
+    hint = "unset MACA_PATH to export source only"
+    return compiled(sdk.cached(source, arch), command, ("kernels.maca", source), "kernels.mcbin", hint)

@@ -96,14 +96,24 @@ def build(source: str, kernels: Sequence[str], flags: Sequence[str] = ()) -> Pat
     library = cache_folder() / "maca" / (hashlib.sha256("\0".join(parts).encode()).hexdigest() + ".so")
     if _is_whole(library):
         return library
-    machine = _build_machine(version, files, flags)
+    try:
+        _build(text, library, _build_machine(version, files, flags), flags)
+    except OSError as error:
+        raise KernelBuildError(
+            "the compiled kernels have no place",
+            why=str(error),
+            hint="SPIKINGBRAIN_CACHE names another folder",
+        ) from error
+    return library
+
+
+def _build(text: str, library: Path, machine: Path, flags: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         (Path(folder) / "kernels.maca").write_text(text)
         arguments = [*COMMON_FLAGS, *KERNEL_FLAGS, *flags, f"-I{HEADERS}", "-x", "c++", "-c", "kernels.maca"]
         _compile([*arguments, "-o", "kernels.o"], folder)
         _compile(["-shared", "kernels.o", str(machine), "-lm", "-o", "kernels.so"], folder)
         os.replace(Path(folder) / "kernels.so", library)
-    return library
 
 
 def _build_machine(version: str, files: Sequence[str], flags: Sequence[str]) -> Path:

@@ -6,17 +6,15 @@ import functools
 import hashlib
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 
 from spikingbrain.artifact import cache_folder
 from spikingbrain.backend_maca import mxcc
+from spikingbrain.backend_maca.native import compiled
 from spikingbrain.backend_maca.run import probe
 from spikingbrain.backend_maca.run.driver import CONVENTIONS, CudaDriver, DeviceError, Driver
 from spikingbrain.backend_maca.toolchains import CUDA, ROOT
-from spikingbrain.errors import MissingDependency, PassFailed
-from spikingbrain.files import write_atomically
+from spikingbrain.errors import MissingDependency
 
 NVCC_FLAGS = ("-cubin", "-std=c++17", "-O3", "-fmad=false", f"-I{ROOT / CUDA}")
 
@@ -50,17 +48,8 @@ def nvcc(source: str, arch: str) -> bytes:
     headers = [p.read_text() for p in sorted((ROOT / CUDA).glob("*.h"))]
     parts = [_version(command), arch, *NVCC_FLAGS, source, *headers]
     kept = cache_folder() / "maca" / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()}.cubin"
-    if not kept.exists():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            (folder / "kernels.cu").write_text(source)
-            arguments = [command, f"-arch={arch}", *NVCC_FLAGS, "kernels.cu", "-o", "kernels.cubin"]
-            done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True)
-            if done.returncode:
-                raise PassFailed("nvcc refuses the generated kernels", why=done.stderr.strip()[:2000])
-            write_atomically(kept, (folder / "kernels.cubin").read_bytes())
-    return kept.read_bytes()
+    arguments = [command, f"-arch={arch}", *NVCC_FLAGS, "kernels.cu", "-o", "kernels.cubin"]
+    return compiled(kept, arguments, ("kernels.cu", source), "kernels.cubin")
 
 
 @functools.cache

@@ -19,10 +19,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from spikingbrain import files
 from spikingbrain.artifact import cache_folder
 from spikingbrain.backend_maca.run.driver import CONVENTIONS, DeviceError, Driver
 from spikingbrain.errors import SpikingBrainError
-from spikingbrain.files import write_atomically
 
 log = logging.getLogger(__name__)
 SOURCE = Path(__file__).parent / "probe.maca"
@@ -285,9 +285,7 @@ def _still(driver: Driver, image: bytes, record: Record) -> bool:
 
 def keep(record: Record) -> None:
     """Stores what is known of a device, for later processes."""
-    file = _file()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps(asdict(record), indent=1).encode())
+    files.keep(_file(), json.dumps(asdict(record), indent=1).encode())
     hand_scheduled.cache_clear()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ pytest.importorskip("torch_mlir")
 from spikingbrain.backend import StageContext
 from spikingbrain.backend_maca import mxcc
 from spikingbrain.backend_maca.backend import MacaBackend
+from spikingbrain.backend_maca.run import emulate
 from spikingbrain.errors import MissingDependency, PassFailed
 
 MXCC = r"""#!/bin/sh
@@ -113,3 +115,20 @@ def test_a_wrong_path_is_an_error(sdk: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("MACA_PATH", str(sdk / "nowhere"))
     with pytest.raises(MissingDependency, match=r"MACA_PATH is '.*nowhere', but its compiler does not run"):
         export()
+
+
+def test_native_code_that_has_no_place(
+    sdk: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("SPIKINGBRAIN_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(mxcc, "cache_folder", lambda: tmp_path / "file")
+    assert mxcc.build("// source", mxcc.find())  # made, but not kept
+    assert "cannot keep" in caplog.text
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
+    with pytest.raises(
+        PassFailed, match=r"mxcc has no place for its files\n  because: .*\n  try: set TMPDIR"
+    ):
+        mxcc.build("// another source", mxcc.find())
+    with pytest.raises(emulate.KernelBuildError, match="the compiled kernels have no place\n  because: "):
+        emulate.build("#include <mc_runtime.h>\n", [])
