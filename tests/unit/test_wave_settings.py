@@ -1,0 +1,43 @@
+"""Wave kernels with other settings than the usual ones, against the same references."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("torch_mlir")
+
+import test_wave_attention as attention
+import test_wave_recurrence as recurrence
+from test_kernels_attention import arguments
+from test_maca import needs_cxx
+
+from spikingbrain.tuning import Tuning
+
+pytestmark = needs_cxx
+SMALL = Tuning(attention_waves=1, share_keys=64, chunk_steps=16, chunk_waves=1, step_waves=1, staged_steps=3)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "compiled", attention.compiled.__wrapped__)  # which keeps programs
+    for module in (attention, recurrence):
+        monkeypatch.setattr(module, "WAVES", replace(recurrence.WAVES, tuning=SMALL))
+
+
+def test_recurrences() -> None:
+    recurrence.check(recurrence.STEPS[0], (0, 4))
+    recurrence.check(recurrence.TILES[0], (1, 37))
+
+
+def test_attention_of_many_tokens() -> None:
+    rule = (40, 2)
+    program = attention.compiled(attention.GROUPED, rule, "?", "?")
+    attention.check(program, arguments(attention.GROUPED, 35, [90, 5], 70), rule)
+
+
+def test_attention_of_one_token_to_many_keys() -> None:
+    rule = (600, 2)
+    program = attention.compiled(attention.ODD, rule, "700", "1")
+    attention.check(program, arguments(attention.ODD, 1, [690, 5], 700), rule)
