@@ -74,6 +74,7 @@ docs: $(VENV)/.ready-dev
 	$(BIN)/python -m spikingbrain.tools.gen_dialect_docs
 	$(BIN)/python -m spikingbrain.tools.gen_conformance_docs
 	$(BIN)/python -m spikingbrain.tools.gen_recurrence_docs
+	$(BIN)/python -m spikingbrain.tools.gen_provider_docs
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

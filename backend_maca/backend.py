@@ -75,12 +75,13 @@ class MacaBackend:
             "maca": _print,
         }
 
-    def torch_kernels(self, target: Target) -> TorchKernels | None:
-        """Returns Triton kernels for the device that torch has in this process, for target ``maca``.
+    def torch_kernels(self, target: Target, providers: str = "") -> TorchKernels | None:
+        """Returns kernels for the device that torch has in this process, for target ``maca``; see `providers.TORCH`.
 
         Raises:
             TargetError: torch has no MetaX or NVIDIA device.
             MissingDependency: Triton is not installed.
+            OptionError: ``providers`` names what there is not.
         """
         if target.name != "maca":
             return None
@@ -89,7 +90,7 @@ class MacaBackend:
         found = device.find()
         from spikingbrain.backend_maca.triton import bridge
 
-        return bridge.kernels(found)
+        return bridge.kernels(found, providers)
 
     def load(
         self,
@@ -181,7 +182,7 @@ def _print(module: str, context: StageContext) -> dict[str, bytes]:
     from torch_mlir import ir
 
     from spikingbrain.backend_maca.lower import mlir as modules
-    from spikingbrain.backend_maca.plan import figures, plan, work
+    from spikingbrain.backend_maca.plan import figures, plan, unread, work
     from spikingbrain.backend_maca.source import printer
     from spikingbrain.passes import dialect
 
@@ -189,6 +190,7 @@ def _print(module: str, context: StageContext) -> dict[str, bytes]:
         parsed = modules.parse(module, mlir)
         source, printed = printer.print_kernels(parsed)
         launches = plan.build_plan(parsed, printed, context.target.name)
+        unread.skip_unread(launches, printed)
         scattered = figures.scattered_parameters(parsed, printed)
     context.report["kernels"] = len(launches["kernels"])
     context.report["steps"] = plan.providers(launches)

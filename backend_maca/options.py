@@ -6,12 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from spikingbrain.errors import OptionError
+from spikingbrain.backend_maca import providers
 from spikingbrain.tuning import USUAL
-
-# Op -> who provides it unless the user says otherwise: our kernels ("own") or the vendor's library.
-PROVIDERS = {"linear": "mcblas", "matmul": "mcblas"}
-KNOWN = ("own", "mcblas")
 
 
 @dataclass(frozen=True)
@@ -39,13 +35,4 @@ class MacaOptions:
 
     def choice(self) -> dict[str, str]:
         """Returns the provider of each op. Raises OptionError for a word that is not known."""
-        chosen = dict(PROVIDERS)
-        for part in filter(None, (p.strip() for p in self.providers.split(","))):
-            op, _, provider = part.partition("=")
-            if op not in PROVIDERS or provider not in KNOWN:
-                raise OptionError(
-                    f"providers: {part!r} is not understood",
-                    hint=f"OP=PROVIDER, the op one of {', '.join(PROVIDERS)}, the provider one of {', '.join(KNOWN)}",
-                )
-            chosen[op] = provider
-        return chosen
+        return {op: order[0].name for op, order in providers.choice(self.providers, providers.PLAN).items()}

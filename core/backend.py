@@ -97,19 +97,26 @@ class TorchKernel:
     Attributes:
         refuse: returns why the kernel cannot take these arguments, or None; looks at shapes and types only.
         run: returns what the op does.
+        told: for the report, returns who computes these arguments, and why nobody does who would come first; if None, the
+            name of the kernels.
     """
 
     refuse: Callable[..., str | None]
     run: Callable[..., Any]
+    told: Callable[..., str] | None = None
 
 
 @dataclass(frozen=True)
 class TorchKernels:
-    """Kernels for tensors of one device of torch: its type, such as "cuda", a name for reports, a kernel for each op by name."""
+    """Kernels for tensors of one device of torch: its type, such as "cuda", a name for reports, a kernel for each op by name.
+
+    ``providers`` is the user's choice between those who provide kernels, as text.
+    """
 
     device: str
     name: str
     table: Mapping[str, TorchKernel]
+    providers: str = ""
 
 
 class Backend(Protocol):
@@ -122,7 +129,8 @@ class Backend(Protocol):
     entry point in ``shapes``, of its arguments, the seconds of a call by a model, of code compiled with the option ``work``.
 
     Where torch itself has the device, a backend may also have ``torch_kernels(target) -> TorchKernels | None``: what
-    ``torch.compile`` puts in the place of our ops there. It raises TargetError where torch has no such device.
+    ``torch.compile`` puts in the place of our ops there. It raises TargetError where torch has no such device. If the user
+    chooses between providers, it is called with their text as ``providers``.
     """
 
     name: str

@@ -49,7 +49,8 @@ class Found:
         return (
             bool(self.watched)
             or any(r.status != "unrolled" for r in self.recurrences)
-            or "raised" in [r.status for r in (*self.spikes, *self.experts, *self.attention)]
+            or "raised" in [*(s.status for s in self.spikes), *(e.status for e in self.experts)]
+            or any(a.status == "raised" for a in self.attention)
         )
 
 

@@ -152,7 +152,7 @@ def _targets() -> Iterator[Line]:
 
 
 def _metax(emulator: bool) -> Iterator[Line]:
-    from spikingbrain.backend_maca import mxcc
+    from spikingbrain.backend_maca import mxcc, providers
     from spikingbrain.backend_maca.run import probe
 
     sdk = None
@@ -168,6 +168,8 @@ def _metax(emulator: bool) -> Iterator[Line]:
     except SpikingBrainError as error:
         yield Line("problem", "SDK", f"{error.what}, {error.why}", error.hint)
     yield from _device(sdk)
+    for op, told in providers.lines():
+        yield Line("ok", op, told)
     if emulator:
         try:
             yield from _findings("emulator", probe.run(probe.emulated()))

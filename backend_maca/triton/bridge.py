@@ -1,25 +1,108 @@
-"""Which op of ours goes to which Triton kernel, and what those do not take.
+"""Which op of ours goes to whose kernel inside a PyTorch process, and what the Triton kernels do not take.
 
 Arguments are those of the ops `spikingbrain::...`, checked, with their defaults filled in.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from spikingbrain.backend import TorchKernel, TorchKernels
-from spikingbrain.backend_maca.triton import attention, delta, recurrence, scan, spikes
+from spikingbrain.backend_maca import providers
+from spikingbrain.backend_maca.triton import (
+    attention,
+    delta,
+    recurrence,
+    scan,
+    spikes,
+    vendor_attention,
+    vendor_fla,
+)
 from spikingbrain.backend_maca.triton.device import Device
 from spikingbrain.backend_maca.triton.dots import DOTS
 
 
-def kernels(device: Device) -> TorchKernels:
-    """Returns the kernels for tensors of ``device``."""
-    return TorchKernels(
-        device.torch_type,
-        f"Triton on {device.name}",
-        {
+def kernels(device: Device, chosen: str = "") -> TorchKernels:
+    """Returns the kernels for tensors of ``device``, of the providers that are ``chosen``, such as "attention=triton".
+
+    Raises:
+        OptionError: a provider that is not known or not installed.
+    """
+    name = f"Triton on {device.name}"
+    orders = providers.choice(chosen, providers.TORCH)
+    found = {
+        op: in_order(
+            op,
+            [
+                (name if p == "triton" else _NAMES[p], kernel)
+                for p, kernel in _available(op, orders[_OPS[op]])
+            ],
+        )
+        for op in _OPS
+    }
+    return TorchKernels(device.torch_type, name, found, ",".join(sorted(chosen.replace(" ", "").split(","))))
+
+
+# Op of torch -> the op whose provider the user chooses.
+_OPS = {
+    "linear_recurrence": "linear_recurrence",
+    "linear_recurrence_backward": "linear_recurrence",
+    "linear_scan": "linear_scan",
+    "spike_linear": "spike_linear",
+    "window_attention": "attention",
+    "window_attention_backward": "attention",
+}
+_NAMES = {"fla": "FLA", "mcflashattn": "mcFlashAttn"}
+
+
+def _available(op: str, order: Sequence[providers.Provider]) -> Iterator[tuple[str, TorchKernel]]:
+    """Yields providers that come before torch and are on this machine, by name, with their kernels."""
+    for provider in order:
+        if provider.name == "torch":
+            return
+        if not provider.missing:
+            yield provider.name, _kernels()[provider.name][op]
+
+
+def in_order(op: str, known: Sequence[tuple[str, TorchKernel]]) -> TorchKernel:
+    """Returns one kernel made of several, by name: the first that takes the arguments runs."""
+    if not known:
+        return TorchKernel(lambda *_: f"providers: {_OPS[op]}=torch", lambda *_: None)
+
+    def taker(given: Sequence[Any]) -> tuple[str, TorchKernel | None, list[str]]:
+        """Returns who takes the arguments, and why those before do not."""
+        reasons: list[str] = []
+        for name, kernel in known:
+            reason = kernel.refuse(*given)
+            if reason is None:
+                return name, kernel, reasons
+            reasons.append(reason if len(known) == 1 else f"not {name}: {reason}")
+        return "", None, reasons
+
+    def refuse(*given: Any) -> str | None:
+        _, kernel, reasons = taker(given)
+        return None if kernel else "; ".join(reasons)
+
+    def run(*given: Any) -> Any:
+        _, kernel, _ = taker(given)
+        assert kernel is not None, "refused arguments are not run"
+        return kernel.run(*given)
+
+    def told(*given: Any) -> str:
+        name, _, reasons = taker(given)
+        return "; ".join([name, *reasons])
+
+    return TorchKernel(refuse, run, told)
+
+
+def _kernels() -> dict[str, dict[str, TorchKernel]]:
+    """Returns provider -> op -> kernel."""
+    return {
+        "triton": {
             "linear_recurrence": TorchKernel(_refuse_recurrence, _recurrence),
             "linear_recurrence_backward": TorchKernel(_refuse_recurrence_backward, _recurrence_backward),
             "linear_scan": TorchKernel(_refuse_scan, scan.linear_scan),
@@ -27,7 +110,17 @@ def kernels(device: Device) -> TorchKernels:
             "window_attention": TorchKernel(_refuse_attention, attention.forward),
             "window_attention_backward": TorchKernel(_refuse_attention_backward, attention.backward),
         },
-    )
+        "fla": {
+            "linear_recurrence": TorchKernel(vendor_fla.refusal, vendor_fla.forward),
+            "linear_recurrence_backward": TorchKernel(vendor_fla.backward_refusal, vendor_fla.backward),
+        },
+        "mcflashattn": {
+            "window_attention": TorchKernel(vendor_attention.refusal, vendor_attention.forward),
+            "window_attention_backward": TorchKernel(
+                vendor_attention.backward_refusal, vendor_attention.backward
+            ),
+        },
+    }
 
 
 def _refuse(x: Tensor) -> str | None:

@@ -98,6 +98,6 @@ def _key(options: CompileOptions) -> str:
     """Returns what decides about generated code besides the graph. It becomes part of the pickled graph module."""
     backend, status = resolve_target(options.target)
     parts = code_parts(backend, status.target, backend.options(**options.of_backend))
-    if kernels := kernels_of(options.target):
+    if kernels := kernels_of(options.target, options.providers):
         parts["kernels"] = kernels.name
     return hashlib.sha256(json.dumps([asdict(options), options.thread_count, parts]).encode()).hexdigest()

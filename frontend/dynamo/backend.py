@@ -43,7 +43,10 @@ def spikingbrain(
     if chosen.level:
         workers.prewarm()  # it imports while AOTAutograd traces
         module, found = raise_in_dynamo_graph(
-            module, example_inputs, chosen.check_finite, on_device.refusal(chosen.target, "window_attention")
+            module,
+            example_inputs,
+            chosen.check_finite,
+            on_device.refusal(chosen.target, chosen.providers, "window_attention"),
         )
         report.publish_found(found)
         watched = found.watched
@@ -55,7 +58,9 @@ def spikingbrain(
 
     with aot_cache.enabled(module, chosen):
         made: Any = aot_autograd(
-            **decompositions.aot_settings(compiler, apart=on_device.kernels_of(chosen.target) is None),
+            **decompositions.aot_settings(
+                compiler, apart=on_device.kernels_of(chosen.target, chosen.providers) is None
+            ),
         )(module, example_inputs)
     # torch copies this mark from our compiled graph onto its wrapper, which takes plain arguments; the minifier believes it
     made._boxed_call = False
@@ -67,7 +72,7 @@ def compile_graph(
 ) -> tuple[GraphProgram, report.GraphReport]:
     """Returns the compiled graph, and what was compiled of it and what was not."""
     name = f"graph{next(_numbers)}"
-    kernels = on_device.kernels_of(options.target)
+    kernels = on_device.kernels_of(options.target, options.providers)
     if kernels is None:
         planned = plan(module.graph, kind, options)
     else:

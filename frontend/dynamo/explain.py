@@ -23,7 +23,7 @@ from spikingbrain.frontend.recurrences.report import RecurrenceReport
 from spikingbrain.frontend.spikes.report import SpikeReport
 
 _STATUSES = ("compiled", "library", "eager")
-_Report = SpikeReport | ExpertReport
+_Report = SpikeReport | ExpertReport | AttentionReport
 
 
 @dataclass(frozen=True)

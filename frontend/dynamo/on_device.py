@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from spikingbrain.backend import TorchKernels, resolve_target
+from spikingbrain.errors import OptionError
 from spikingbrain.frontend import ops
 from spikingbrain.frontend.dynamo.ops import (
     EXPERTS,
@@ -35,25 +36,36 @@ log = logging.getLogger("spikingbrain.compile")
 
 
 @functools.cache
-def kernels_of(target: str) -> TorchKernels | None:
+def kernels_of(target: str, providers: str = "") -> TorchKernels | None:
     """Returns the kernels that run a target's device inside torch, installed; None for a target without.
 
     Raises:
         TargetError: torch has no such device here.
         MissingDependency: a package that the kernels need is not installed.
+        OptionError: ``providers`` names what there is not, or another choice than that of an earlier call.
     """
     backend, status = resolve_target(target)
     find = getattr(backend, "torch_kernels", None)
-    kernels: TorchKernels | None = find(status.target) if find else None
-    if kernels is not None and on_device.remember(kernels):
+    named = {"providers": providers} if providers else {}
+    kernels: TorchKernels | None = find(status.target, **named) if find else None
+    if kernels is None:
+        return None
+    if on_device.remember(kernels):
         for name in kernels.table:
             _install(name, kernels)
+    first = on_device.installed(kernels.device)
+    if first is not None and first.providers != kernels.providers:
+        raise OptionError(
+            f"providers {providers!r} after {first.providers!r}",
+            why=f"kernels take the place of ops on {kernels.device} once in a process, for all models",
+            hint="one choice for every torch.compile of a process",
+        )
     return kernels
 
 
-def refusal(target: str, op: str) -> Callable[..., str | None] | None:
+def refusal(target: str, providers: str, op: str) -> Callable[..., str | None] | None:
     """Returns what tells why kernels of a target inside torch do not take a call of ``op``; None where it has none."""
-    kernels = kernels_of(target)
+    kernels = kernels_of(target, providers)
     return kernels.table[op].refuse if kernels is not None and op in kernels.table else None
 
 
@@ -103,9 +115,10 @@ def _verdict(node: fx.Node, kernels: TorchKernels) -> Verdict:
     if name not in kernels.table:
         return Verdict(Kind.EAGER, f"{name} has no kernel for this target, its body runs in eager")
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    reason = kernels.table[name].refuse(*arguments(name, args, kwargs))
+    kernel, given = kernels.table[name], arguments(name, args, kwargs)
+    reason = kernel.refuse(*given)
     if reason is None:
-        return Verdict(Kind.KERNEL, kernels.name)
+        return Verdict(Kind.KERNEL, kernel.told(*given) if kernel.told else kernels.name)
     return Verdict(Kind.EAGER, reason)
 
 

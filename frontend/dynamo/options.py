@@ -26,6 +26,7 @@ class CompileOptions:
         threads: threads of compiled regions; 0 takes ``torch.get_num_threads()`` at compile time.
         level: 2 compiles with kernels of our own, 1 with upstream lowerings only, 0 compiles nothing (the graph runs as
             torch decomposes it, which tells a fault of ours from one of torch's).
+        providers: who computes an op on a target with a choice, such as ``"attention=triton"``; docs/maca.md has the table.
         library: leave matrix products, convolutions, attention and the like to torch's kernels, which are faster than
             generated code; False compiles all that can be compiled.
         strict: raise one error that lists every op that would have run in eager for want of a lowering.
@@ -37,6 +38,7 @@ class CompileOptions:
     target: str = "cpu"
     threads: int = 0
     level: int = 2
+    providers: str = ""
     library: bool = True
     strict: bool = False
     dump: str = ""
@@ -49,10 +51,13 @@ class CompileOptions:
 
     @property
     def of_backend(self) -> dict[str, Any]:
-        """Returns the options of the target's backend; one without threads takes none."""
+        """Returns the options of the target's backend: those that it knows."""
         backend, _ = resolve_target(self.target)
         known = {f.name for f in dataclasses.fields(backend.options)}
-        return {"threads": self.thread_count} if "threads" in known else {}
+        given: dict[str, Any] = {"threads": self.thread_count}
+        if kernels_of(self.target, self.providers) is None:  # else the choice is among those
+            given["providers"] = self.providers
+        return {name: value for name, value in given.items() if name in known}
 
 
 _RANGES = {"level": (0, 2), "threads": (0, 1024)}
@@ -81,9 +86,15 @@ def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> Compile
         raise OptionError(
             "check_finite at level 0", why="level 0 looks for no spiking layers", hint="level 1 or 2"
         )
-    if kernels_of(parsed.target) is not None:
+    if kernels_of(parsed.target, parsed.providers) is not None:
         return parsed
-    _, status = resolve_target(parsed.target)
+    backend, status = resolve_target(parsed.target)
+    if parsed.providers and "providers" not in {f.name for f in dataclasses.fields(backend.options)}:
+        raise OptionError(
+            f"option 'providers' is {parsed.providers!r}",
+            why=f"target {parsed.target!r} has no choice of providers",
+            hint="target 'maca'",
+        )
     if not (status.compiles and status.runs):
         raise TargetError(f"cannot run target {parsed.target!r} here", why=status.note)
     if status.target.kind != "cpu" and not status.target.host_memory:

@@ -88,6 +88,12 @@ def test_wrong_shapes_are_refused_as_by_the_body(found: dict[str, Any]) -> None:
     assert found["refused"].startswith("linear_recurrence: v has shape [1, 9, 2, 8]")
 
 
+def test_providers_are_chosen_once_in_a_process(found: dict[str, Any]) -> None:
+    assert found["second choice"].startswith(
+        "providers 'attention=torch' after ''\n  because: kernels take the place"
+    )
+
+
 @pytest.fixture
 def no_device_known(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Lets a test say what torch's device is."""

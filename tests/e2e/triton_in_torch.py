@@ -106,6 +106,11 @@ def main() -> None:
         refused = ""
     except spikingbrain.errors.ShapeError as wrong:
         refused = str(wrong)
+    try:
+        spikingbrain.compile(model, target="maca", providers="attention=torch")
+        second = ""
+    except spikingbrain.errors.OptionError as wrong:
+        second = str(wrong)
     print(
         json.dumps(
             {
@@ -121,6 +126,7 @@ def main() -> None:
                 "regions of spikes": of_spikes["regions"],
                 "log": lines,
                 "refused": refused,
+                "second choice": second,
             }
         )
     )

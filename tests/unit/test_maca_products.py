@@ -16,7 +16,7 @@ from test_maca import Array, compile_text, load, needs_cxx, random, run
 from spikingbrain.backend_maca.plan.plan import evaluate
 from spikingbrain.backend_maca.run.blas import Blas, BlasError
 from spikingbrain.backend_maca.run.emulate import compiler
-from spikingbrain.errors import MissingDependency, OptionError
+from spikingbrain.errors import MissingDependency
 
 BODIES = {
     "f32": "%p = arith.mulf %a, %v : f32\n %s = arith.addf %c, %p : f32\n linalg.yield %s : f32",
@@ -202,15 +202,6 @@ def test_a_projection_of_a_known_number_of_rows_is_one_or_the_other() -> None:
     assert [s.get("kernel") for s in steps(compile_text(linear("17", False), providers="linear=own"))] == [
         "ones"
     ]
-
-
-@pytest.mark.parametrize("providers", ["linear", "conv=own", "linear=cublas"])
-def test_an_unknown_provider_is_named(providers: str) -> None:
-    with pytest.raises(
-        OptionError,
-        match=r"is not understood\n  try: OP=PROVIDER, the op one of linear, matmul, the provider",
-    ):
-        compile_text(text("mk,kn->mn", SIZES), providers=providers)
 
 
 STAND_IN = r"""

@@ -124,3 +124,23 @@ def test_custom_ops_of_torch() -> None:
 
     assert list(inspect.signature(linear_scan._init_fn).parameters)[:2] == ["decay", "update"]
     assert next(iter(inspect.signature(linear_scan.register_kernel).parameters)) == "device_types"
+
+
+def test_keys_of_torchs_dispatcher() -> None:
+    """Inside an op autograd records nothing; backend_maca/triton/vendor.py takes it in again."""
+    import torch
+
+    def gradient(x):  # type: ignore[no-untyped-def]
+        included = torch._C._dispatch_tls_local_include_set()
+        excluded = torch._C._dispatch_tls_local_exclude_set()
+        autograd = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            assert not (x * 2).requires_grad
+            with torch._C._ForceDispatchKeyGuard(included, excluded - autograd):
+                return torch.autograd.grad((x * x).sum(), x)[0]
+
+    op = torch.library.custom_op(
+        "spikingbrain_test::gradient", gradient, mutates_args=(), schema="(Tensor x) -> Tensor"
+    )
+    assert op(torch.tensor([3.0])).tolist() == [6.0]
