@@ -29,7 +29,7 @@ from spikingbrain import artifact, errors, workers
 from spikingbrain.backend import Backend, resolve_target
 from spikingbrain.files import write_atomically
 from spikingbrain.target import Target
-from spikingbrain.tuning import tuned
+from spikingbrain.tuning import settings_of, tuned
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str], None]
@@ -136,13 +136,19 @@ class Part:
 
 
 def options_by_target(targets: str | Sequence[str], options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Returns for each of the targets the options that its backend knows; raises OptionError for one that none knows."""
+    """Returns for each of the targets the options that its backend knows; raises OptionError for one that none knows.
+
+    Of several targets each takes the settings of kernels, ``tuning``, that its kernels read.
+    """
     names = targets.split(",") if isinstance(targets, str) else list(targets)
     names = list(dict.fromkeys(filter(None, (name.strip() for name in names))))
     found = {}
     for name in names:
-        known = {f.name for f in dataclasses.fields(resolve_target(name)[0].options)}
+        backend, status = resolve_target(name)
+        known = {f.name for f in dataclasses.fields(backend.options)}
         found[name] = {key: value for key, value in options.items() if key in known}
+        if len(names) > 1 and "tuning" in found[name]:
+            found[name]["tuning"] = settings_of(status.target.kind, options["tuning"])
     if not found:
         raise errors.OptionError("no target to compile for", hint="see 'spikingbrain targets'")
     if len(found) > 1 and (strange := options.keys() - {k for own in found.values() for k in own}):

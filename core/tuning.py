@@ -117,6 +117,12 @@ SETTINGS: dict[str, Setting] = {f.name: f.metadata["setting"] for f in dataclass
 USUAL = Tuning()
 
 
+def settings_of(kind: str, changes: Mapping[str, int]) -> dict[str, int]:
+    """Returns those settings that kernels for a kind of targets read; raises OptionError for one that none does."""
+    USUAL.with_changes(changes)
+    return {name: value for name, value in changes.items() if SETTINGS[name].kind == kind}
+
+
 def tuned(target: Target, options: Any) -> Target:
     """Returns the target with the settings of a backend's options; raises OptionError for one that its kernels do not read."""
     changes = getattr(options, "tuning", None)
@@ -155,7 +161,7 @@ def warn_of_another(artifact: Artifact) -> None:
 
 
 def read(path: str | Path) -> dict[str, int]:
-    """Returns the settings in a JSON file, or those that an artifact was compiled with.
+    """Returns the settings in a JSON file, or those that an artifact was compiled with, for all of its targets.
 
     Raises OptionError or ArtifactError where there are none.
     """
@@ -168,7 +174,10 @@ def read(path: str | Path) -> dict[str, int]:
         raise OptionError(f"cannot read {path}", why=error.strerror or str(error)) from error
     except ValueError:  # no text, or no JSON
         artifact = Artifact(path)
-        found = artifact.manifest["options"].get("tuning")
+        further = [record["options"] for record in artifact.manifest.get("further_targets", [])]
+        found = {}
+        for options in (artifact.manifest["options"], *further):
+            found.update(options.get("tuning", {}))
         if not found:
             raise ArtifactError(
                 f"{path} was compiled with the settings that every export has",

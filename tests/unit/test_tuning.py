@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from spikingbrain import tuning
+from spikingbrain.build import options_by_target
 from spikingbrain.errors import OptionError
 from spikingbrain.search import Built, Found, Timing, known, relevant, search
 from spikingbrain.target import Target
@@ -44,6 +45,15 @@ def test_settings_are_those_of_a_cpu() -> None:
     assert tuned(Target("cpu", "cpu", "iree", "x86-64"), options).tuning.decode_keys == 256
     with pytest.raises(OptionError, match="kernels for vulkan do not read 'decode_keys'"):
         tuned(Target("vulkan", "gpu", "iree", "spirv"), options)
+
+
+def test_each_of_several_targets_takes_its_own() -> None:
+    both = {"decode_keys": 256, "share_keys": 64}
+    found = options_by_target("maca,cpu", {"tuning": both})
+    assert found == {"maca": {"tuning": {"share_keys": 64}}, "cpu": {"tuning": {"decode_keys": 256}}}
+    assert options_by_target("cpu", {"tuning": both}) == {"cpu": {"tuning": both}}  # refused later
+    with pytest.raises(OptionError, match="unknown setting 'keys'"):
+        options_by_target("maca,cpu", {"tuning": {"keys": 1}})
 
 
 def test_the_page_names_every_setting() -> None:
