@@ -290,6 +290,8 @@ class _Entry:
                 lines.append(f"  const Buffer& b{i} = fixed[{self.fixed(record)}];")
         if temporaries:
             lines.append(f"  Buffer {', '.join(temporaries)};")
+        for number, size in enumerate(self.entry["sizes"]):
+            lines.append(f"  const int64_t s{number} = {self._size(size)};")
         ready: set[int] = set()
         checks = [f"  {self._check(formula, message)}" for formula, message in self.entry["checks"]]
         body = list(dict.fromkeys(checks))
@@ -329,8 +331,8 @@ class _Entry:
         name, *operands = size
         if name == "dim":
             return f"b{operands[0]}.dim({operands[1]})"
-        if name == "value":
-            return f"v{operands[0]}"
+        if name in ("value", "size"):
+            return f"{name[0]}{operands[0]}"
         texts = [self._size(o) for o in operands]
         if name in _INFIX:
             return f"({texts[0]} {_INFIX[name]} {texts[1]})"
@@ -347,7 +349,7 @@ class _Entry:
         name, *operands = size
         if name == "value":
             return operands[0] in self.floats
-        if name in ("dim", "eq", "ne", "lt", "le", "gt", "ge"):
+        if name in ("dim", "size", "eq", "ne", "lt", "le", "gt", "ge"):
             return False
         return any(self._is_float(o) for o in (operands[1:] if name == "select" else operands))
 

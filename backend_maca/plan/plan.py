@@ -1,9 +1,10 @@
 """The launch plan: what the host does to run an entry point, as JSON.
 
-A plan names the buffers of an entry (inputs, weights, constants, temporaries), the checks on their sizes, the
-steps in order (``launches``), and which buffers are results. A size is a number or a formula over the sizes of the
-inputs: ``["dim", buffer, axis]``, ``["value", n]`` for a value of the host, such as the counter of a loop,
-``["select", condition, size, size]`` or ``[operation, operand, ...]`` with the operations of ``OPERATIONS``. A step is one of
+A plan names the buffers of an entry (inputs, weights, constants, temporaries), long formulas that others hold
+(``sizes``), the checks on sizes, the steps in order (``launches``), and which buffers are results. A size is a number
+or a formula over the sizes of the inputs: ``["dim", buffer, axis]``, ``["value", n]`` for a value of the host, such as the
+counter of a loop, ``["size", n]`` for the entry's n-th long formula, ``["select", condition, size, size]`` or
+``[operation, operand, ...]`` with the operations of ``OPERATIONS``. A step is one of
 
 - ``{"kernel": name, "grid": sizes, "arguments": [{"buffer": n} or {"value": size}]}``, an
   argument that is no int64 with its ``"dtype"``;
@@ -19,6 +20,7 @@ inputs: ``["dim", buffer, axis]``, ``["value", n]`` for a value of the host, suc
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import reduce
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
@@ -32,7 +34,8 @@ if TYPE_CHECKING:
 
     from spikingbrain.backend_maca.source.printer import Kernel
 
-FORMAT = 3
+FORMAT = 4
+LONG = 12  # operands of a formula that is written once and named
 Size: TypeAlias = int | list[Any]
 
 OPERATIONS: dict[str, Callable[..., int]] = {
@@ -93,8 +96,13 @@ DTYPES = {
 }
 
 
-def evaluate(size: Size, shapes: Mapping[int, Sequence[int]], values: Mapping[int, int] | None = None) -> int:
-    """Returns the value of a formula, given the shapes of the input buffers and the values of the host.
+def evaluate(
+    size: Size,
+    shapes: Mapping[int, Sequence[int]],
+    values: Mapping[int, int] | None = None,
+    sizes: Sequence[int] = (),
+) -> int:
+    """Returns the value of a formula, given the shapes of the input buffers, the values of the host and the entry's sizes.
 
     Raises CallError where a size of 0 or a value from the data makes it divide by 0.
     """
@@ -105,10 +113,12 @@ def evaluate(size: Size, shapes: Mapping[int, Sequence[int]], values: Mapping[in
         return int(shapes[operands[0]][operands[1]])
     if name == "value":
         return (values or {})[operands[0]]
+    if name == "size":
+        return sizes[operands[0]]
     if name == "select":  # what is not chosen may divide by 0
-        chosen = operands[1] if evaluate(operands[0], shapes, values) else operands[2]
-        return evaluate(chosen, shapes, values)
-    found = [evaluate(o, shapes, values) for o in operands]
+        chosen = operands[1] if evaluate(operands[0], shapes, values, sizes) else operands[2]
+        return evaluate(chosen, shapes, values, sizes)
+    found = [evaluate(o, shapes, values, sizes) for o in operands]
     try:
         return OPERATIONS[name](*found)
     except ZeroDivisionError:
@@ -153,6 +163,7 @@ class _Entry:
         self.function, self.kernels = function, kernels
         self.buffers: list[dict[str, Any]] = []
         self.sizes: dict[ir.Value, Size] = {}
+        self.named: dict[str, int] = {}  # a long formula, as JSON -> its number
         self.memrefs: dict[ir.Value, tuple[int, list[Size]]] = {}
         self.checks: list[list[Any]] = []
         self.launches: list[dict[str, Any]] = []  # where steps are added: those of the entry or of a loop
@@ -166,6 +177,7 @@ class _Entry:
         self._add_all(entry)
         return {
             "buffers": self.buffers,
+            "sizes": [json.loads(formula) for formula in self.named],
             "checks": self.checks,
             "launches": self.launches,
             "outputs": self.outputs,
@@ -234,7 +246,13 @@ class _Entry:
         elif name == "memref.dim":
             self.sizes[op.results[0]] = self._shape_of(op)[self._known(op, 1)]
         else:
-            self.sizes[op.results[0]] = self._formula(op)
+            self.sizes[op.results[0]] = self._short(self._formula(op))
+
+    def _short(self, formula: Size) -> Size:
+        """Returns a formula, or its name if it is long: sizes of a deep model would hold those before them many times over."""
+        if weight(formula) <= LONG or has_value(formula) or not _is_safe(formula):
+            return formula
+        return ["size", self.named.setdefault(json.dumps(formula), len(self.named))]
 
     def _formula(self, op: ir.Operation) -> Size:
         """Returns what the host computes for a scalar op."""
@@ -383,7 +401,7 @@ class _Entry:
             shape = [size if size >= 0 else self._known_size(op, next(given)) for size in sizes]
         elif op.name == "memref.collapse_shape":
             groups = [[shape[axis.value] for axis in group] for group in op.attributes["reassociation"]]
-            shape = [reduce(lambda a, b: ["mul", a, b], group) for group in groups]
+            shape = [self._short(reduce(lambda a, b: ["mul", a, b], group)) for group in groups]
         elif op.name == "memref.subview":
             shape = self._prefix(op)
         self.memrefs[op.results[0]] = (buffer, shape)
@@ -456,6 +474,21 @@ class _Entry:
 def _terminator(block: ir.Block) -> list[ir.Value]:
     *_, last = block.operations
     return list(last.operation.operands)
+
+
+def weight(size: Size) -> int:
+    """Returns how many numbers and names a formula has."""
+    return (
+        1 if not isinstance(size, list) or size[0] in ("dim", "value", "size") else sum(map(weight, size[1:]))
+    )
+
+
+def _is_safe(size: Size) -> bool:
+    """Returns whether a formula is one of integers that can be computed for all arguments."""
+    if not isinstance(size, list) or size[0] in ("dim", "value", "size"):
+        return not isinstance(size, float)
+    divides = size[0] in ("div", "rem", "ceildiv", "floordiv")
+    return all(map(_is_safe, size[1:])) and not (divides and (isinstance(size[2], list) or not size[2]))
 
 
 def has_value(size: Size) -> bool:

@@ -45,13 +45,16 @@ class Resolver:
             shapes,
         )
         self.values: dict[int, Any] = {}
+        self.named: list[int] = []
+        for formula in self.host["sizes"]:
+            self.named.append(self.value(formula))
         self.largest: dict[int, tuple[int, ...]] = {}  # temporary buffer -> its largest shape so far
         for formula, message in self.host["checks"]:
             self._check(formula, message)
 
     def value(self, size: Any) -> Any:
         """Returns the value of a formula."""
-        return evaluate(size, self.shapes, self.values)
+        return evaluate(size, self.shapes, self.values, self.named)
 
     def sizes(self, of: Sequence[Any]) -> tuple[int, ...]:
         """Returns the values of several formulas."""

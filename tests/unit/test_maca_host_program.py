@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from test_maca_ops import TRIANGLE, WHILE, members, program
+from test_maca_runtime import deep
 
 pytest.importorskip("torch_mlir")
 
@@ -207,6 +208,19 @@ def test_a_program_that_cannot_be_written_changes_nothing(
     assert (tmp_path / "old" / "program.cpp").read_text() == "mine"
     assert not list((tmp_path / "new").iterdir())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "old"]
+
+
+def test_long_sizes_have_names(tmp_path: Path) -> None:
+    tensor = {"name": "x", "shape": ["n"], "dtype": "float32"}
+    entry = {"inputs": [tensor], "outputs": [{}], "ranges": {}, "uses_state": False}
+    manifest = {"target": {"name": "maca"}, "entries": {"main": entry}}
+    write(tmp_path / "artifact", manifest, members(deep(12)), [], lambda _: np.zeros(0), {})
+    host_program.write(Artifact(tmp_path / "artifact"), tmp_path / "program")
+    assert "const int64_t s1 = " in (tmp_path / "program" / "program.cpp").read_text()
+    subprocess.run([tmp_path / "program" / "build.sh", "emulator"], check=True)
+    x = save(tmp_path / "x.npy", np.zeros(2, np.float32))
+    assert run(tmp_path / "program", "-o", tmp_path / "out", "main", x).returncode == 0
+    assert np.load(tmp_path / "out0.0.npy").shape == (97,)
 
 
 def test_what_a_program_does_not_compute(tmp_path: Path) -> None:

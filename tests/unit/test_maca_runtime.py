@@ -120,7 +120,7 @@ def plan_of(shape: list[Any], grid: Any) -> dict[str, Any]:
         {"role": "temporary", "dtype": "int8", "shape": shape},
     ]
     step = {"kernel": "k", "grid": [grid, 1, 1], "arguments": [{"buffer": 1}]}
-    entry = {"buffers": buffers, "checks": [], "launches": [step], "outputs": [], "static": True}
+    entry = {"buffers": buffers, "checks": [], "sizes": [], "launches": [step], "outputs": [], "static": True}
     return {
         "format": FORMAT,
         "kernels": {"k": {"threads": 64, "dynamic_bytes": 0}},
@@ -137,6 +137,37 @@ def test_sizes_out_of_range_are_errors_of_the_call() -> None:
             CallError, match=r"kernel 'k' cannot be launched\n  because: grid .* out of range"
         ):
             resolve(plan_of([1], ["mul", length, grid]), "main", {0: (1,)})
+
+
+def deep(steps: int) -> str:
+    """Returns a module whose sizes each hold the one before three times."""
+    lines = [
+        f"%b{i} = arith.cmpi slt, %n{i}, %c9 : index\n%t{i} = arith.select %b{i}, %n{i}, %c9 : index\n"
+        f"%n{i + 1} = arith.addi %n{i}, %t{i} : index\n"
+        for i in range(steps)
+    ]
+    return f"""
+func.func public @main(%x: tensor<?xf32>) -> tensor<?xf32> {{
+  %c0 = arith.constant 0 : index
+  %c9 = arith.constant 9 : index
+  %one = arith.constant 1.0 : f32
+  %n0 = tensor.dim %x, %c0 : tensor<?xf32>
+  {"".join(lines)}
+  %e = tensor.empty(%n{steps}) : tensor<?xf32>
+  %y = linalg.fill ins(%one : f32) outs(%e : tensor<?xf32>) -> tensor<?xf32>
+  return %y : tensor<?xf32>
+}}"""
+
+
+@needs_cxx
+def test_the_plan_of_a_deep_model_stays_short() -> None:
+    code = compile_text(deep(30))
+    assert len(code["plan.json"]) < 20_000
+    for length in (0, 1, 20):
+        wanted = length
+        for _ in range(30):
+            wanted += min(wanted, 9)
+        assert load(code).call("main", [np.zeros(length, np.float32)])[0].shape == (wanted,)
 
 
 def test_memory_that_is_not_there_is_one_error() -> None:
