@@ -83,9 +83,15 @@ def _pool(bits: int) -> Tensor:
     return torch.empty(POOL, dtype=torch.int8).random_(-largest, largest + 1, generator=generator)
 
 
-def export(model: SpikingBrain, path: Path, longest: int = 512, capacity: int | None = None) -> None:
+def export(
+    model: SpikingBrain,
+    path: Path,
+    longest: int = 512,
+    capacity: int | None = None,
+    cache: torch.dtype | None = None,
+) -> None:
     """Writes an artifact with the entry points ``prefill``, of up to ``longest`` tokens, and ``decode``."""
-    state, length = model.initial_state(1, capacity), torch.export.Dim("T", min=1, max=longest)
+    state, length = model.initial_state(1, capacity, cache), torch.export.Dim("T", min=1, max=longest)
     some, one = torch.zeros(1, 5, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
     entries = {
         "prefill": Entry((some, state), {"last_only": True}, {"tokens_BT": {1: length}}),

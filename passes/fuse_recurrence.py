@@ -57,8 +57,10 @@ def _source(value: ir.Value) -> ir.Value | None:
     """Returns x where a tensor is ``x.repeat_interleave(G, 2)``, perhaps of another float type."""
     inner = torch_ir.defining(value, "torch_c.to_builtin_tensor")
     found = inner.operands[0] if inner else None
-    while found is not None and (op := torch_ir.defining(found, "torch.aten.to.dtype")) and _widens(op):
-        found = op.operands[0]
+    while (
+        found is not None and (narrow := torch_ir.before_cast(found)) is not None and _widens(narrow, found)
+    ):
+        found = narrow
     flattened = _flattened(found) if found is not None else None
     while flattened is not None and (op := torch_ir.defining(flattened, "torch.aten.clone")):
         flattened = op.operands[0]
@@ -93,9 +95,9 @@ def _flattened(value: ir.Value) -> ir.Value | None:
     return plain.operands[0] if plain else None
 
 
-def _widens(op: ir.Operation) -> bool:
+def _widens(narrow: ir.Value, wide: ir.Value) -> bool:
     bits = {"f16": 16, "bf16": 16, "f32": 32, "f64": 64}
-    before, after = (bits.get(torch_ir.element_type(v), 0) for v in (op.operands[0], op.results[0]))
+    before, after = (bits.get(torch_ir.element_type(v), 0) for v in (narrow, wide))
     return 0 < before < after
 
 

@@ -152,13 +152,10 @@ def _stored(value: ir.Value) -> _Stored:
     """Returns what lies in memory where ``value`` is made f32 from it, else the value."""
     product = torch_ir.defining(value, "torch.aten.mul.Tensor")
     for codes, scales in (product.operands, reversed(product.operands)) if product else ():
-        cast, spread = (
-            torch_ir.defining(codes, "torch.aten.to.dtype"),
-            torch_ir.defining(scales, "torch.aten.unsqueeze"),
-        )
-        if cast is None or spread is None or torch_ir.constant(spread.operands[1]) not in (3, -1):
+        rows, spread = torch_ir.before_cast(codes), torch_ir.defining(scales, "torch.aten.unsqueeze")
+        if rows is None or spread is None or torch_ir.constant(spread.operands[1]) not in (3, -1):
             continue
-        rows, of_row = cast.operands[0], spread.operands[0]
+        of_row = spread.operands[0]
         kinds = [torch_ir.element_type(v) for v in (rows, codes, of_row)]
         if kinds == ["si8", "f32", "f32"] and torch_ir.shape(of_row) == (torch_ir.shape(rows) or [])[:3]:
             return _Stored(rows, of_row)
@@ -167,10 +164,9 @@ def _stored(value: ir.Value) -> _Stored:
 
 def _unwidened(value: ir.Value) -> ir.Value:
     """Returns the halves that ``value`` is made from where they are made f32, else the value."""
-    cast = torch_ir.defining(value, "torch.aten.to.dtype")
-    if cast is None or torch_ir.element_type(value) != "f32":
+    source = torch_ir.before_cast(value)
+    if source is None or torch_ir.element_type(value) != "f32":
         return value
-    source: ir.Value = cast.operands[0]
     return source if torch_ir.element_type(source) in _DTYPES else value
 
 

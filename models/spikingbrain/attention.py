@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spikingbrain.models.cache import beside, put, rounded
 from spikingbrain.models.recurrences.gated import gla
 from spikingbrain.models.spikingbrain.config import LayerConfig, SpikingBrainConfig
-from spikingbrain.models.spikingbrain.moment import Cache, Moment, View
+from spikingbrain.models.spikingbrain.moment import Cache, Moment
 
 # logsigmoid / 16: a gate of a fresh model forgets half of its state in about 16 tokens.
 GATE_DIVISOR = 16
@@ -146,24 +147,19 @@ class SoftmaxAttention(nn.Module):
     ) -> tuple[Tensor, Cache]:
         view = moment.views[self.kind]
         q_BTHD, k_BTSD = rotate(q_BTHD, moment.rotation), rotate(k_BTSD, moment.rotation)
-        keys_BRSD, values_BRSD = cache
+        keys, values = cache
+        new_keys, new_values = rounded(k_BTSD, keys), rounded(v_BTSD, values)
         o_BHTD = F.scaled_dot_product_attention(
             q_BTHD.transpose(1, 2),
-            torch.cat([keys_BRSD, k_BTSD], dim=1).transpose(1, 2),
-            torch.cat([values_BRSD, v_BTSD], dim=1).transpose(1, 2),
+            beside(keys, new_keys, q_BTHD.dtype).transpose(1, 2),
+            beside(values, new_values, q_BTHD.dtype).transpose(1, 2),
             attn_mask=view.mask_B1TN,
             enable_gqa=True,
         )
         o_BTHD = o_BHTD.transpose(1, 2)
         if self.norm is not None:
             o_BTHD = self.norm(o_BTHD)
-        return o_BTHD, (keep(keys_BRSD, k_BTSD, view), keep(values_BRSD, v_BTSD, view))
-
-
-def keep(cache_BRSD: Tensor, new_BTSD: Tensor, view: View) -> Tensor:
-    """Returns the cache with the tokens of this call in their slots."""
-    slots_BTSD = view.slots_BT[:, :, None, None].expand_as(new_BTSD)
-    return cache_BRSD.scatter(1, slots_BTSD, new_BTSD)
+        return o_BTHD, (put(keys, new_keys, view.slots_BT), put(values, new_values, view.slots_BT))
 
 
 def rotate(x_BTHD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:

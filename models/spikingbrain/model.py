@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from spikingbrain.models.cache import Kept, empty, slots
 from spikingbrain.models.embedding import TiedEmbedding
 from spikingbrain.models.spikingbrain.attention import Attention
 from spikingbrain.models.spikingbrain.config import LayerConfig, SpikingBrainConfig
@@ -40,8 +41,8 @@ class State:
     memories: list[
         Tensor
     ]  # per layer with linear attention [B, S, D, D], key size x value size, float32 or wider
-    keys: list[Tensor]  # per layer with softmax attention [B, R, S, D], after rotary embedding
-    values: list[Tensor]  # the same shape
+    keys: list[Kept]  # per layer with softmax attention [B, R, S, D], after rotary embedding
+    values: list[Kept]  # the same shape
     position: Tensor  # [B] int64: sinks and tokens seen
 
 
@@ -64,13 +65,18 @@ class SpikingBrain(nn.Module):
         """Whether a state holds every token, up to its capacity; otherwise it has one size for texts of any length."""
         return any(layer.softmax == "full" for layer in self.config.layers)
 
-    def initial_state(self, batch: int, capacity: int | None = None) -> State:
+    def initial_state(
+        self, batch: int, capacity: int | None = None, cache: torch.dtype | None = None
+    ) -> State:
         """Returns the state before the first token of the text, which has seen the sinks.
 
         Full attention keeps the first ``capacity`` tokens, sinks included (default: the context of the config). Tokens beyond
         it see the kept ones and those of their own call, and are then forgotten without a word: whoever calls the model
         checks that ``position + T`` stays within the capacity. Without full attention a state has one size, enough for any
         number of tokens.
+
+        Keys and values are kept in the type ``cache``: a float type, or int8, codes with a scale (`models.cache`); None: that
+        of the weights.
         """
         config, weight = self.config, self.norm.weight
         wide = torch.promote_types(weight.dtype, torch.float32)
@@ -85,8 +91,8 @@ class SpikingBrain(nn.Module):
         ]
         state = State(
             memories,
-            [weight.new_zeros(shape) for shape in shapes],
-            [weight.new_zeros(shape) for shape in shapes],
+            [empty(weight, shape, cache) for shape in shapes],
+            [empty(weight, shape, cache) for shape in shapes],
             torch.zeros(batch, dtype=torch.int64, device=weight.device),
         )
         if self.sinks is None:
@@ -165,7 +171,7 @@ def zip_states(config: SpikingBrainConfig, state: State) -> Iterator[tuple[Tenso
 def _slots(config: SpikingBrainConfig, state: State) -> dict[str, int]:
     """Returns how many slots the caches of each kind of softmax attention have."""
     kinds = [layer.softmax for layer in config.layers if layer.softmax is not None]
-    return {kind: keys_BRSD.shape[1] for kind, keys_BRSD in zip(kinds, state.keys, strict=True)}
+    return {kind: slots(keys) for kind, keys in zip(kinds, state.keys, strict=True)}
 
 
 def _last(x_BTE: Tensor, lengths_B: Tensor) -> Tensor:

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spikingbrain.models.cache import Kept
 from spikingbrain.models.spikingbrain.config import Softmax, SpikingBrainConfig
 
-Cache = tuple[Tensor, Tensor]  # keys and values [B, R, S, D]
+Cache = tuple[Kept, Kept]  # keys and values [B, R, S, D]
 
 
 @dataclass(frozen=True)

@@ -82,10 +82,11 @@ def tokens(batch: int, time: int) -> list[Tensor]:
     return [torch.randn(batch, time, h, SIZE) for h in (HEADS, KEY_HEADS, KEY_HEADS)]
 
 
+Compiled = tuple[Cached, spikingbrain.Program, str]  # and the program as raise-attention leaves it
+
+
 @pytest.fixture(scope="module", params=[torch.float16, torch.bfloat16, torch.int8], ids=str)
-def compiled(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Cached, spikingbrain.Program]:
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     model = Cached(request.param).eval()
     batch, time = torch.export.Dim("B", min=1, max=8), torch.export.Dim("T", min=1, max=64)
     entries = {}
@@ -94,13 +95,14 @@ def compiled(
         shapes = {**dict.fromkeys("qkv", dims), "state": {0: batch}}
         entries[name] = spikingbrain.Entry(arguments, dynamic_shapes=shapes)
     path = tmp_path_factory.mktemp("cache") / "cache.sbrain"
-    spikingbrain.export(model, entries, path, state="state")
-    return model, spikingbrain.load(path)
+    spikingbrain.export(model, entries, path, state="state", dump=path.parent)
+    [raised] = path.parent.glob("*-raise-attention.mlir")
+    return model, spikingbrain.load(path), raised.read_text()
 
 
 @pytest.mark.parametrize("splits", [[5], [9, 1, 1], [10, 1, 3], [23, 2, 1], [1, 1, 1, 30, 1]], ids=str)
-def test_equals_eager(compiled: tuple[Cached, spikingbrain.Program], splits: list[int]) -> None:
-    model, program = compiled
+def test_equals_eager(compiled: Compiled, splits: list[int]) -> None:
+    model, program, _ = compiled
     torch.manual_seed(sum(splits))
     eager, state = model.initial_state(2), program.new_state(2)
     for time in splits:
@@ -114,8 +116,8 @@ def test_equals_eager(compiled: tuple[Cached, spikingbrain.Program], splits: lis
         np.testing.assert_array_equal(snapshot["keys"][:, :-1], eager.keys[:, :-1].numpy())
 
 
-def test_error_of_codes_is_as_stated(compiled: tuple[Cached, spikingbrain.Program]) -> None:
-    model, program = compiled
+def test_error_of_codes_is_as_stated(compiled: Compiled) -> None:
+    model, program, _ = compiled
     if model.dtype != torch.int8:
         pytest.skip("a cache of halves")
     torch.manual_seed(0)
@@ -129,8 +131,11 @@ def test_error_of_codes_is_as_stated(compiled: tuple[Cached, spikingbrain.Progra
     assert 1e-4 < worst < 0.03
 
 
-def test_caches_are_read_by_the_kernels(compiled: tuple[Cached, spikingbrain.Program]) -> None:
-    _, program = compiled
+def test_caches_are_read_by_the_kernels(compiled: Compiled) -> None:
+    model, program, raised = compiled
+    ops = [line for line in raised.splitlines() if '"spikingbrain.attention"(' in line]
+    rows = {torch.float16: "f16", torch.bfloat16: "bf16", torch.int8: "i8"}[model.dtype]
+    assert [line.count(f"{SLOTS}x{KEY_HEADS}x{SIZE}x{rows}>") for line in ops] == [2, 2]
     records = json.loads(bytes(program.artifact.member(REPORT)))["records"]
     attention = [r for r in records if r["pass_name"] == "lower-attention"]
     assert [r["reason"] for r in attention] == ["kernel"] * 2

@@ -374,7 +374,7 @@ func.func @narrow_cache(%q: !f32_1x3x2x8, %k: !f32_1x3x2x8, %v: !f32_1x3x2x8, %i
   %9 = torch.prim.ListConstruct %8, %k : (!f32_1x6x2x8, !f32_1x3x2x8) -> !torch.list<vtensor>
   %10 = torch.aten.cat %9, %int1 : !torch.list<vtensor>, !torch.int -> !f32_1x9x2x8
   %11 = torch.aten.permute %10, %6 : !f32_1x9x2x8, !torch.list<int> -> !f32_1x2x9x8
-  %12 = torch.aten.to.dtype %vc, %int6, %false, %false, %none : !torch.vtensor<[1,6,2,8],si8>, !torch.int, !torch.bool, !torch.bool, !torch.none -> !f32_1x6x2x8
+  %12 = torch.prims.convert_element_type %vc, %int6 : !torch.vtensor<[1,6,2,8],si8>, !torch.int -> !f32_1x6x2x8
   %13 = torch.aten.unsqueeze %scales, %minus : !torch.vtensor<[1,6,2],f32>, !torch.int -> !torch.vtensor<[1,6,2,1],f32>
   %14 = torch.aten.mul.Tensor %12, %13 : !f32_1x6x2x8, !torch.vtensor<[1,6,2,1],f32> -> !f32_1x6x2x8
   %15 = torch.prim.ListConstruct %14, %v : (!f32_1x6x2x8, !f32_1x3x2x8) -> !torch.list<vtensor>
