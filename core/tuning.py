@@ -79,6 +79,8 @@ class Tuning:
         chunk_waves: most waves of a block that moves its state through the chunks.
         step_waves: most waves of a block of a recurrence that goes step by step.
         staged_steps: most steps for which that stages what they read at once.
+        spike_row_tiles: tiles of 16 rows that a wave takes of a product of many rows of spikes.
+        spike_chunks_ahead: chunks of a weight that a wave reads before it needs them, for few rows of spikes.
     """
 
     l2_bytes: int = _setting(
@@ -102,6 +104,8 @@ class Tuning:
     chunk_waves: int = _setting(4, (1, 2, 4, 8), (2, 8), _RECURRENCE, "gpu")
     step_waves: int = _setting(16, (1, 2, 4, 8, 16), (4, 8), _RECURRENCE, "gpu")
     staged_steps: int = _setting(8, range(1, 33), (4, 16), _RECURRENCE, "gpu")
+    spike_row_tiles: int = _setting(2, (2, 4), (4,), _SPIKES, "gpu")
+    spike_chunks_ahead: int = _setting(4, (1, 2, 4, 8), (2, 8), _SPIKES, "gpu")
 
     def with_changes(self, changes: Mapping[str, Any]) -> Tuning:
         """Returns these settings with some changed; raises OptionError for an unknown name or a value that cannot be."""

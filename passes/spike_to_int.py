@@ -65,7 +65,7 @@ class SpikeToInt:
                 if dot is None or reason:
                     y = _linalg(op, context)
                 elif isinstance(dot, Codes):
-                    y = _wave_kernel(op, dot, encoded)
+                    y = _wave_kernel(op, dot, context.target, encoded)
                 else:
                     y = _kernel(op, dot, context.target, encoded)
             op.results[0].replace_all_uses_with(y)
@@ -90,7 +90,8 @@ class SpikeToInt:
             with ir.InsertionPoint(op), op.location:
                 block = hash(op.block)
                 if isinstance(dot, Codes):
-                    y = _wave_grouped_kernel(op, dot, encoded, tiles.setdefault(block, {}))
+                    rows = tiles.setdefault(block, {})
+                    y = _wave_grouped_kernel(op, dot, context.target, encoded, rows)
                 else:
                     known = routings.setdefault(block, {})
                     y = _grouped_kernel(op, dot, context.target, encoded, known)
@@ -206,7 +207,7 @@ def _kernel(op: ir.Operation, dot: Dot, target: Target, encoded: _Encoded) -> ir
     return build.unflatten_leading(y, op.results[0].type, encode.operands[0])
 
 
-def _wave_kernel(op: ir.Operation, codes: Codes, encoded: _Encoded) -> ir.Value:
+def _wave_kernel(op: ir.Operation, codes: Codes, target: Target, encoded: _Encoded) -> ir.Value:
     counts, _, weight, scale, *bias = op.operands
     columns, channels = ir.RankedTensorType(weight.type).shape
     encode = torch_ir.defining(counts)
@@ -215,14 +216,16 @@ def _wave_kernel(op: ir.Operation, codes: Codes, encoded: _Encoded) -> ir.Value:
     m = ir.RankedTensorType(rows.x.type).shape[0]
     groups = ir.RankedTensorType(scale.type).shape[1]
     known = None if m == ir.ShapedType.get_dynamic_size() else m
-    shape = wave.Shape(cut, groups, columns, known, bool(bias))
+    shape = wave.Shape(cut, groups, columns, known, bool(bias), tuning=target.tuning)
     packed = _with_steps(weight, codes.recipe(), codes.stored_type(columns, channels))
     scales = _with_steps(scale, [codes.scale_recipe()], shape.scale_type())
     y = wave.emit_spike_linear(rows, packed, scales, bias[0] if bias else None, codes, shape)
     return build.unflatten_leading(y, op.results[0].type, encode.operands[0])
 
 
-def _wave_grouped_kernel(op: ir.Operation, codes: Codes, encoded: _Encoded, tiles: Tiles) -> ir.Value:
+def _wave_grouped_kernel(
+    op: ir.Operation, codes: Codes, target: Target, encoded: _Encoded, tiles: Tiles
+) -> ir.Value:
     counts, _, weight, scale, expert = op.operands
     experts, columns, channels = ir.RankedTensorType(weight.type).shape
     encode = torch_ir.defining(counts)
@@ -231,7 +234,7 @@ def _wave_grouped_kernel(op: ir.Operation, codes: Codes, encoded: _Encoded, tile
     m = ir.RankedTensorType(rows.x.type).shape[0]
     groups = ir.RankedTensorType(scale.type).shape[2]
     known = None if m == ir.ShapedType.get_dynamic_size() else m
-    shape = wave_grouped.Shape(experts, wave.Shape(cut, groups, columns, known))
+    shape = wave_grouped.Shape(experts, wave.Shape(cut, groups, columns, known, tuning=target.tuning))
     stored = zip((weight, scale), wave_grouped.recipes(codes), shape.stored(codes), strict=True)
     packed, scales = (_with_steps(value, steps, type_) for value, steps, type_ in stored)
     return wave_grouped.emit_spike_grouped_linear(rows, packed, scales, expert, codes, shape, tiles)

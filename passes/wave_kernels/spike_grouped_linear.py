@@ -29,7 +29,7 @@ class Shape:
 
     @property
     def routing(self) -> Routing:
-        return Routing(self.experts, self.each.rows, one.TILE_ROWS)
+        return Routing(self.experts, self.each.rows, self.each.tile_rows)
 
     def name(self, codes: Codes) -> str:
         return f"grouped_{self.each.name(codes)}_e{self.experts}"

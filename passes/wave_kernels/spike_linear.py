@@ -51,12 +51,10 @@ from spikingbrain.passes.wave_kernels.builders import (
 from spikingbrain.passes.wave_kernels.row_tiles import Rows
 from spikingbrain.passes.wave_kernels.spike_codes import Codes
 from spikingbrain.passes.wave_kernels.spike_encode import FEW_ROWS, FLAG_CHANNELS, Counts, Encoding
+from spikingbrain.tuning import USUAL, Tuning
 
 WAVES = 4  # of a block
 THREADS = WAVES * WAVE
-AHEAD = 4  # chunks, or groups, that a wave of the kernel for few rows reads before it needs them
-ROW_TILES = 2  # of a wave in the kernel for many rows; its waves are two by two
-TILE_ROWS = 2 * ROW_TILES * TILE
 
 
 @dataclass(frozen=True)
@@ -68,6 +66,17 @@ class Shape:
     columns: int
     rows: int | None
     bias: bool = False
+    tuning: Tuning = USUAL
+
+    @property
+    def row_tiles(self) -> int:
+        """Returns the tiles of rows of a wave in the kernel for many rows; its waves are two by two."""
+        return self.tuning.spike_row_tiles
+
+    @property
+    def tile_rows(self) -> int:
+        """Returns the rows of a block in the kernel for many rows."""
+        return 2 * self.row_tiles * TILE
 
     @property
     def panels(self) -> int:
@@ -109,11 +118,11 @@ def emit_spike_linear(
     def body(block: list[ir.Value], buffers: list[ir.Value]) -> None:
         parts, (weight, scale, *bias, y) = Counts(*buffers[:6]), buffers[6:]
         kernel = SpikeKernel(codes, shape, parts, weight, scale, bias[0] if bias else None, y)
-        first, count = mul(block[1], TILE_ROWS), size(parts.x, 0)
-        kernel.emit(block[0], Rows(first, minimum(add(first, TILE_ROWS), count)))
+        first, count = mul(block[1], shape.tile_rows), size(parts.x, 0)
+        kernel.emit(block[0], Rows(first, minimum(add(first, shape.tile_rows), count)))
 
     kernel(shape.name(codes), [memref_of(v.type) for v in inputs] + [memref_of(result)], THREADS, body)
-    grid = [column_blocks(codes, shape, rows), ceil_div(rows, TILE_ROWS), index(1)]
+    grid = [column_blocks(codes, shape, rows), ceil_div(rows, shape.tile_rows), index(1)]
     sizes = [rows] if shape.rows is None else []
     return launch(shape.name(codes), result, grid, inputs, sizes).result
 
@@ -167,7 +176,7 @@ class SpikeKernel:
         # and where the instruction leaves it
         element = add(mul(add(mul(floor_div(i, 4), TILE), column), 4), rem(i, 4))
         row = rows.number(rem(self.lane, TILE))
-        ahead = min(AHEAD, -(-groups // WAVES))
+        ahead = min(self.shape.tuning.spike_chunks_ahead, -(-groups // WAVES))
         parts = WAVES * ahead if groups > 1 else WAVES
         sums = shared([parts, WAVE * 4], i32_type())
 
@@ -216,7 +225,7 @@ class SpikeKernel:
 
     def shared_channels(self, panel: ir.Value, row: ir.Value, rows: Rows) -> list[ir.Value]:
         """Returns the sums of one wave over its share of the channels."""
-        ahead = max(1, min(AHEAD, self.chunks // WAVES))
+        ahead = max(1, min(self.shape.tuning.spike_chunks_ahead, self.chunks // WAVES))
         steps = -(-self.chunks // (WAVES * ahead))
         flags = self.flags(rows, steps, WAVES * ahead, TILE)
 
@@ -275,24 +284,27 @@ class SpikeKernel:
         codes, groups = self.codes, self.shape.groups
         across = column_tiles(codes)
         first_panel = mul(block, 2 * across)
-        row_tile, column_tile = mul(floor_div(self.wave, 2), ROW_TILES), mul(rem(self.wave, 2), across)
+        row_tile, column_tile = (
+            mul(floor_div(self.wave, 2), self.shape.row_tiles),
+            mul(rem(self.wave, 2), across),
+        )
         panels = [
             minimum(add(first_panel, add(column_tile, c)), self.shape.panels - 1) for c in range(across)
         ]
-        flags = self.flags(rows, self.chunks, 1, TILE_ROWS)
+        flags = self.flags(rows, self.chunks, 1, self.shape.tile_rows)
         stage = _Stage(self, rows, first_panel, row_tile, column_tile)
 
         def chunk(at: ir.Value, *sums: ir.Value) -> list[ir.Value]:
             return stage.products(at, get(flags, [at]), sums)
 
         def totals_of(first: ir.Value, count: int) -> list[list[ir.Value]]:
-            zeros = codes.zeros() * (ROW_TILES * across)
+            zeros = codes.zeros() * (self.shape.row_tiles * across)
             sums = loop(first, add(first, count), 1, chunk, zeros)
             each = len(codes.zeros())
             return [codes.totals(sums[at : at + each]) for at in range(0, len(sums), each)]
 
         column = rem(self.lane, TILE)
-        places = list(itertools.product(range(ROW_TILES), range(across)))
+        places = list(itertools.product(range(self.shape.row_tiles), range(across)))
 
         def scaled(g: ir.Value, sums: list[list[ir.Value]]) -> list[ir.Value]:
             scales = [get(self.scale, [add(p, self.first_panel), g, column]) for p in panels]
@@ -314,7 +326,7 @@ class SpikeKernel:
         values = iter(totals)
         by_place = {place: [next(values) for _ in range(4)] for place in places}
         quarter = mul(floor_div(self.lane, TILE), 4)
-        for r, v in itertools.product(range(ROW_TILES), range(4)):
+        for r, v in itertools.product(range(self.shape.row_tiles), range(4)):
             i = add(add(mul(add(row_tile, r), TILE), quarter), v)
             number = rows.number(i)
             kept = arith.andi(rows.has(i), compare("eq", get(self.counts.marked, [number]), i32(0)))
@@ -344,7 +356,7 @@ class SpikeKernel:
 
             when(arith.andi(marked, inside), compute)
 
-        loop(0, TILE_ROWS, 1, row)
+        loop(0, self.shape.tile_rows, 1, row)
 
     # Both
 
@@ -416,17 +428,18 @@ class _Stage:
     ) -> None:
         self.kernel, self.codes = kernel, kernel.codes
         self.row_tile, self.column_tile = row_tile, column_tile
+        self.row_tiles = kernel.shape.row_tiles
         self.across = column_tiles(self.codes)
-        self.low = shared([2 * ROW_TILES * self.codes.count_vectors * WAVE, 4], i32_type())
+        self.low = shared([2 * self.row_tiles * self.codes.count_vectors * WAVE, 4], i32_type())
         self.weights = shared([2 * self.across * self.codes.code_vectors * WAVE, 4], i32_type())
         lane = rem(kernel.lane, TILE)
         # what a wave reads: row tiles wave, wave + 4, ..., and panels likewise
-        self.counts_read = [add(kernel.wave, WAVES * i) for i in range(-(-2 * ROW_TILES // WAVES))]
+        self.counts_read = [add(kernel.wave, WAVES * i) for i in range(-(-2 * self.row_tiles // WAVES))]
         self.panels_read = [add(kernel.wave, WAVES * i) for i in range(2 * self.across // WAVES)]
         self.rows_read = [rows.number(add(mul(tile, TILE), lane)) for tile in self.counts_read]
         last = kernel.shape.panels - 1
         self.panel_numbers = [minimum(add(first_panel, p), last) for p in self.panels_read]
-        self.own_rows = [rows.number(add(mul(add(row_tile, r), TILE), lane)) for r in range(ROW_TILES)]
+        self.own_rows = [rows.number(add(mul(add(row_tile, r), TILE), lane)) for r in range(self.row_tiles)]
 
     def products(self, chunk: ir.Value, is_wide: ir.Value, sums: Sequence[ir.Value]) -> list[ir.Value]:
         """Returns the sums with the products of a chunk; high bytes, which are rare, are not shared."""
@@ -441,7 +454,7 @@ class _Stage:
             for h, vector in enumerate(vectors):
                 self.put(vector, self.weights, tile, codes.code_vectors, h)
         barrier()
-        low = [self.read(self.low, add(self.row_tile, r), codes.count_vectors) for r in range(ROW_TILES)]
+        low = [self.read(self.low, add(self.row_tile, r), codes.count_vectors) for r in range(self.row_tiles)]
         weights = [
             self.read(self.weights, add(self.column_tile, c), codes.code_vectors) for c in range(self.across)
         ]

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch_mlir")
 
 import test_wave_attention as attention
+import test_wave_kernels_spike as spikes
 import test_wave_recurrence as recurrence
 from test_kernels_attention import arguments
 from test_maca import needs_cxx
+from wave_programs import Program, joined
 
+from spikingbrain.passes.spike_to_int import SpikeToInt
 from spikingbrain.tuning import Tuning
 
 pytestmark = needs_cxx
 SMALL = Tuning(attention_waves=1, share_keys=64, chunk_steps=16, chunk_waves=1, step_waves=1, staged_steps=3)
+SPIKES = Tuning(spike_row_tiles=4, spike_chunks_ahead=8)
 
 
 @pytest.fixture(autouse=True)
@@ -41,3 +46,13 @@ def test_attention_of_one_token_to_many_keys() -> None:
     rule = (600, 2)
     program = attention.compiled(attention.ODD, rule, "700", "1")
     attention.check(program, arguments(attention.ODD, 1, [690, 5], 700), rule)
+
+
+def test_spikes() -> None:
+    cases = {name: spikes.CASES[name] for name in ("odd", "groups", "groups_row")}
+    loaded = Program(joined(cases), [SpikeToInt()], SPIKES).load({n: spikes.weights(n) for n in cases})
+    rng = np.random.default_rng(1)
+    for name, case in cases.items():
+        for rows in (3, 130) if case.rows is None else (case.rows,):
+            x = rng.standard_normal((rows, case.k))
+            spikes.check(loaded, name, np.where(rng.random(x.shape) < 0.01, x * 1e3, x))

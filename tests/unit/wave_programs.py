@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from spikingbrain.backend_maca.backend import MacaBackend
 from spikingbrain.backend_maca.run.emulate import ORDERS
 from spikingbrain.passes import dialect, parameters, pipeline, recipes
 from spikingbrain.passes.base import Pass, PassContext, Record
+from spikingbrain.tuning import USUAL, Tuning
 
 Array = np.ndarray[Any, Any]
 
@@ -30,9 +32,10 @@ def joined(cases: Mapping[str, Any]) -> str:
 class Program:
     """A module of functions on ``maca-emulator``; ``source`` is its MACA C++, ``records`` what the passes decided."""
 
-    def __init__(self, text: str, passes: Sequence[Pass]):
+    def __init__(self, text: str, passes: Sequence[Pass], tuning: Tuning = USUAL):
         backend = MacaBackend()
         (target,) = [s.target for s in backend.targets() if s.target.name == "maca-emulator"]
+        target = replace(target, tuning=tuning)
         with dialect.load(), ir.Location.unknown():
             module = ir.Module.parse(text)
             context = PassContext(target)
