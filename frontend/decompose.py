@@ -7,10 +7,12 @@ that is functional and made of ops that need no decomposition is taken as it is.
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch_mlir.extras.fx_decomp_util import get_decomposition_table
 
+from spikingbrain.frontend import grouped_mm
 from spikingbrain.frontend.dynamo.exact import EXACT
 from spikingbrain.frontend.ops.unit_lower_inverse import inverse
 
@@ -87,9 +89,21 @@ def decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedPro
         return program
     table = {op: f for op, f in get_decomposition_table().items() if op not in KEPT}
     table[_INVERSE] = inverse
-    table |= {op: EXACT[op] for op in _WRONG}
+    table |= {op: EXACT[op] for op in _WRONG} | grouped_mm.decompositions()
+    table[aten.histc.default] = histogram
     decomposed: torch.export.ExportedProgram = program.run_decompositions(table)
     return decomposed
+
+
+def histogram(x: torch.Tensor, bins: int = 100, min: float = 0, max: float = 0) -> Any:
+    """Counts as torch.histc does, whose sum over a comparison with each bin is one loop; torch-mlir has no histogram."""
+    if min == max:  # the range is that of the values
+        return NotImplemented
+    x = x.flatten()
+    place = ((x - min) * bins / (max - min)).trunc().clamp(max=bins - 1).unsqueeze(1)
+    within = ((x >= min) & (x <= max)).unsqueeze(1)
+    each = torch.arange(bins, dtype=x.dtype, device=x.device)
+    return ((place == each) & within).sum(0).to(x.dtype)
 
 
 def _is_direct(node: torch.fx.Node) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch._decomp import core_aten_decompositions, get_decompositions
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
+from spikingbrain.frontend import grouped_mm
 from spikingbrain.frontend.dynamo.exact import EXACT
 from spikingbrain.frontend.ops.unit_lower_inverse import inverse
 
@@ -61,9 +62,13 @@ _KEPT = {
 }
 
 
-@functools.cache
 def table() -> dict[Any, Callable[..., Any]]:
     """Returns op overload -> decomposition."""
+    return _of_torch() | grouped_mm.decompositions()
+
+
+@functools.cache
+def _of_torch() -> dict[Any, Callable[..., Any]]:
     found = {**core_aten_decompositions(), **get_decompositions(_FURTHER)}
     kept = {
         op: f

@@ -269,6 +269,15 @@ def reciprocal(x: Tensor) -> Any:
     return aten.div.Tensor(_constant(1, x), x)
 
 
+@_replaces(aten.empty_permuted.default)
+def empty_permuted(size: Sequence[Any], physical_layout: Sequence[int], **options: Any) -> Tensor:
+    """torch-mlir knows memory in the usual order alone."""
+    made = aten.empty.memory_format([size[d] for d in physical_layout], **options)
+    if list(physical_layout) == sorted(physical_layout):
+        return made
+    return aten.permute.default(made, [list(physical_layout).index(d) for d in range(len(size))])
+
+
 @_replaces(aten.eq.Tensor)
 def equal(a: Tensor, b: Tensor) -> Any:
     """torch-mlir takes ``x == x`` for true, which it is not for NaN."""

@@ -16,6 +16,7 @@ from spikingbrain.frontend.dynamo.ops import Kind, Verdict, classify, packet_nam
 from spikingbrain.frontend.dynamo.options import CompileOptions
 from spikingbrain.frontend.dynamo.partition import SMALLEST, Region, Step, partition
 from spikingbrain.frontend.dynamo.region import RegionGraph, build
+from spikingbrain.frontend.grouped_mm import read_weights_in_place
 from spikingbrain.frontend.without_elements import fold_tensors_without_elements
 
 
@@ -50,6 +51,7 @@ def plan(graph: fx.Graph, kind: str, options: CompileOptions) -> Plan:
     fold_tensors_without_elements(graph)
     rewrites.drop_noop_copies(graph)
     fuse_constant_scatters(graph, indices_are_checked=kind == "backward")
+    read_weights_in_place(graph)
     packed = rewrites.raise_linears(graph, frozen) + rewrites.frozen_experts(graph, frozen)
     verdicts = {n: classify(n, options.library) for n in graph.nodes if n.op == "call_function"}
     verdicts.update({n: Verdict(Kind.COMPILED) for n in packed if verdicts[n].kind is Kind.LIBRARY})
