@@ -182,7 +182,7 @@ def _print(module: str, context: StageContext) -> dict[str, bytes]:
     from torch_mlir import ir
 
     from spikingbrain.backend_maca.lower import mlir as modules
-    from spikingbrain.backend_maca.plan import figures, plan, work
+    from spikingbrain.backend_maca.plan import figures, plan, unread, work
     from spikingbrain.backend_maca.source import printer
     from spikingbrain.passes import dialect
 
@@ -190,6 +190,7 @@ def _print(module: str, context: StageContext) -> dict[str, bytes]:
         parsed = modules.parse(module, mlir)
         source, printed = printer.print_kernels(parsed)
         launches = plan.build_plan(parsed, printed, context.target.name)
+        unread.skip_unread(launches, printed)
         scattered = figures.scattered_parameters(parsed, printed)
     context.report["kernels"] = len(launches["kernels"])
     context.report["steps"] = plan.providers(launches)

@@ -273,7 +273,7 @@ def _verify_launch(op: ir.Operation) -> str:
     tensor. ``tied[i]`` is the position of the input that result i updates in place, or -1: a tied result adds no
     argument (the kernel writes into the input's memref) and no sizes. A launch with the attribute
     ``spikingbrain.multiplies`` says what it computes, ``x w^T``, or ``x w^T + r`` of three inputs, so that a backend
-    with a library for products may call that instead.
+    with a library for products may call that instead; an input that is tied, the last one, is memory and no operand.
 
         %y = "spikingbrain_control.launch"(%gx, %one, %one, %x, %w, %m) {callee = @linear_k576_n960, tied = [-1]}
                : (index, index, index, tensor<?x576xf32>, tensor<60x576x16xf32>, index) -> tensor<?x960xf32>

@@ -12,14 +12,17 @@ from spikingbrain.passes import linalg_build as build
 from spikingbrain.passes import torch_ir
 from spikingbrain.passes.base import PassContext
 from spikingbrain.passes.kernels.linear import emit_linear
+from spikingbrain.passes.residuals import sum_with
 from spikingbrain.passes.wave_kernels import linear as wave
+from spikingbrain.passes.wave_kernels import row_values
 
 
 @dataclass(frozen=True)
 class LowerLinear:
     """Lowers ``spikingbrain.linear``: a packed weight to the CPU kernel, a plain one to a wave kernel or to linalg.
 
-    An elementwise sum of the result with another tensor (a residual) goes into the kernel.
+    An elementwise sum of the result with another tensor (a residual) goes into the kernel. Wave kernels for few rows
+    compute what nothing but projections reads: a norm, a gate, a slice.
     In: our dialect. Out: ``spikingbrain_control.launch`` and kernel functions, or ``linalg.generic``.
     """
 
@@ -31,14 +34,15 @@ class LowerLinear:
             packed = len(ir.RankedTensorType(weight.type).shape) == 3
             has_kernel = packed or context.target.wave_kernels
             # a sum with another value costs nothing in the kernel: it is what the accumulators start from
-            total, addend = _sum_with(op) if has_kernel else (op, None)
+            total, addend = sum_with(op) if has_kernel else (op, None)
+            computed = None if packed or not has_kernel else _computed(x)
             with ir.InsertionPoint(total), op.location:
                 rows = build.flatten_leading(x)
                 residual = None if addend is None else build.flatten_leading(addend)
                 if packed:
                     y = emit_linear(rows, weight, op.attributes["columns"].value, context.target, residual)
                 elif has_kernel:
-                    y = wave.emit_linear(rows, weight, residual)
+                    y = wave.emit_linear(rows, weight, residual, computed)
                 else:
                     y = _product(rows, weight)
                 y = build.unflatten_leading(y, op.results[0].type, x)
@@ -47,39 +51,22 @@ class LowerLinear:
                 self,
                 "lowered",
                 op,
-                ("kernel" if has_kernel else "linalg") + (" with a sum" if addend else ""),
+                ("kernel" if has_kernel else "linalg")
+                + (" with a sum" if addend else "")
+                + (", few rows computed in it" if computed else ""),
             )
             if total != op:
                 total.erase()
             op.erase()
 
 
-def _sum_with(op: ir.Operation) -> tuple[ir.Operation, ir.Value | None]:
-    """Returns the linalg.generic that only adds another tensor to the projection's result, and that tensor.
-
-    Returns the projection itself and None where its result is used in another way.
-    """
-    users = [use.owner.operation for use in op.results[0].uses]
-    if len(users) != 1 or users[0].name != "linalg.generic" or users[0].block != op.block:
-        return op, None
-    (user,) = users
-    inputs = list(user.operands)
-    maps = [m.value for m in user.attributes["indexing_maps"]]
-    body = [o.operation for o in user.regions[0].blocks[0].operations]
-    arguments = list(user.regions[0].blocks[0].arguments)
-    identity = ir.AffineMap.get_identity(maps[0].n_dims)
-    if (
-        len(inputs) != 3
-        or any(m != identity for m in maps)
-        or [o.name for o in body] != ["arith.addf", "linalg.yield"]
-    ):
-        return op, None
-    if {hash(v) for v in body[0].operands} != {hash(a) for a in arguments[:2]}:
-        return op, None
-    addend = inputs[1] if inputs[0] == op.results[0] else inputs[0]
-    if addend == op.results[0] or addend.type != op.results[0].type:
-        return op, None
-    return user, addend
+def _computed(x: ir.Value) -> row_values.RowValues | None:
+    """Returns how the rows of a projection are computed, if nothing but projections reads them."""
+    users = [use.owner.operation for use in x.uses if use.owner.operation.name != "tensor.dim"]
+    projections = [user for user in users if user.name == "spikingbrain.linear"]
+    # of those that are lowered already, what is left are views of the rows
+    same_block = [user for user in projections if user.block == projections[0].block]
+    return row_values.find(x, same_block) if len(same_block) == len(users) else None
 
 
 def _product(x: ir.Value, weight: ir.Value) -> ir.Value:

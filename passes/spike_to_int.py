@@ -26,7 +26,9 @@ from spikingbrain.passes.kernels.spike_encode import (
 )
 from spikingbrain.passes.kernels.spike_linear import Shape, emit_spike_linear, scale_recipe
 from spikingbrain.passes.kernels.spike_rows import emit_rows, emit_rows_of_words
+from spikingbrain.passes.residuals import sum_with
 from spikingbrain.passes.spike_forms import form
+from spikingbrain.passes.wave_kernels import row_values
 from spikingbrain.passes.wave_kernels import spike_encode as wave_encode
 from spikingbrain.passes.wave_kernels import spike_grouped_linear as wave_grouped
 from spikingbrain.passes.wave_kernels import spike_linear as wave
@@ -61,14 +63,17 @@ class SpikeToInt:
             by_channel = form(silent_share(op)) == "events" and not context.target.wave_kernels
             dot = _choose(context.target, bits, by_channel)
             reason = _refusal(op, dot)
-            with ir.InsertionPoint(op), op.location:
+            total, addend = sum_with(op) if isinstance(dot, Codes) and not reason else (op, None)
+            with ir.InsertionPoint(total), op.location:
                 if dot is None or reason:
                     y = _linalg(op, context)
                 elif isinstance(dot, Codes):
-                    y = _wave_kernel(op, dot, context.target, encoded)
+                    y = _wave_kernel(op, dot, context.target, encoded, addend)
                 else:
                     y = _kernel(op, dot, context.target, encoded)
-            op.results[0].replace_all_uses_with(y)
+            total.results[0].replace_all_uses_with(y)
+            if total != op:
+                total.erase()
             context.record(self, "lowered", op, f"linalg: {reason}" if reason else _kind(op, by_channel))
             stored = [parameters.parameter(value) for value in op.operands]
             if dot and not reason and not by_channel:
@@ -207,7 +212,9 @@ def _kernel(op: ir.Operation, dot: Dot, target: Target, encoded: _Encoded) -> ir
     return build.unflatten_leading(y, op.results[0].type, encode.operands[0])
 
 
-def _wave_kernel(op: ir.Operation, codes: Codes, target: Target, encoded: _Encoded) -> ir.Value:
+def _wave_kernel(
+    op: ir.Operation, codes: Codes, target: Target, encoded: _Encoded, addend: ir.Value | None
+) -> ir.Value:
     counts, _, weight, scale, *bias = op.operands
     columns, channels = ir.RankedTensorType(weight.type).shape
     encode = torch_ir.defining(counts)
@@ -216,10 +223,13 @@ def _wave_kernel(op: ir.Operation, codes: Codes, target: Target, encoded: _Encod
     m = ir.RankedTensorType(rows.x.type).shape[0]
     groups = ir.RankedTensorType(scale.type).shape[1]
     known = None if m == ir.ShapedType.get_dynamic_size() else m
-    shape = wave.Shape(cut, groups, columns, known, bool(bias), tuning=target.tuning)
+    shape = wave.Shape(
+        cut, groups, columns, known, bool(bias), addend is not None, tuning=target.tuning
+    )
+    residual = None if addend is None else build.flatten_leading(addend)
     packed = _with_steps(weight, codes.recipe(), codes.stored_type(columns, channels))
     scales = _with_steps(scale, [codes.scale_recipe()], shape.scale_type())
-    y = wave.emit_spike_linear(rows, packed, scales, bias[0] if bias else None, codes, shape)
+    y = wave.emit_spike_linear(rows, packed, scales, bias[0] if bias else None, codes, shape, residual)
     return build.unflatten_leading(y, op.results[0].type, encode.operands[0])
 
 
@@ -248,8 +258,11 @@ def _wave_encoded(
     cut = wave_encode.Encoding(channels, codes.largest_code, *settings)
     key = (hash(encode), cut)
     if key not in encoded:
+        x = encode.operands[0]
+        users = [use.owner.operation for use in x.uses if use.owner.operation.name != "tensor.dim"]
+        computed = row_values.find(x, users) if all(user == encode for user in users) else None
         with ir.InsertionPoint(encode), encode.location:
-            encoded[key] = wave_encode.emit_spike_encode(build.flatten_leading(encode.operands[0]), cut)
+            encoded[key] = wave_encode.emit_spike_encode(build.flatten_leading(x), cut, computed)
     counts = encoded[key]
     assert isinstance(counts, wave_encode.Counts)
     return counts, cut

@@ -45,6 +45,7 @@ def bufferize(text: str) -> str:
         for function in functions(module):
             _take_arguments(function, resources)
             _copy_reshaped_slices(function)
+            _own_memory(function)
         run_passes(module, ("func.func(linalg-generalize-named-ops)",))
         # only now: a pattern rewriter would fold what this writes before bufferization has seen it
         open_launches(module)
@@ -112,6 +113,17 @@ def _viewed(value: ir.Value) -> ir.Value:
     while not isinstance(value.owner, ir.Block) and value.owner.operation.name in names:
         value = value.owner.operation.operands[0]
     return value
+
+
+def _own_memory(function: ir.Operation) -> None:
+    """Gives each linalg op that starts from an empty tensor one of its own: by lifetimes, the plan shares their memory."""
+    for op in nested(function):
+        uses = list(op.results[0].uses) if op.name == "tensor.empty" else []
+        for use in uses[1:]:
+            user = use.owner.operation
+            if user.name.startswith("linalg."):
+                with ir.InsertionPoint(op):
+                    user.operands[use.operand_number] = op.clone().results[0]
 
 
 def _copy_reshaped_slices(function: ir.Operation) -> None:

@@ -21,6 +21,11 @@ CHEAP = 12  # ops of a body that may be computed again for every use
 COSTLY = ("math.", "arith.divf", "arith.remf", "tensor.extract")
 KEEP = "maca.keep"  # holds upstream fusion off; gone afterwards
 
+# Sizes are asked of arguments: an op of which only the size is asked, as its kernel computes it, goes.
+CLEAN = (
+    "func.func(linalg-generalize-named-ops)",
+    "func.func(resolve-ranked-shaped-type-result-dims,canonicalize,cse)",
+)
 FUSE = ("func.func(linalg-fuse-elementwise-ops)", "func.func(canonicalize,cse)")
 
 
@@ -31,7 +36,7 @@ def fuse(text: str) -> str:
         for op in [op for function in functions(module) for op in host_ops(function)]:
             if op.name.startswith("linalg.") and len(op.regions):
                 op.location = ir.Location.name(_label(op), op.location)
-        run_passes(module, ("func.func(linalg-generalize-named-ops)", "func.func(canonicalize,cse)"))
+        run_passes(module, CLEAN)
         for function in functions(module):
             for op in host_ops(function):
                 if op.name == "linalg.generic" and _is_product(op):
@@ -105,13 +110,19 @@ def _copy_for_uses(op: ir.Operation) -> None:
 
 
 def _copy_for_results(op: ir.Operation) -> None:
-    """Gives each op that adds to a filled tensor a filled tensor of its own; otherwise the first would be copied."""
-    for use in list(op.results[0].uses)[1:]:
+    """Gives each op that adds to a filled tensor a filled tensor of its own, just before it; else the first would be copied."""
+    uses = list(op.results[0].uses)
+    for use in uses:
         user = use.owner.operation
-        if user.name == "linalg.generic" and use.operand_number >= user.attributes["operandSegmentSizes"][0]:
+        if user.name != "linalg.generic" or use.operand_number < user.attributes["operandSegmentSizes"][0]:
+            continue
+        if len(uses) > 1 or user.block != op.block:
             with ir.InsertionPoint(user):
-                copy = op.clone()
-            user.operands[use.operand_number] = copy.results[0]
+                user.operands[use.operand_number] = op.clone().results[0]
+        else:
+            op.move_before(user)
+    if not list(op.results[0].uses):
+        op.erase()
 
 
 def _is_state(value: ir.Value) -> bool:

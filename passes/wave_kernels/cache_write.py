@@ -1,9 +1,10 @@
-"""The wave kernel for ``spikingbrain.cache_write``: a block copies a row into its slot, in place."""
+"""The wave kernel for ``spikingbrain.cache_write``: a block copies a row of one of some caches into its slot."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 from torch_mlir import ir
 from torch_mlir.dialects import arith
@@ -20,40 +21,50 @@ from spikingbrain.passes.kernels.builders import (
     put,
     rem,
     size,
+    when,
 )
 from spikingbrain.passes.wave_kernels.builders import WAVE, any_lane, choose, kernel, memref_of, thread
 
 MOST_THREADS = 256
 
 
-def emit_cache_write(cache: ir.Value, rows: ir.Value, slots: ir.Value) -> ir.Value:
-    """Emits the launch of ``result[b, slots[b, t]] = rows[b, t]`` at the insertion point; returns the result.
+def emit_cache_writes(
+    caches: Sequence[ir.Value], rows: Sequence[ir.Value], slots: ir.Value
+) -> list[ir.Value]:
+    """Emits the launch of ``result[b, slots[b, t]] = rows[b, t]`` for each cache at the insertion point; returns the results.
 
-    ``cache`` is ``[B, R, ...]``, ``rows`` ``[B, T, ...]`` and ``slots`` ``[B, T]`` of i64; B, R and T may be dynamic. Of two rows
-    for one slot the later stays; a row for a slot outside the cache is dropped. The result is tied to the cache.
+    Caches are ``[B, R, ...]`` of one type, their rows ``[B, T, ...]`` and ``slots`` ``[B, T]`` of i64; B, R and T may be dynamic.
+    Of two rows for one slot the later stays; a row for a slot outside the cache is dropped. Each result is tied to its cache.
     """
-    kinds = [ir.RankedTensorType(value.type) for value in (cache, rows, slots)]
-    row = kinds[0].shape[2:]
+    kinds = [ir.RankedTensorType(value.type) for value in (caches[0], rows[0], slots)]
+    row, count = kinds[0].shape[2:], len(caches)
     if ir.ShapedType.get_dynamic_size() in row:
         raise ValueError(f"cache rows must have a static shape, got {kinds[0]}")
     shapes = ["x".join("d" if n < 0 else str(n) for n in kind.shape) for kind in kinds]
-    name = "_".join(["cache_write", *shapes, str(kinds[0].element_type)])
-    threads = min(MOST_THREADS, -(-math.prod(row) // WAVE) * WAVE)
-    kernel(
-        name,
-        [memref_of(kind) for kind in kinds],
-        threads,
-        lambda block, memory: _write_row(block, memory, row, threads),
+    name = "_".join(
+        ["cache_write", *shapes, str(kinds[0].element_type), *([str(count)] if count > 1 else [])]
     )
-    return launch(
-        name, cache.type, [size(slots, 1), size(slots, 0), index(1)], [cache, rows, slots], tied=0
-    ).result
+    threads = min(MOST_THREADS, -(-math.prod(row) // WAVE) * WAVE)
+
+    def body(block: list[ir.Value], memory: list[ir.Value]) -> None:
+        for n in range(count):
+            parts = [memory[n], memory[count + n], memory[-1]]
+            if count == 1:
+                _write_row(block, parts, row, threads)
+            else:
+                is_mine = compare("eq", block[2], index(n))
+                when(is_mine, partial(_write_row, block, parts, row, threads))
+
+    inputs = [*caches, *rows, slots]
+    kernel(name, [memref_of(value.type) for value in inputs], threads, body)
+    grid = [size(slots, 1), size(slots, 0), index(count)]
+    return list(launch(name, [c.type for c in caches], grid, inputs, tied=list(range(count))).results)
 
 
 def _write_row(
     block: Sequence[ir.Value], memory: Sequence[ir.Value], row: Sequence[int], threads: int
 ) -> None:
-    time, batch, _ = block
+    time, batch = block[:2]
     cache, rows, slots = memory
     slot = get(slots, [batch, time])
     lane = rem(thread(), WAVE)

@@ -3,13 +3,16 @@
 Up to 8 rows, a wave computes some columns: its lanes share the channels, read 16 bytes at a time, and the weight streams past all
 rows once. With more rows, a block computes a tile of 64 rows by the matrix instruction; its waves share operands. Sums are f32.
 A kernel for any number of rows holds both.
+
+Few rows that are a norm, a gate or a slice of something else are computed by each block that reads them, piece by piece through
+shared memory. For any number of rows that is a kernel of its own, beside one for many rows, of which one has no blocks.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 from torch_mlir import ir
@@ -33,6 +36,7 @@ from spikingbrain.passes.kernels.builders import (
     rem,
     size,
     store,
+    sub,
     when,
 )
 from spikingbrain.passes.wave_kernels.builders import (
@@ -52,6 +56,7 @@ from spikingbrain.passes.wave_kernels.builders import (
     zero,
 )
 from spikingbrain.passes.wave_kernels.row_tiles import Rows
+from spikingbrain.passes.wave_kernels.row_values import RowValues, flat_sources
 
 FEW_ROWS = 8
 WAVES = 4  # of a block
@@ -61,6 +66,9 @@ FEW_COLUMNS = 4  # of a wave in the kernel for few rows
 ROW_TILES, COLUMN_TILES = 2, 4  # of a wave in the kernel for many rows; its waves are two by two
 TILE_ROWS, TILE_COLUMNS = 2 * ROW_TILES * TILE, 2 * COLUMN_TILES * TILE
 FRAGMENTS = 2  # vectors of a lane along the channels, for each barrier
+PIECE_BYTES = 16 << 10  # of computed rows in shared memory: two blocks and more fit a processor
+# Multiply-adds that the machine does while it reads a byte; an estimate. Computing rows is free while that is not reached.
+OPS_PER_BYTE = 7
 
 
 @dataclass(frozen=True)
@@ -72,18 +80,33 @@ class Shape:
     rows: int | None
     element: str = "f32"
     addend: bool = False
+    few_rows: int = FEW_ROWS
 
     @property
     def most_rows(self) -> int:
         """Returns how many rows the kernel for few rows has; 0 where there are always more, or none."""
         if self.rows is None:
-            return FEW_ROWS
-        return self.rows if self.rows <= FEW_ROWS else 0
+            return self.few_rows
+        return self.rows if self.rows <= self.few_rows else 0
+
+    @property
+    def bytes(self) -> int:
+        """Returns the bytes of an element."""
+        return 4 if self.element == "f32" else 2
 
     @property
     def lanes(self) -> int:
         """Returns how many elements a lane reads at a time."""
-        return VECTOR_BYTES // (4 if self.element == "f32" else 2)
+        return VECTOR_BYTES // self.bytes
+
+    @property
+    def result(self) -> ir.RankedTensorType:
+        """Returns the type of y."""
+        rows = ir.ShapedType.get_dynamic_size() if self.rows is None else self.rows
+        return ir.RankedTensorType.get([rows, self.columns], ir.Type.parse(self.element))
+
+    def are_few(self, rows: ir.Value) -> ir.Value:
+        return compare("sle", rows, index(self.few_rows))
 
     @property
     def name(self) -> str:
@@ -91,38 +114,107 @@ class Shape:
         return f"linear_{self.element}_k{self.channels}_n{self.columns}_m{m}{'_sum' * self.addend}"
 
 
-def emit_linear(x: ir.Value, weight: ir.Value, addend: ir.Value | None = None) -> ir.Value:
-    """Emits a launch of the kernel at the insertion point; returns y, ``[M, N]``.
+def emit_linear(
+    x: ir.Value, weight: ir.Value, addend: ir.Value | None = None, computed: RowValues | None = None
+) -> ir.Value:
+    """Emits the launch of a kernel at the insertion point; returns y, ``[M, N]``.
 
     ``x`` is ``[M, K]`` with M static or dynamic, ``weight`` ``[N, K]``, the addend ``[M, N]``, all of one type: f32, f16 or bf16.
+    ``computed`` is how x is computed, if that can be done where it is read: few rows are then not read from x.
     """
     kind = ir.RankedTensorType(x.type)
     (m, k), (n, _) = kind.shape, ir.RankedTensorType(weight.type).shape
     rows = None if kind.is_dynamic_dim(0) else m
     shape = Shape(k, n, rows, str(kind.element_type), addend is not None)
-    result = ir.RankedTensorType.get([m, n], kind.element_type)
-    inputs = [x, weight, *([] if addend is None else [addend])]
+    inputs, count = [x, weight, *([] if addend is None else [addend])], size(x, 0)
+    if computed is not None:
+        shape = replace(shape, few_rows=rows_that_pay(shape, computed))
+    if computed is None or not shape.most_rows:
+        return _emit_both(replace(shape, few_rows=FEW_ROWS), inputs, count)
+    few = _emit_few(shape, computed, [*flat_sources(computed), *inputs[1:]], count)
+    return few if rows is not None else _emit_many(shape, inputs, few, count)
 
-    def body(block: list[ir.Value], buffers: list[ir.Value]) -> None:
-        x, weight, *addend, y = buffers
-        first, count = mul(block[1], TILE_ROWS), size(x, 0)
-        rows = Rows(first, minimum(add(first, TILE_ROWS), count))
-        LinearKernel(shape, x, weight, [], y, addend[0] if addend else None).emit(block[0], rows)
 
-    kernel(shape.name, [memref_of(v.type) for v in inputs] + [memref_of(result)], THREADS, body)
-    count = size(x, 0)
-    grid = [column_blocks(shape, count), ceil_div(count, TILE_ROWS), index(1)]
-    op = launch(shape.name, result, grid, inputs, [count] if rows is None else [])
-    op.attributes[MULTIPLIES] = ir.UnitAttr.get()
-    return op.result
+def rows_that_pay(shape: Shape, computed: RowValues) -> int:
+    """Returns for how many rows it is free to compute them in every block of columns, next to reading the weight."""
+    columns = WAVES * FEW_COLUMNS  # that share what a block computes
+    return max(1, min(FEW_ROWS, int(OPS_PER_BYTE * shape.bytes / (1 + computed.cost / columns))))
 
 
 def column_blocks(shape: Shape, rows: ir.Value) -> ir.Value:
     """Returns how many blocks of columns a kernel has, for so many rows in all."""
     few, tiles = (-(-shape.columns // each) for each in (WAVES * FEW_COLUMNS, TILE_COLUMNS))
     if shape.rows is None:
-        return arith.select(compare("sle", rows, index(FEW_ROWS)), index(few), index(tiles))
+        return arith.select(shape.are_few(rows), index(few), index(tiles))
     return index(few if shape.most_rows else tiles)
+
+
+def _emit_both(shape: Shape, inputs: list[ir.Value], rows: ir.Value) -> ir.Value:
+    """Emits the launch of the kernel that takes few rows and many, as far as ``shape`` has both."""
+
+    def body(block: list[ir.Value], buffers: list[ir.Value]) -> None:
+        x, weight, *addend, y = buffers
+        LinearKernel(shape, x, weight, [], y, addend[0] if addend else None).emit(block[0], _tile(block, y))
+
+    grid = [column_blocks(shape, rows), ceil_div(rows, TILE_ROWS), index(1)]
+    return _launch(shape.name, body, grid, inputs, shape.result, [rows] if shape.rows is None else [])
+
+
+def _emit_few(shape: Shape, computed: RowValues, inputs: list[ir.Value], rows: ir.Value) -> ir.Value:
+    """Emits the launch of the kernel that computes few rows itself; it has no blocks where there are more."""
+    count = len(computed.sources)
+
+    def body(block: list[ir.Value], buffers: list[ir.Value]) -> None:
+        sources, (weight, *addend, y) = buffers[:count], buffers[count:]
+        block_rows = Rows(index(0), size(y, 0))
+        kernel = LinearKernel(shape, weight, weight, [], y, addend[0] if addend else None)
+        kernel.few(block[0], block_rows, shape.most_rows, _Computed(kernel, computed, sources, block_rows))
+
+    columns = index(-(-shape.columns // (WAVES * FEW_COLUMNS)))
+    sizes = []
+    if shape.rows is None:
+        columns, sizes = arith.select(shape.are_few(rows), columns, index(0)), [rows]
+    # of no rows at all there is nothing to compute
+    grid = [columns, minimum(rows, 1), index(1)]
+    name = f"{shape.name}_{computed.digest}"
+    return _launch(name, body, grid, inputs, shape.result, sizes, is_product=False)
+
+
+def _emit_many(shape: Shape, inputs: list[ir.Value], few: ir.Value, rows: ir.Value) -> ir.Value:
+    """Emits the launch of the kernel for many rows, into the memory of the result for few; it has no blocks for few."""
+
+    def body(block: list[ir.Value], buffers: list[ir.Value]) -> None:
+        x, weight, *addend, y = buffers
+        kernel = LinearKernel(shape, x, weight, [], y, addend[0] if addend else None)
+        kernel.tiles(block[0], _tile(block, y))
+
+    columns = arith.select(shape.are_few(rows), index(0), index(-(-shape.columns // TILE_COLUMNS)))
+    grid = [columns, ceil_div(rows, TILE_ROWS), index(1)]
+    return _launch(f"{shape.name}_many", body, grid, [*inputs, few], shape.result, [], tied=len(inputs))
+
+
+def _launch(
+    name: str,
+    body: Callable[[list[ir.Value], list[ir.Value]], None],
+    grid: list[ir.Value],
+    inputs: list[ir.Value],
+    result: ir.RankedTensorType,
+    sizes: list[ir.Value],
+    tied: int = -1,
+    is_product: bool = True,
+) -> ir.Value:
+    """Emits a launch; ``is_product`` where it is ``x w^T`` of its first inputs."""
+    kinds = [memref_of(v.type) for v in inputs] + ([memref_of(result)] if tied < 0 else [])
+    kernel(name, kinds, THREADS, body)
+    op = launch(name, result, grid, inputs, sizes, tied)
+    if is_product:
+        op.attributes[MULTIPLIES] = ir.UnitAttr.get()
+    return op.result
+
+
+def _tile(block: list[ir.Value], y: ir.Value) -> Rows:
+    first = mul(block[1], TILE_ROWS)
+    return Rows(first, minimum(add(first, TILE_ROWS), size(y, 0)))
 
 
 class LinearKernel:
@@ -139,7 +231,7 @@ class LinearKernel:
     ) -> None:
         self.shape, self.x, self.weight, self.expert = shape, x, weight, expert
         self.y, self.addend = y, addend
-        self.element = ir.MemRefType(x.type).element_type
+        self.element = ir.MemRefType(weight.type).element_type
         self.thread = thread()
         self.wave, self.lane = floor_div(self.thread, WAVE), rem(self.thread, WAVE)
 
@@ -149,12 +241,15 @@ class LinearKernel:
         if self.shape.rows is not None:
             self.few(block, rows, most) if most else self.tiles(block, rows)
             return
-        are_few = compare("sle", size(self.x, 0), index(FEW_ROWS))
-        when(are_few, lambda: self.few(block, rows, most), lambda: self.tiles(block, rows))
+        when(
+            self.shape.are_few(size(self.x, 0)),
+            lambda: self.few(block, rows, most),
+            lambda: self.tiles(block, rows),
+        )
 
     # Few rows
 
-    def few(self, block: ir.Value, some_rows: Rows, most: int) -> None:
+    def few(self, block: ir.Value, some_rows: Rows, most: int, computed: _Computed | None = None) -> None:
         """Computes some columns of up to ``most`` rows in each wave."""
         shape, count = self.shape, FEW_COLUMNS
         rows = [some_rows.number(i) for i in range(most)]
@@ -163,8 +258,10 @@ class LinearKernel:
         lanes = shape.lanes if shape.channels % shape.lanes == 0 else 1
         places = list(itertools.product(range(len(rows)), range(count)))
 
-        def more(k: ir.Value, *sums: ir.Value) -> list[ir.Value]:
-            xs = [self.values(self.x, [row, k], lanes) for row in rows]
+        def products(
+            x: Callable[[int], list[ir.Value]], k: ir.Value, sums: Sequence[ir.Value]
+        ) -> list[ir.Value]:
+            xs = [x(r) for r in range(len(rows))]
             ws = [self.values(self.weight, [*self.expert, column, k], lanes) for column in columns]
             result = []
             for (r, c), total in zip(places, sums, strict=True):
@@ -173,7 +270,15 @@ class LinearKernel:
                 result.append(total)
             return result
 
-        sums = loop(mul(self.lane, lanes), shape.channels, WAVE * lanes, more, [f32(0.0)] * len(places))
+        zeros, first_channel = [f32(0.0)] * len(places), mul(self.lane, lanes)
+        if computed is None:
+
+            def more(k: ir.Value, *sums: ir.Value) -> list[ir.Value]:
+                return products(lambda r: self.values(self.x, [rows[r], k], lanes), k, sums)
+
+            sums = loop(first_channel, shape.channels, WAVE * lanes, more, zeros)
+        else:
+            sums = computed.pieces(products, first_channel, lanes, zeros)
         sums = [over_lanes(arith.addf, total) for total in sums]
         mine = sums[0]  # a lane writes one of them
         for at, total in enumerate(sums[1:], 1):
@@ -227,6 +332,58 @@ class LinearKernel:
                     when(inside, partial(self.finish, total, number, column))
 
             when(rows.has(i), write)
+
+
+class _Computed:
+    """Few rows that the block computes, piece by piece, in shared memory."""
+
+    def __init__(self, kernel: LinearKernel, values: RowValues, sources: list[ir.Value], rows: Rows) -> None:
+        self.kernel, self.values, self.sources, self.rows = kernel, values, sources, rows
+        shape = kernel.shape
+        step = WAVE * shape.lanes
+        whole = -(-shape.channels // step) * step
+        self.channels = min(whole, PIECE_BYTES // (shape.most_rows * shape.bytes) // step * step)
+        self.piece = shared([shape.most_rows, self.channels], kernel.element)
+        self.count = sub(rows.end, rows.first)
+
+    def pieces(
+        self,
+        products: Callable[[Callable[[int], list[ir.Value]], ir.Value, Sequence[ir.Value]], list[ir.Value]],
+        first_channel: ir.Value,
+        lanes: int,
+        zeros: list[ir.Value],
+    ) -> list[ir.Value]:
+        """Returns the sums of products with all pieces."""
+        kernel, channels = self.kernel, self.kernel.shape.channels
+        most = kernel.shape.most_rows
+        sums_of = self.values.row_sums(self.sources, self.rows.first, self.count, most, THREADS)
+
+        def one(start: ir.Value, *sums: ir.Value) -> list[ir.Value]:
+            length = minimum(sub(channels, start), self.channels)
+
+            def row(i: ir.Value) -> None:
+                known, number = sums_of(i), add(self.rows.first, i)
+
+                def channel(k: ir.Value) -> None:
+                    value = self.values.at(self.sources, number, add(start, k), known)
+                    put(value, self.piece, [i, k])
+
+                loop(kernel.thread, length, THREADS, channel)
+
+            loop(0, self.count, 1, row)
+            barrier()
+
+            def more(k: ir.Value, *sums: ir.Value) -> list[ir.Value]:
+                def x(r: int) -> list[ir.Value]:  # of the last row where there are not so many
+                    return kernel.values(self.piece, [minimum(r, sub(self.count, 1)), k], lanes)
+
+                return products(x, add(start, k), sums)
+
+            result = loop(first_channel, length, WAVE * lanes, more, sums)
+            barrier()
+            return result
+
+        return loop(0, channels, self.channels, one, zeros)
 
 
 class _Stage:

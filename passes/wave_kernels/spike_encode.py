@@ -3,6 +3,7 @@
 ``count = 256 * high + low``, both signed; a word holds four bytes. For every 64 channels a row says whether one has a high byte,
 so that others need not be multiplied. A row that does not fit is marked, and computed from x by whoever reads it: one with NaN or
 infinity, with a count of more than 16 bits, or so large in all that its products could exceed 32 bits.
+A row that is a norm, a gate or a slice of something else is computed first, and kept as x.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from spikingbrain.passes.wave_kernels.builders import (
     shared,
     thread,
 )
+from spikingbrain.passes.wave_kernels.row_values import RowValues, flat_sources
 
 LARGEST_COUNT = 127 * 256 + 127  # that two bytes with signs hold, of either sign
 FLAG_CHANNELS = 64  # that share a flag
@@ -112,8 +114,11 @@ class Encoding:
         return f"spike_encode_k{self.channels}_{settings}_t{threads}"
 
 
-def emit_spike_encode(x: ir.Value, cut: Encoding) -> Counts:
-    """Emits a launch of the kernel on ``[M, K]`` at the insertion point; the module gets it unless it has it already."""
+def emit_spike_encode(x: ir.Value, cut: Encoding, computed: RowValues | None = None) -> Counts:
+    """Emits a launch of the kernel on ``[M, K]`` at the insertion point; the module gets it unless it has it already.
+
+    ``computed`` is how x is computed, if the kernel is to do that: its x is then another one than was given.
+    """
     m = ir.RankedTensorType(x.type).shape[0]
     is_dynamic = m == ir.ShapedType.get_dynamic_size()
     units = cut.words - PADDED // 4
@@ -121,15 +126,24 @@ def emit_spike_encode(x: ir.Value, cut: Encoding) -> Counts:
     threads = min(few, -(-units // WAVE) * WAVE)
     types = cut.types(m)
     name = cut.name(threads) + ("" if is_dynamic else f"_m{m}")
-    kernel(
-        name,
-        [memref_of(t) for t in types],
-        threads,
-        lambda at, buffers: _Row(cut, threads, buffers).emit(at[0]),
-    )
-    rows = size(x, 0)
-    sizes = [rows] * (len(types) - 1) if is_dynamic else []
-    return Counts(x, *launch(name, types[1:], [rows, index(1), index(1)], [x], sizes, [-1] * 5).results)
+    inputs, made = ([x], types[1:]) if computed is None else (flat_sources(computed), types)
+    name += "" if computed is None else f"_{computed.digest}"
+    count = len(inputs)
+
+    def body(block: list[ir.Value], buffers: list[ir.Value]) -> None:
+        if computed is None:
+            _Row(cut, threads, buffers).emit(block[0])
+            return
+        row = _Row(cut, threads, buffers[count:])
+        row.compute(block[0], computed, buffers[:count])
+        row.emit(block[0])
+
+    kernel(name, [memref_of(v.type) for v in inputs] + [memref_of(t) for t in made], threads, body)
+    # of a source, if it is computed: nothing is to ask for x then
+    rows = size(x if computed is None else inputs[computed.source_of_rows], 0) if is_dynamic else index(m)
+    sizes = [rows] * len(made) if is_dynamic else []
+    op = launch(name, made, [rows, index(1), index(1)], inputs, sizes, [-1] * len(made))
+    return Counts(*([x] if computed is None else []), *op.results)
 
 
 class _Row:
@@ -140,6 +154,16 @@ class _Row:
         self.thread = thread()
         self.units = cut.words - PADDED // 4  # of four channels, those behind the channels too
         self.steps = -(-self.units // threads)
+
+    def compute(self, row: ir.Value, values: RowValues, sources: list[ir.Value]) -> None:
+        """Computes x."""
+        sums = values.row_sums(sources, row, 1, 1, self.threads)(index(0))
+
+        def one(k: ir.Value) -> None:
+            put(values.at(sources, row, k, sums), self.to.x, [row, k])
+
+        loop(self.thread, self.cut.channels, self.threads, one)
+        barrier()
 
     def emit(self, row: ir.Value) -> None:
         cut, to = self.cut, self.to

@@ -59,13 +59,14 @@ THREADS = WAVES * WAVE
 
 @dataclass(frozen=True)
 class Shape:
-    """One projection: the counts' encoding, groups, columns, rows (None: any number), with a bias or without."""
+    """One projection: the counts' encoding, groups, columns, rows (None: any number), with a bias, a sum with another value."""
 
     cut: Encoding
     groups: int
     columns: int
     rows: int | None
     bias: bool = False
+    addend: bool = False
     tuning: Tuning = USUAL
 
     @property
@@ -85,7 +86,7 @@ class Shape:
     def name(self, codes: Codes) -> str:
         m = "" if self.rows is None else self.rows
         sizes = f"k{self.cut.channels}_g{self.groups}_n{self.columns}_m{m}"
-        return f"spike_linear_i{codes.bits}_l{self.cut.largest_code}_{sizes}{'_bias' * self.bias}"
+        return f"spike_linear_i{codes.bits}_l{self.cut.largest_code}_{sizes}{'_bias' * self.bias}{'_sum' * self.addend}"
 
     def scale_type(self) -> ir.RankedTensorType:
         return ir.RankedTensorType.get([self.panels, self.groups, TILE], ir.F32Type.get())
@@ -104,20 +105,29 @@ def column_tiles(codes: Codes) -> int:
 
 
 def emit_spike_linear(
-    counts: Counts, weight: ir.Value, scale: ir.Value, bias: ir.Value | None, codes: Codes, shape: Shape
+    counts: Counts,
+    weight: ir.Value,
+    scale: ir.Value,
+    bias: ir.Value | None,
+    codes: Codes,
+    shape: Shape,
+    addend: ir.Value | None = None,
 ) -> ir.Value:
     """Emits a launch of the kernel at the insertion point; returns y, ``[M, N]`` f32.
 
-    ``weight`` is packed by ``codes.recipe()``, ``scale`` by ``codes.scale_recipe()``, ``bias`` is ``[N]``.
+    ``weight`` is packed by ``codes.recipe()``, ``scale`` by ``codes.scale_recipe()``, ``bias`` is ``[N]``, the
+    addend ``[M, N]``.
     """
     m = ir.ShapedType.get_dynamic_size() if shape.rows is None else shape.rows
     result = ir.RankedTensorType.get([m, shape.columns], ir.F32Type.get())
-    inputs = [*counts.values(), weight, scale, *([] if bias is None else [bias])]
+    more = [value for value in (bias, addend) if value is not None]
+    inputs = [*counts.values(), weight, scale, *more]
     rows = size(counts.x, 0)
 
     def body(block: list[ir.Value], buffers: list[ir.Value]) -> None:
-        parts, (weight, scale, *bias, y) = Counts(*buffers[:6]), buffers[6:]
-        kernel = SpikeKernel(codes, shape, parts, weight, scale, bias[0] if bias else None, y)
+        parts, (weight, scale, *more, y) = Counts(*buffers[:6]), buffers[6:]
+        bias = more[0] if shape.bias else None
+        kernel = SpikeKernel(codes, shape, parts, weight, scale, bias, y, more[-1] if shape.addend else None)
         first, count = mul(block[1], shape.tile_rows), size(parts.x, 0)
         kernel.emit(block[0], Rows(first, minimum(add(first, shape.tile_rows), count)))
 
@@ -147,9 +157,10 @@ class SpikeKernel:
         scale: ir.Value,
         bias: ir.Value | None,
         y: ir.Value,
+        addend: ir.Value | None = None,
     ) -> None:
         self.codes, self.shape, self.counts = codes, shape, counts
-        self.weight, self.scale, self.bias, self.y = weight, scale, bias, y
+        self.weight, self.scale, self.bias, self.y, self.addend = weight, scale, bias, y, addend
         self.first_panel: ir.Value = index(0)
         self.thread = thread()
         self.wave, self.lane = floor_div(self.thread, WAVE), rem(self.thread, WAVE)
@@ -387,10 +398,12 @@ class SpikeKernel:
         return arith.mulf(arith.sitofp(ir.F32Type.get(), whole), scale)
 
     def finish(self, total: ir.Value, row: ir.Value, column: ir.Value) -> None:
-        """Writes ``threshold * total + bias``."""
+        """Writes ``threshold * total + bias``, and adds what is to be added."""
         value = arith.mulf(total, get(self.counts.threshold, [row]))
         if self.bias is not None:
             value = arith.addf(value, get(self.bias, [column]))
+        if self.addend is not None:
+            value = arith.addf(value, get(self.addend, [row, column]))
         put(value, self.y, [row, column])
 
     def exact(self, row: ir.Value, panel: ir.Value, column: ir.Value) -> ir.Value:

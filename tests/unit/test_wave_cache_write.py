@@ -67,3 +67,33 @@ def test_rows_without_a_kernel(row: tuple[int, ...], declared: tuple[int | str, 
     expected = cache.copy()
     expected[0, 1], expected[1, 0], expected[1, 3] = 7, 0, 0
     np.testing.assert_array_equal(got, expected)
+
+
+def test_writes_to_the_same_slots_are_one_launch() -> None:
+    """A second write to the same cache is a launch of its own."""
+    cache, rows = "tensor<?x?x5xf32>", "tensor<?x?x5xf32>"
+    write = f'"spikingbrain.cache_write"(%{{}}, %{{}}, %s) : ({cache}, {rows}, tensor<?x?xi64>) -> {cache}'
+    arguments = ", ".join(f"%{name}: {cache}" for name in ("a", "b", "c", "p", "q", "r"))
+    text = f"""func.func @main({arguments}, %s: tensor<?x?xi64>) -> ({", ".join([cache] * 4)}) {{
+  %na = {write.format("a", "p")}
+  %nb = {write.format("b", "q")}
+  %nc = {write.format("c", "r")}
+  %again = {write.format("c", "p")}
+  return %na, %nb, %nc, %again : {", ".join([cache] * 4)}
+}}"""
+    with dialect.load(), ir.Location.unknown():
+        module = ir.Module.parse(text)
+        pipeline.run([LowerCacheWrite()], module, PassContext(WAVES))
+        lowered = str(module)
+    assert lowered.count("spikingbrain_control.launch") == 2
+    program, rng = load(compile_text(lowered)), np.random.default_rng(1)
+    a, b, c = (rng.standard_normal((2, 4, 5)).astype(np.float32) for _ in range(3))
+    p, q, r = (rng.standard_normal((2, 3, 5)).astype(np.float32) for _ in range(3))
+    slots = np.int64([[1, 9, 1], [0, 3, -1]])
+    for order in ORDERS:
+        program.kernels.order = order
+        got = program.call("main", [program.to_device(x) for x in (a, b, c, p, q, r, slots)])
+        for old, new, written in zip((a, b, c, c), got, (p, q, r, p), strict=True):
+            expected = old.copy()
+            expected[0, 1], expected[1, 0], expected[1, 3] = written[0, 2], written[1, 0], written[1, 1]
+            np.testing.assert_array_equal(np.array(new), expected)

@@ -13,6 +13,7 @@ pytest.importorskip("torch_mlir")
 
 import spike_cases
 import test_kernels_spike_experts as experts
+import test_wave_kernels_computed_rows as computed
 from spike_cases import Array, Case
 from wave_programs import Program, joined, run
 
@@ -115,6 +116,49 @@ def test_projections_of_one_input_share_its_counts() -> None:
     (entry,) = json.loads(bytes(program.code["plan.json"]))["entries"].values()
     kernels = [launch["kernel"] for launch in entry["launches"]]
     assert [name[:12] for name in kernels] == ["spike_encode", "spike_linear", "spike_linear"]
+
+
+@pytest.mark.parametrize("m", [None, 3])
+def test_a_norm_before_and_a_sum_behind_are_no_launches(m: int | None) -> None:
+    """Rows of numbers of one magnitude, a power of two, have norms that are exact in any order."""
+    case = Case(70, 19, rows=m, bias=True)
+    shape = "?" if m is None else str(m)
+    x, y = f"tensor<{shape}x70xf32>", f"tensor<{shape}x19xf32>"
+    norm = computed.NORM.replace("%x", "%z").replace("%h", "%x").replace("%s", "%t").replace("%b", "%d")
+    norm = norm.replace("{M}", shape).replace("{K}", "70")
+    norm = norm.replace("{size}", "%m" if m is None else "")
+    before = f"""
+  %g = "spikingbrain.parameter"() {{sources = ["main.g"], recipe = []}} : () -> tensor<70xf32>
+  %c0 = arith.constant 0 : index
+  %zero = arith.constant 0.0 : f32
+  %channels = arith.constant 70.0 : f32
+  %m = tensor.dim %z, %c0 : {x}
+  %one = tensor.empty({"%m" if m is None else ""}) : tensor<{shape}xf32>
+{norm}
+  %counts,"""
+    behind = f"""  %o = tensor.empty({"%m" if m is None else ""}) : {y}
+  %sum = linalg.generic {{indexing_maps = [#row, #row, #row], iterator_types = ["parallel", "parallel"]}}
+      ins(%residual, %y : {y}, {y}) outs(%o : {y}) {{
+  ^bb0(%a1: f32, %a2: f32, %a3: f32):
+    %s1 = arith.addf %a1, %a2 : f32
+    linalg.yield %s1 : f32
+  }} -> {y}
+  return %sum"""
+    text = (
+        joined({"main": case}).replace(f"%x: {x}", f"%z: {x}, %residual: {y}").replace("%counts,", before, 1)
+    )
+    program = Program(computed.MAPS + text.replace("  return %y", behind), [SpikeToInt()])
+    (entry,) = json.loads(bytes(program.code["plan.json"]))["entries"].values()
+    assert [step["kernel"][:12] for step in entry["launches"]] == ["spike_encode", "spike_linear"]
+    rng, stored = np.random.default_rng(4), case.weights(np.random.default_rng(0))
+    gain = rng.standard_normal(70).astype(np.float32)
+    loaded = program.load({"main": {**stored, "g": gain}})
+    for rows in (0, 1, 20) if m is None else (m,):
+        signs = rng.choice(np.float32([-1, 1]), (rows, 70))
+        residual = rng.standard_normal((rows, 19)).astype(np.float32)
+        z = signs * np.float32(2) ** rng.integers(-9, 9, (rows, 1)).astype(np.float32)
+        expected, _ = spike_cases.linear(signs * gain, stored, True)
+        np.testing.assert_array_equal(run(loaded, "main", z, residual), expected + residual)
 
 
 EXPERTS = {

@@ -1,0 +1,104 @@
+"""Launches whose results nothing reads, for some sizes: they get no blocks there.
+
+Where sizes choose between kernels, the one that runs may compute itself what another launch prepares for the others: rows of a
+norm, for few of them. That launch then need not run. Whether it does is a formula like all other sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from spikingbrain.backend_maca.plan.plan import Size, every_step, has_value
+
+if TYPE_CHECKING:
+    from spikingbrain.backend_maca.source.printer import Kernel
+
+ALWAYS: Size = 1
+MOST_READERS = 4  # different conditions; more are not worth their formula
+
+
+def skip_unread(plan: Mapping[str, Any], kernels: Mapping[str, Kernel]) -> None:
+    """Gives the launches of a plan no blocks where all that they write is temporary and no later step that runs reads it."""
+    by_name = {k.name: k for k in kernels.values()}
+    for entry in plan["entries"].values():
+        kept = {n for n, b in enumerate(entry["buffers"]) if b["role"] != "temporary"}
+        _skip(entry["launches"], kept | {o["buffer"] for o in entry["outputs"]}, by_name)
+
+
+def _skip(steps: Sequence[dict[str, Any]], kept: set[int], kernels: Mapping[str, Kernel]) -> None:
+    read: dict[int, list[Size]] = {}  # when a buffer is read later
+
+    def reads(buffer: int, when: Size) -> None:
+        known = read.setdefault(buffer, [])
+        if when not in known:
+            known.append(when)
+
+    for step in reversed(steps):
+        if "kernel" not in step and "library" not in step:
+            for inner in every_step([step]):
+                for buffer in _buffers(inner):
+                    reads(buffer, ALWAYS)
+            continue
+        written = _written(step, kernels)
+        when = _wanted(written, read, kept)
+        if "kernel" in step and when != ALWAYS:
+            step["grid"] = [["select", when, step["grid"][0], 0], *step["grid"][1:]]
+        runs = _runs(step)
+        for buffer in _buffers(step):
+            reads(buffer, runs)
+
+
+def _wanted(written: set[int], read: Mapping[int, list[Size]], kept: set[int]) -> Size:
+    """Returns when something reads what a step writes."""
+    conditions: list[Size] = []
+    for buffer in written:
+        conditions += [c for c in read.get(buffer, []) if c not in conditions]
+    if not conditions or written & kept or ALWAYS in conditions or len(conditions) > MOST_READERS:
+        return ALWAYS
+    total, *others = conditions
+    for other in others:
+        total = ["or", total, other]
+    return ALWAYS if has_value(total) else total
+
+
+def _runs(step: Mapping[str, Any]) -> Size:
+    """Returns when a launch has blocks, or a product has rows, as far as a choice of sizes says so."""
+    sizes = step["grid"] if "kernel" in step else step["sizes"][:2]
+    conditions = [c for size in sizes if (c := _is_some(size)) != ALWAYS]
+    total: Size = ALWAYS
+    for condition in conditions:
+        total = condition if total == ALWAYS else ["and", total, condition]
+    return total
+
+
+def _is_some(size: Size) -> Size:
+    """Returns when a size is not 0, as far as a choice in it says so."""
+    if not isinstance(size, list):
+        return ALWAYS
+    if size[0] in ("ceildiv", "mul"):
+        parts = [c for part in size[1:] if (c := _is_some(part)) != ALWAYS]
+        return parts[0] if len(parts) == 1 else ALWAYS
+    if size[0] != "select" or 0 not in size[2:]:
+        return ALWAYS
+    _, condition, first, second = size
+    holds = condition if second == 0 else ["eq", condition, 0]
+    inner = _is_some(first if second == 0 else second)
+    return holds if inner == ALWAYS else ["and", holds, inner]
+
+
+def _buffers(step: Mapping[str, Any]) -> list[int]:
+    found = [a["buffer"] for a in step.get("arguments", ()) if "buffer" in a]
+    return [*found, step["buffer"]] if "read" in step else found
+
+
+def _written(step: Mapping[str, Any], kernels: Mapping[str, Kernel]) -> set[int]:
+    if "library" in step:
+        return {step["arguments"][-1]["buffer"]}
+    kernel = kernels[step["kernel"]]
+    pairs = zip(kernel.arguments, step["arguments"], strict=True)
+    return {
+        a["buffer"]
+        for (number, axis), a in pairs
+        if axis is None and number in kernel.written and "buffer" in a
+    }
