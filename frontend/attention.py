@@ -22,6 +22,7 @@ from spikingbrain.frontend.masks import (
     Affine,
     Condition,
     NotShown,
+    Number,
     Reader,
     Window,
     opposite,
@@ -166,13 +167,15 @@ def _by_hand(softmax: fx.Node, reader: Reader) -> _Attention | None:
         elif node.target is aten.masked_fill.Scalar and node.args[2] <= BLOCKED:
             masks.append(opposite(reader.condition(node.args[1])))
             node = first
-        elif node.target in (aten.where.self, aten.where.ScalarOther):
-            condition, node, other = node.args
-            filled = reader.either(other)
-            value = filled if isinstance(filled, (int, float)) else getattr(filled, "value", 0.0)
-            if value > BLOCKED:
+        elif node.target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf):
+            seen = reader.condition(node.args[0])
+            if _is_blocked(reader, node.args[2]):
+                node = node.args[1]
+            elif _is_blocked(reader, node.args[1]):
+                node, seen = node.args[2], opposite(seen)
+            else:
                 raise NotShown("scores that are not seen are not set far below")
-            masks.append(reader.condition(condition))
+            masks.append(seen)
         elif node.target is aten.add.Tensor and isinstance(node.args[1], fx.Node) and not node.kwargs:
             masks.append(reader.condition(node.args[1]))
             node = first
@@ -190,6 +193,17 @@ def _by_hand(softmax: fx.Node, reader: Reader) -> _Attention | None:
     return _Attention(
         users[0], q, k, v, _lettered(of_q, of_k, of_scores, of_weights, of_v, of_result), scale, tuple(masks)
     )
+
+
+def _is_blocked(reader: Reader, given: Any) -> bool:
+    """Returns whether a number, or a tensor of one number, is far below all scores."""
+    if isinstance(given, fx.Node):
+        try:
+            given = reader.value(given)
+        except NotShown:
+            return False
+    value = given.value if isinstance(given, Number) else given
+    return isinstance(value, (int, float)) and value <= BLOCKED
 
 
 def _drop_no_dropout(graph: fx.Graph) -> None:

@@ -128,7 +128,7 @@ def window_of(seen: Sequence[Condition], queries: int, keys: int, any_size: bool
     Raises:
         NotShown: they are no such window.
     """
-    shift, behind, sinks = keys - queries, 0, 0
+    shift, found = keys - queries, set[Window]()
     causal = queries == 1  # the only query is at the last key
     for clause in set().union(*(c.clauses for c in seen)):
         bounds: dict[tuple[int, int], int] = {}
@@ -148,17 +148,19 @@ def window_of(seen: Sequence[Condition], queries: int, keys: int, any_size: bool
             causal = True
             continue
         near = (0, 1) if queries == 1 else (-1, 1)
-        if near in bounds and not behind and set(bounds) <= {near, (0, -1)}:
+        if near in bounds and set(bounds) <= {near, (0, -1)}:
             # key >= position - (window - 1), position = row + shift
             behind = bounds[near] + (keys - 1 if queries == 1 else shift) + 1
-            sinks = max(0, (upper if upper is not None else -1) + 1)
+            found.add(Window(behind, max(0, (upper if upper is not None else -1) + 1)))
             if behind < 1:
                 raise NotShown("a query does not see its own position")
             continue
         raise NotShown("the mask is no window of positions")
     if not causal:
         raise NotShown("queries see later positions")
-    return Window(behind, sinks)
+    if len(found) > 1:
+        raise NotShown("the mask is more than one window")
+    return found.pop() if found else Window(0, 0)
 
 
 class Reader:
@@ -189,7 +191,10 @@ class Reader:
             rule = _RULES.get(node.target) if not node.meta.get("opaque") else None
             if rule is None:
                 raise NotShown(f"the mask is made with {node.target}")
-            self._known[node] = rule(self, node, *node.args, **node.kwargs)
+            try:
+                self._known[node] = rule(self, node, *node.args, **node.kwargs)
+            except (TypeError, ValueError, IndexError) as error:  # arguments that its rule does not know
+                raise NotShown(f"the mask is made with a form of {node.target} that is not read") from error
         return self._known[node]
 
     def either(self, given: Any) -> Any:

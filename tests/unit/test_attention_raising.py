@@ -96,7 +96,14 @@ def with_einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(~boolean(), -torch.inf).softmax(-1), v)
 
 
-@pytest.mark.parametrize("call", [with_matmul, with_einsum])
+def with_where(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = (x[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1, 2) for x in (k, v))
+    scores = torch.where(boolean(), q @ k.mT * 8**-0.5, torch.finfo(q.dtype).min)
+    scores = torch.where(~by_distance(), -torch.inf, scores)
+    return torch.softmax(scores, 3) @ v
+
+
+@pytest.mark.parametrize("call", [with_matmul, with_einsum, with_where])
 def test_written_by_hand_with_repeated_heads(call: Callable[..., Tensor]) -> None:
     taken: list[tuple[int, ...]] = []
     given = heads()
