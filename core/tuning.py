@@ -50,6 +50,7 @@ def _setting(usual: int, *facts: Any) -> Any:
     return dataclasses.field(default=usual, metadata={"setting": Setting(*facts)})
 
 
+_LINEAR = r"(grouped_)?linear kernel.*"
 _SPIKES = r"spike_(grouped_)?linear kernel.*"
 _EVENTS = r"spike_(grouped_)?linear kernel of events.*"
 _RECURRENCE = r"(linear|fused)_recurrence kernel"
@@ -79,6 +80,10 @@ class Tuning:
         chunk_waves: most waves of a block that moves its state through the chunks.
         step_waves: most waves of a block of a recurrence that goes step by step.
         staged_steps: most steps for which that stages what they read at once.
+        linear_columns: columns of a wave of a product of few rows of floats.
+        linear_row_tiles: tiles of 16 rows that a wave takes of a product of many.
+        linear_column_tiles: tiles of 16 columns that it takes.
+        linear_fragments: vectors of a lane that it stages for each barrier, as far as shared memory holds them.
         spike_row_tiles: tiles of 16 rows that a wave takes of a product of many rows of spikes.
         spike_chunks_ahead: chunks of a weight that a wave reads before it needs them, for few rows of spikes.
     """
@@ -90,7 +95,7 @@ class Tuning:
         r"((grouped_)?linear|\w*scan)\b.*",
     )
     # 4 places were 8% faster than one where weights come from memory
-    linear_streams: int = _setting(4, (1, 2, 4, 8, 16), (2, 8), r"(grouped_)?linear kernel.*")
+    linear_streams: int = _setting(4, (1, 2, 4, 8, 16), (2, 8), _LINEAR)
     # 4 to 7% faster than without
     spike_ahead_bytes: int = _setting(4096, range((1 << 20) + 1), (1024, 2048, 8192), _SPIKES)
     firing_percent: int = _setting(45, range(801), (30, 60), _EVENTS)  # of up to 8 rows
@@ -104,6 +109,10 @@ class Tuning:
     chunk_waves: int = _setting(4, (1, 2, 4, 8), (2, 8), _RECURRENCE, "gpu")
     step_waves: int = _setting(16, (1, 2, 4, 8, 16), (4, 8), _RECURRENCE, "gpu")
     staged_steps: int = _setting(8, range(1, 33), (4, 16), _RECURRENCE, "gpu")
+    linear_columns: int = _setting(4, (1, 2, 4, 8), (2, 8), _LINEAR, "gpu")
+    linear_row_tiles: int = _setting(2, (2, 4), (4,), _LINEAR, "gpu")
+    linear_column_tiles: int = _setting(4, (2, 4, 8), (2, 8), _LINEAR, "gpu")
+    linear_fragments: int = _setting(2, (1, 2, 3), (1, 3), _LINEAR, "gpu")
     spike_row_tiles: int = _setting(2, (2, 4), (4,), _SPIKES, "gpu")
     spike_chunks_ahead: int = _setting(4, (1, 2, 4, 8), (2, 8), _SPIKES, "gpu")
 

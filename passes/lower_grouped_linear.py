@@ -45,7 +45,8 @@ class LowerGroupedLinear:
                 elif reason:
                     y = _gathering(x, weight, expert, op.results[0].type)
                 else:
-                    y = wave.emit_grouped_linear(x, weight, expert, tiles.setdefault(hash(op.block), {}))
+                    rows = tiles.setdefault(hash(op.block), {})
+                    y = wave.emit_grouped_linear(x, weight, expert, rows, context.target.tuning)
             op.results[0].replace_all_uses_with(y)
             context.record(self, "lowered", op, f"linalg: {reason}" if reason else "kernel")
             op.erase()

@@ -42,7 +42,7 @@ class LowerLinear:
                 if packed:
                     y = emit_linear(rows, weight, op.attributes["columns"].value, context.target, residual)
                 elif has_kernel:
-                    y = wave.emit_linear(rows, weight, residual, computed)
+                    y = wave.emit_linear(rows, weight, context.target.tuning, residual, computed)
                 else:
                     y = _product(rows, weight)
                 y = build.unflatten_leading(y, op.results[0].type, x)

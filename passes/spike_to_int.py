@@ -223,9 +223,7 @@ def _wave_kernel(
     m = ir.RankedTensorType(rows.x.type).shape[0]
     groups = ir.RankedTensorType(scale.type).shape[1]
     known = None if m == ir.ShapedType.get_dynamic_size() else m
-    shape = wave.Shape(
-        cut, groups, columns, known, bool(bias), addend is not None, tuning=target.tuning
-    )
+    shape = wave.Shape(cut, groups, columns, known, bool(bias), addend is not None, tuning=target.tuning)
     residual = None if addend is None else build.flatten_leading(addend)
     packed = _with_steps(weight, codes.recipe(), codes.stored_type(columns, channels))
     scales = _with_steps(scale, [codes.scale_recipe()], shape.scale_type())

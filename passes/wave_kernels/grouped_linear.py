@@ -25,6 +25,7 @@ from spikingbrain.passes.wave_kernels import linear
 from spikingbrain.passes.wave_kernels.builders import kernel, memref_of, thread
 from spikingbrain.passes.wave_kernels.group_rows import MOST_EXPERTS, Routing, Tiles
 from spikingbrain.passes.wave_kernels.row_tiles import Rows
+from spikingbrain.tuning import Tuning
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,9 @@ def refusal(experts: int) -> str:
     return f"{experts} experts; {MOST_EXPERTS} can be sorted" if experts > MOST_EXPERTS else ""
 
 
-def emit_grouped_linear(x: ir.Value, weight: ir.Value, expert: ir.Value, tiles: Tiles) -> ir.Value:
+def emit_grouped_linear(
+    x: ir.Value, weight: ir.Value, expert: ir.Value, tiles: Tiles, tuning: Tuning
+) -> ir.Value:
     """Emits launches of ``y_r = weight[expert_r] x_r`` at the insertion point; returns y, ``[R, O]``.
 
     ``x`` is ``[R, K]`` with R static or dynamic, ``weight`` ``[N, O, K]`` of the same type, ``expert`` ``[R]`` i64. Rows that are
@@ -53,8 +56,8 @@ def emit_grouped_linear(x: ir.Value, weight: ir.Value, expert: ir.Value, tiles: 
     kind = ir.RankedTensorType(x.type)
     (m, k), (experts, columns, _) = kind.shape, ir.RankedTensorType(weight.type).shape
     rows = None if kind.is_dynamic_dim(0) else m
-    each = linear.Shape(k, columns, rows, str(kind.element_type))
-    shape = Shape(Routing(experts, rows, linear.TILE_ROWS), each)
+    each = linear.Shape(k, columns, rows, str(kind.element_type), tuning=tuning)
+    shape = Shape(Routing(experts, rows, each.tile_rows), each)
     taken, blocks = shape.routing.emit(expert, tiles)
     result = ir.RankedTensorType.get([m, columns], kind.element_type)
 

@@ -41,6 +41,7 @@ from spikingbrain.passes.kernels.builders import (
 )
 from spikingbrain.passes.wave_kernels.builders import (
     MATRIX_INSTRUCTIONS,
+    SHARED_BYTES,
     TILE,
     WAVE,
     barrier,
@@ -57,15 +58,12 @@ from spikingbrain.passes.wave_kernels.builders import (
 )
 from spikingbrain.passes.wave_kernels.row_tiles import Rows
 from spikingbrain.passes.wave_kernels.row_values import RowValues, flat_sources
+from spikingbrain.tuning import USUAL, Tuning
 
 FEW_ROWS = 8
 WAVES = 4  # of a block
 THREADS = WAVES * WAVE
 VECTOR_BYTES = 16  # that a lane reads at a time
-FEW_COLUMNS = 4  # of a wave in the kernel for few rows
-ROW_TILES, COLUMN_TILES = 2, 4  # of a wave in the kernel for many rows; its waves are two by two
-TILE_ROWS, TILE_COLUMNS = 2 * ROW_TILES * TILE, 2 * COLUMN_TILES * TILE
-FRAGMENTS = 2  # vectors of a lane along the channels, for each barrier
 PIECE_BYTES = 16 << 10  # of computed rows in shared memory: two blocks and more fit a processor
 # Multiply-adds that the machine does while it reads a byte; an estimate. Computing rows is free while that is not reached.
 OPS_PER_BYTE = 7
@@ -81,6 +79,33 @@ class Shape:
     element: str = "f32"
     addend: bool = False
     few_rows: int = FEW_ROWS
+    tuning: Tuning = USUAL
+
+    @property
+    def few_columns(self) -> int:
+        """Returns the columns of a block in the kernel for few rows."""
+        return WAVES * self.tuning.linear_columns
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """Returns the tiles of rows and of columns of a wave in the kernel for many rows; its waves are two by two."""
+        return self.tuning.linear_row_tiles, self.tuning.linear_column_tiles
+
+    @property
+    def tile_rows(self) -> int:
+        """Returns the rows of a block in that kernel."""
+        return 2 * self.tiles[0] * TILE
+
+    @property
+    def tile_columns(self) -> int:
+        """Returns the columns of a block in that kernel."""
+        return 2 * self.tiles[1] * TILE
+
+    @property
+    def fragments(self) -> int:
+        """Returns the vectors of a lane along the channels for each barrier, as far as shared memory holds them."""
+        most = SHARED_BYTES // (2 * sum(self.tiles) * WAVE * VECTOR_BYTES)
+        return min(self.tuning.linear_fragments, most)
 
     @property
     def most_rows(self) -> int:
@@ -115,7 +140,11 @@ class Shape:
 
 
 def emit_linear(
-    x: ir.Value, weight: ir.Value, addend: ir.Value | None = None, computed: RowValues | None = None
+    x: ir.Value,
+    weight: ir.Value,
+    tuning: Tuning,
+    addend: ir.Value | None = None,
+    computed: RowValues | None = None,
 ) -> ir.Value:
     """Emits the launch of a kernel at the insertion point; returns y, ``[M, N]``.
 
@@ -125,7 +154,7 @@ def emit_linear(
     kind = ir.RankedTensorType(x.type)
     (m, k), (n, _) = kind.shape, ir.RankedTensorType(weight.type).shape
     rows = None if kind.is_dynamic_dim(0) else m
-    shape = Shape(k, n, rows, str(kind.element_type), addend is not None)
+    shape = Shape(k, n, rows, str(kind.element_type), addend is not None, tuning=tuning)
     inputs, count = [x, weight, *([] if addend is None else [addend])], size(x, 0)
     if computed is not None:
         shape = replace(shape, few_rows=rows_that_pay(shape, computed))
@@ -137,13 +166,13 @@ def emit_linear(
 
 def rows_that_pay(shape: Shape, computed: RowValues) -> int:
     """Returns for how many rows it is free to compute them in every block of columns, next to reading the weight."""
-    columns = WAVES * FEW_COLUMNS  # that share what a block computes
+    columns = shape.few_columns  # they share what a block computes
     return max(1, min(FEW_ROWS, int(OPS_PER_BYTE * shape.bytes / (1 + computed.cost / columns))))
 
 
 def column_blocks(shape: Shape, rows: ir.Value) -> ir.Value:
     """Returns how many blocks of columns a kernel has, for so many rows in all."""
-    few, tiles = (-(-shape.columns // each) for each in (WAVES * FEW_COLUMNS, TILE_COLUMNS))
+    few, tiles = (-(-shape.columns // each) for each in (shape.few_columns, shape.tile_columns))
     if shape.rows is None:
         return arith.select(shape.are_few(rows), index(few), index(tiles))
     return index(few if shape.most_rows else tiles)
@@ -154,9 +183,11 @@ def _emit_both(shape: Shape, inputs: list[ir.Value], rows: ir.Value) -> ir.Value
 
     def body(block: list[ir.Value], buffers: list[ir.Value]) -> None:
         x, weight, *addend, y = buffers
-        LinearKernel(shape, x, weight, [], y, addend[0] if addend else None).emit(block[0], _tile(block, y))
+        LinearKernel(shape, x, weight, [], y, addend[0] if addend else None).emit(
+            block[0], _tile(shape, block, y)
+        )
 
-    grid = [column_blocks(shape, rows), ceil_div(rows, TILE_ROWS), index(1)]
+    grid = [column_blocks(shape, rows), ceil_div(rows, shape.tile_rows), index(1)]
     return _launch(shape.name, body, grid, inputs, shape.result, [rows] if shape.rows is None else [])
 
 
@@ -170,7 +201,7 @@ def _emit_few(shape: Shape, computed: RowValues, inputs: list[ir.Value], rows: i
         kernel = LinearKernel(shape, weight, weight, [], y, addend[0] if addend else None)
         kernel.few(block[0], block_rows, shape.most_rows, _Computed(kernel, computed, sources, block_rows))
 
-    columns = index(-(-shape.columns // (WAVES * FEW_COLUMNS)))
+    columns = index(-(-shape.columns // shape.few_columns))
     sizes = []
     if shape.rows is None:
         columns, sizes = arith.select(shape.are_few(rows), columns, index(0)), [rows]
@@ -186,10 +217,10 @@ def _emit_many(shape: Shape, inputs: list[ir.Value], few: ir.Value, rows: ir.Val
     def body(block: list[ir.Value], buffers: list[ir.Value]) -> None:
         x, weight, *addend, y = buffers
         kernel = LinearKernel(shape, x, weight, [], y, addend[0] if addend else None)
-        kernel.tiles(block[0], _tile(block, y))
+        kernel.tiles(block[0], _tile(shape, block, y))
 
-    columns = arith.select(shape.are_few(rows), index(0), index(-(-shape.columns // TILE_COLUMNS)))
-    grid = [columns, ceil_div(rows, TILE_ROWS), index(1)]
+    columns = arith.select(shape.are_few(rows), index(0), index(-(-shape.columns // shape.tile_columns)))
+    grid = [columns, ceil_div(rows, shape.tile_rows), index(1)]
     return _launch(f"{shape.name}_many", body, grid, [*inputs, few], shape.result, [], tied=len(inputs))
 
 
@@ -212,9 +243,9 @@ def _launch(
     return op.result
 
 
-def _tile(block: list[ir.Value], y: ir.Value) -> Rows:
-    first = mul(block[1], TILE_ROWS)
-    return Rows(first, minimum(add(first, TILE_ROWS), size(y, 0)))
+def _tile(shape: Shape, block: list[ir.Value], y: ir.Value) -> Rows:
+    first = mul(block[1], shape.tile_rows)
+    return Rows(first, minimum(add(first, shape.tile_rows), size(y, 0)))
 
 
 class LinearKernel:
@@ -251,7 +282,7 @@ class LinearKernel:
 
     def few(self, block: ir.Value, some_rows: Rows, most: int, computed: _Computed | None = None) -> None:
         """Computes some columns of up to ``most`` rows in each wave."""
-        shape, count = self.shape, FEW_COLUMNS
+        shape, count = self.shape, self.shape.tuning.linear_columns
         rows = [some_rows.number(i) for i in range(most)]
         first = mul(add(mul(block, WAVES), self.wave), count)
         columns = [minimum(add(first, c), shape.columns - 1) for c in range(count)]
@@ -312,20 +343,21 @@ class LinearKernel:
 
     def tiles(self, block: ir.Value, rows: Rows) -> None:
         """Computes a tile; waves 0 and 1 have its first rows, waves 0 and 2 its first columns."""
-        first_column = mul(block, TILE_COLUMNS)
-        row_tile, column_tile = mul(floor_div(self.wave, 2), ROW_TILES), mul(rem(self.wave, 2), COLUMN_TILES)
-        places = list(itertools.product(range(ROW_TILES), range(COLUMN_TILES)))
+        row_tiles, column_tiles = self.shape.tiles
+        first_column = mul(block, self.shape.tile_columns)
+        row_tile, column_tile = mul(floor_div(self.wave, 2), row_tiles), mul(rem(self.wave, 2), column_tiles)
+        places = list(itertools.product(range(row_tiles), range(column_tiles)))
         stage = _Stage(self, rows, first_column, row_tile, column_tile)
         steps = -(-self.shape.channels // stage.channels)
         zeros = [matrix_zero(self.shape.element)] * len(places)
         sums = loop(0, steps, 1, lambda step, *sums: stage.products(mul(step, stage.channels), sums), zeros)
         quarter = mul(floor_div(self.lane, TILE), 4)
-        for r, v in itertools.product(range(ROW_TILES), range(4)):
+        for r, v in itertools.product(range(row_tiles), range(4)):
             i = add(add(mul(add(row_tile, r), TILE), quarter), v)
 
             def write(r: int = r, v: int = v, i: ir.Value = i) -> None:
                 number = rows.number(i)
-                for c in range(COLUMN_TILES):
+                for c in range(column_tiles):
                     column = add(add(first_column, mul(add(column_tile, c), TILE)), rem(self.lane, TILE))
                     total = element_at(sums[places.index((r, c))], v)
                     inside = compare("slt", column, index(self.shape.columns))
@@ -400,13 +432,15 @@ class _Stage:
         self.kernel, self.shape = kernel, kernel.shape
         self.row_tile, self.column_tile = row_tile, column_tile
         self.lanes = kernel.shape.lanes
-        self.channels = FRAGMENTS * self.fragment
-        self.x = shared([2 * ROW_TILES * FRAGMENTS * WAVE, self.lanes], kernel.element)
-        self.weight = shared([2 * COLUMN_TILES * FRAGMENTS * WAVE, self.lanes], kernel.element)
+        self.fragments = self.shape.fragments
+        self.channels = self.fragments * self.fragment
+        self.row_tiles, self.column_tiles = self.shape.tiles
+        self.x = shared([2 * self.row_tiles * self.fragments * WAVE, self.lanes], kernel.element)
+        self.weight = shared([2 * self.column_tiles * self.fragments * WAVE, self.lanes], kernel.element)
         lane = rem(kernel.lane, TILE)
         # what a wave reads: tiles wave, wave + 4, ...
-        self.x_tiles = [add(kernel.wave, WAVES * i) for i in range(2 * ROW_TILES // WAVES)]
-        self.weight_tiles = [add(kernel.wave, WAVES * i) for i in range(2 * COLUMN_TILES // WAVES)]
+        self.x_tiles = [add(kernel.wave, WAVES * i) for i in range(2 * self.row_tiles // WAVES)]
+        self.weight_tiles = [add(kernel.wave, WAVES * i) for i in range(2 * self.column_tiles // WAVES)]
         self.rows = [rows.number(add(mul(tile, TILE), lane)) for tile in self.x_tiles]
         last = self.shape.columns - 1
         self.columns = [
@@ -421,7 +455,7 @@ class _Stage:
     def products(self, first: ir.Value, sums: Sequence[ir.Value]) -> list[ir.Value]:
         """Returns the sums with the products of the channels from ``first`` on."""
         kernel, element = self.kernel, self.shape.element
-        for f in range(FRAGMENTS):
+        for f in range(self.fragments):
             k = add(add(first, f * self.fragment), mul(floor_div(kernel.lane, TILE), self.lanes))
             for tile, row in zip(self.x_tiles, self.rows, strict=True):
                 store(self.part(kernel.x, [row], k), self.x, [self.place(tile, f), 0])
@@ -431,9 +465,12 @@ class _Stage:
         barrier()
         result = list(sums)
         width = MATRIX_INSTRUCTIONS[element][1] // (WAVE // TILE)  # of a lane's operand
-        for f in range(FRAGMENTS):
-            xs = [self.operands(self.x, add(self.row_tile, r), f, width) for r in range(ROW_TILES)]
-            ws = [self.operands(self.weight, add(self.column_tile, c), f, width) for c in range(COLUMN_TILES)]
+        for f in range(self.fragments):
+            xs = [self.operands(self.x, add(self.row_tile, r), f, width) for r in range(self.row_tiles)]
+            ws = [
+                self.operands(self.weight, add(self.column_tile, c), f, width)
+                for c in range(self.column_tiles)
+            ]
             for place, (x, w) in enumerate(itertools.product(xs, ws)):
                 for a, b in zip(x, w, strict=True):
                     result[place] = matrix_multiply(element, a, b, result[place])
@@ -441,7 +478,7 @@ class _Stage:
         return result
 
     def place(self, tile: ir.Value, fragment: int) -> ir.Value:
-        return add(mul(add(mul(tile, FRAGMENTS), fragment), WAVE), self.kernel.lane)
+        return add(mul(add(mul(tile, self.fragments), fragment), WAVE), self.kernel.lane)
 
     def part(self, source: ir.Value, at: list[ir.Value], k: ir.Value) -> ir.Value:
         """Returns neighbouring channels as they are stored; 0 behind the last one."""
