@@ -128,6 +128,7 @@ class EntryPoint:
     def __init__(self, spec: EntrySpec, executable: Executable, state_layout: list[Any]):
         self.spec, self._executable, self._state_layout = spec, executable, state_layout
         self._expected = [(t.numpy_dtype, t.shape) for t in spec.inputs]
+        self._results = [t.numpy_dtype for t in spec.outputs]
         self._copied = [i for i, t in enumerate(spec.outputs) if t.shares_state]
 
     def __call__(self, *arguments: Any, state: State | None = None) -> Any:
@@ -167,6 +168,9 @@ class EntryPoint:
             count = len(spec.outputs)
             require_finite(spec.watched, arrays[count:])
             arrays = arrays[:count]
+        for i, dtype in enumerate(self._results):
+            if arrays[i].dtype != dtype:  # compiled code knows no uint8, some machines no bfloat16
+                arrays[i] = arrays[i].view(dtype)
         for i in self._copied:
             arrays[i] = arrays[i].copy()
         return arrays

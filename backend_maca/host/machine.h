@@ -79,7 +79,7 @@ inline void require(bool condition, const char* entry, const char* why) {
   if (!condition) fail(std::string("arguments of '") + entry + "' do not fit together", why);
 }
 
-enum class Type { f64, f32, f16, bf16, i64, i32, i16, i8, b };
+enum class Type { f64, f32, f16, bf16, i64, i32, i16, i8, u8, b };
 inline int64_t size_of(Type type) {
   switch (type) {
     case Type::f64: case Type::i64: return 8;
@@ -90,7 +90,7 @@ inline int64_t size_of(Type type) {
 }
 // As files of numpy name them; bfloat16 travels as its 16 bits.
 inline const char* npy_name(Type type) {
-  const char* const names[] = {"<f8", "<f4", "<f2", "<u2", "<i8", "<i4", "<i2", "|i1", "|b1"};
+  const char* const names[] = {"<f8", "<f4", "<f2", "<u2", "<i8", "<i4", "<i2", "|i1", "|u1", "|b1"};
   return names[static_cast<int>(type)];
 }
 

@@ -23,6 +23,7 @@ struct Entry {
   std::vector<Input> inputs;
   bool uses_state;
   size_t outputs;
+  std::vector<Type> types;  // of the results that the model declares, the first of the outputs
   std::vector<Buffer> (*run)(Machine&, const std::vector<Buffer>&);
 };
 
@@ -116,6 +117,7 @@ inline int run_all(int count, char** words, const std::vector<Entry>& entries, c
     std::vector<Buffer> results = entry->run(machine, arguments);
     for (size_t j = 0; j < entry->outputs; ++j) {
       const std::string path = prefix + std::to_string(turn) + "." + std::to_string(j) + ".npy";
+      if (j < entry->types.size()) results[j].type = entry->types[j];  // kernels know no u8
       write_npy(machine, path, results[j]);
     }
     if (entry->uses_state) state.assign(results.begin() + entry->outputs, results.end());

@@ -34,6 +34,7 @@ TYPES = {
     "int32": "i32",
     "int16": "i16",
     "int8": "i8",
+    "uint8": "u8",
     "bool": "b",
 }
 _INFIX = {
@@ -250,7 +251,9 @@ static void upload(Machine& m, const Mapping& weights, const Mapping& constants)
             )
         outputs = len(entry["outputs"]) + len(entry.get("watched", ()))
         state = "true" if entry["uses_state"] else "false"
-        return f"    {{{json.dumps(name)}, {_braced(inputs)}, {state}, {outputs}, run_{_word(name)}}},\n"
+        types = _braced(f"Type::{TYPES[spec['dtype']]}" for spec in entry["outputs"])
+        parts = [json.dumps(name), _braced(inputs), state, str(outputs), types, f"run_{_word(name)}"]
+        return f"    {_braced(parts)},\n"
 
     def _field(self, field: Mapping[str, Any]) -> str:
         dtype = numpy_dtype(field["dtype"])

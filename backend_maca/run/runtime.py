@@ -85,7 +85,10 @@ class Program:
             if not isinstance(argument, machine.buffer_type):
                 raise CallError(f"{what} is a {type(argument).__name__}", hint=machine.hint)
             _check(argument, plan["buffers"][i], what)
-            buffers[i] = machine.argument(argument)
+            argument = machine.argument(argument)
+            if argument.dtype == np.uint8:  # code knows integers without a sign
+                argument = machine.part(argument, 0, np.dtype(np.int8), argument.shape)
+            buffers[i] = argument
         self._require_own_memory(entry, inputs, buffers)
         shapes = {i: tuple(buffers[i].shape) for i in inputs}
         if self._static[entry]:
@@ -195,5 +198,6 @@ def _check(buffer: Buffer, record: Mapping[str, Any], what: str) -> None:
     shape = list(buffer.shape)
     if len(wanted) != len(shape) or any(w not in ("?", n) for w, n in zip(wanted, shape, strict=True)):
         raise CallError(f"{what} has shape {shape}, declared {wanted}")
-    if str(buffer.dtype) != record["dtype"] and buffer.dtype != storage(record["dtype"]):
+    same = (record["dtype"], "uint8" if record["dtype"] == "int8" else "")
+    if str(buffer.dtype) not in same and buffer.dtype != storage(record["dtype"]):
         raise CallError(f"{what} is {buffer.dtype}, declared {record['dtype']}")

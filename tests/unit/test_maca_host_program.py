@@ -38,7 +38,7 @@ class Remembering(torch.nn.Module):
     def forward(self, x: torch.Tensor, scale: torch.Tensor, state: dict[str, torch.Tensor]) -> Any:
         y = self.down(torch.relu(self.up(x))) * scale
         total, seen, number = state["total"] + y.mean(1), state["seen"] + x.shape[1], state["number"] + 1
-        results = y + total[:, None], seen * number
+        results = y + total[:, None], seen * number, (y > 0).to(torch.uint8) + 250, y.bfloat16()
         return (*results, {"total": total, "seen": seen, "number": number})
 
 
@@ -98,7 +98,9 @@ def test_a_program_gives_the_bits_of_the_runtime(
     for i, (x, n) in enumerate(zip(inputs, scales, strict=True)):
         for j, wanted in enumerate(program.step(x, n, state=state)):
             found = np.load(tmp_path / f"out{i}.{j}.npy")
-            assert found.dtype in (wanted.dtype, np.uint16)  # the bits of a bfloat16
+            if wanted.dtype.name == "bfloat16":
+                wanted = wanted.view(np.uint16)
+            assert found.dtype == wanted.dtype
             np.testing.assert_array_equal(found, wanted)
 
 
@@ -152,7 +154,7 @@ def test_an_artifact_without_kernels_for_cards(tmp_path: Path, capsys: pytest.Ca
 def loops(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A program that reads what it computed to go on; it calls no library."""
     tensor = {"name": "x", "shape": [4], "dtype": "float32"}
-    entry = {"inputs": [tensor], "outputs": [{}, {}], "ranges": {}, "uses_state": False}
+    entry = {"inputs": [tensor], "outputs": [tensor, {"dtype": "int64"}], "ranges": {}, "uses_state": False}
     manifest = {"target": {"name": "maca"}, "entries": {"main": entry}}
     folder = tmp_path_factory.mktemp("loops")
     write(folder / "artifact", manifest, members(WHILE), [], lambda _: np.zeros(0), {})
@@ -174,7 +176,7 @@ def test_loops_that_data_ends(loops: Path, tmp_path: Path) -> None:
 def test_a_loop_may_need_more_memory_in_a_later_round(tmp_path: Path) -> None:
     entry = {
         "inputs": [{"name": "x", "shape": ["n"], "dtype": "float32"}],
-        "outputs": [{}],
+        "outputs": [{"dtype": "float32"}],
         "ranges": {},
         "uses_state": False,
     }
@@ -212,7 +214,7 @@ def test_a_program_that_cannot_be_written_changes_nothing(
 
 def test_long_sizes_have_names(tmp_path: Path) -> None:
     tensor = {"name": "x", "shape": ["n"], "dtype": "float32"}
-    entry = {"inputs": [tensor], "outputs": [{}], "ranges": {}, "uses_state": False}
+    entry = {"inputs": [tensor], "outputs": [tensor], "ranges": {}, "uses_state": False}
     manifest = {"target": {"name": "maca"}, "entries": {"main": entry}}
     write(tmp_path / "artifact", manifest, members(deep(12)), [], lambda _: np.zeros(0), {})
     host_program.write(Artifact(tmp_path / "artifact"), tmp_path / "program")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_maca import ELEMENTWISE, compile_text, load, needs_cxx, random
+from test_maca import ELEMENTWISE, compile_text, load, needs_cxx, random, unary
 from test_maca_ops import SORT
 
 from spikingbrain.backend_maca.plan.plan import FORMAT
@@ -67,6 +67,13 @@ def test_what_is_only_read_may_be_given_twice() -> None:
     x = random(3, 3)
     (y,) = load(compile_text(ELEMENTWISE)).call("main", [x, x[0], x])
     np.testing.assert_array_equal(y, (x + x[0]) * x)
+
+
+@needs_cxx
+def test_bytes_without_a_sign_are_taken() -> None:
+    x = np.arange(256, dtype=np.uint8)
+    (y,) = load(compile_text(unary("%r = arith.extui %a : i8 to i32", "i8", "i32"))).call("main", [x])
+    np.testing.assert_array_equal(y, x)
 
 
 @needs_cxx
