@@ -281,6 +281,13 @@ def _raise(graph: fx.Graph, found: _Attention, refuse: Refuse, any_size: bool) -
         raise NotShown("queries, keys, values and the result differ in dtype")
     if len({_val(x).shape[axes.index("b")] for x, axes in zip((q, k, v), found.axes, strict=False)}) != 1:
         raise NotShown("keys of one batch serve several")
+    heads, of_keys, of_values = (
+        _val(x).shape[axes.index("h")] for x, axes in zip((q, k, v), found.axes, strict=False)
+    )
+    if of_keys != of_values or heads % of_keys:
+        raise NotShown(f"{heads} heads read {of_keys} of keys and {of_values} of values")
+    if sizes["t"] > sizes["n"]:
+        raise NotShown("there are more queries than keys")
     window = window_of(found.seen, sizes["t"], sizes["n"], any_size)
     emit = Emitter(graph, getattr(_val(node), "fake_mode", None))
     emit.trace = node.meta.get("stack_trace")

@@ -237,3 +237,22 @@ def test_a_model_of_transformers_with_a_window(written: str, dynamic: bool) -> N
         found, [report] = raised(call, tokens)
         assert (report.status, report.reason) == ("raised", "a window of 5")
         torch.testing.assert_close(found, call(tokens))
+
+
+def test_shapes_that_only_torch_takes_stay() -> None:
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        at, before = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
+        return (q @ k.mT).masked_fill(before > at + k.shape[2] - q.shape[2], -torch.inf).softmax(-1) @ v
+
+    q, k, v = heads(of_keys=4)
+    for given, reason in (
+        ((q, k, v[:, :1]), "4 heads read 4 of keys and 1 of values"),
+        ((q, k[:1], v[:1]), "keys of one batch serve several"),
+        ((q, k[:, :, :5], v[:, :, :5]), "there are more queries than keys"),
+    ):
+        found, [report] = raised(call, *given)
+        assert (report.status, report.reason) == ("torch's", reason)
+        torch.testing.assert_close(found, call(*given), equal_nan=True)
+    found, [report] = raised(call, q, k[:, :1], v[:, :1])  # one head of keys for all
+    assert report.status == "raised"
+    torch.testing.assert_close(found, call(q, k[:, :1], v[:, :1]))
