@@ -61,6 +61,24 @@ def generic(
     return op.results[0]
 
 
+def is_half(type_: ir.Type) -> bool:
+    """Tells whether a tensor's elements are floats of 16 bits."""
+    return isinstance(ir.RankedTensorType(type_).element_type, ir.F16Type | ir.BF16Type)
+
+
+def converted(value: ir.Value, element: ir.Type) -> ir.Value:
+    """Returns a tensor of f16, bf16 or f32 with elements of another of these types: exact, or rounded to nearest even."""
+    old = ir.RankedTensorType(value.type)
+    if old.element_type == element:
+        return value
+    identity = ir.AffineMap.get_identity(old.rank)
+    cast = arith.ExtFOp if element == ir.F32Type.get() else arith.TruncFOp
+    init = empty(ir.RankedTensorType.get(old.shape, element), dynamic_sizes(value))
+    return generic(
+        [value], init, [identity] * 2, ["parallel"] * old.rank, lambda x, _: cast(element, x).result
+    )
+
+
 def flatten_leading(value: ir.Value) -> ir.Value:
     """Returns ``[..., K]`` as ``[M, K]``, collapsing every axis but the last (one axis is added to ``[K]``)."""
     ranked = ir.RankedTensorType(value.type)

@@ -35,12 +35,16 @@ class LowerLinear:
             has_kernel = packed or context.target.wave_kernels
             # a sum with another value costs nothing in the kernel: it is what the accumulators start from
             total, addend = sum_with(op) if has_kernel else (op, None)
+            if packed and build.is_half(op.results[0].type):
+                total, addend = op, None  # of 16 bits: the product is rounded before the sum, as written
             computed = None if packed or not has_kernel else _computed(x)
             with ir.InsertionPoint(total), op.location:
                 rows = build.flatten_leading(x)
                 residual = None if addend is None else build.flatten_leading(addend)
                 if packed:
-                    y = emit_linear(rows, weight, op.attributes["columns"].value, context.target, residual)
+                    f32, columns = ir.F32Type.get(), op.attributes["columns"].value
+                    y = emit_linear(build.converted(rows, f32), weight, columns, context.target, residual)
+                    y = build.converted(y, ir.RankedTensorType(x.type).element_type)
                 elif has_kernel:
                     y = wave.emit_linear(rows, weight, context.target.tuning, residual, computed)
                 else:

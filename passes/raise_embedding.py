@@ -11,10 +11,12 @@ from spikingbrain.passes import parameters, torch_ir
 from spikingbrain.passes.base import PassContext
 from spikingbrain.passes.casts import builtin_type, from_builtin, to_builtin
 
+_KINDS = ("f32", "f16", "bf16", "si8")
+
 
 @dataclass(frozen=True)
 class RaiseEmbedding:
-    """Raises look-ups in a stored table, of float32 or of codes, so that a head tied to the table can share its stored form.
+    """Raises look-ups in a stored table, of floats or of codes, so that a head tied to the table can share its stored form.
 
     In: torch dialect. Out: ``spikingbrain.embedding`` between ``torch_c`` casts. Not handled: other element types and
     tables computed by the model (upstream lowers those).
@@ -29,8 +31,8 @@ class RaiseEmbedding:
             if cast is None or parameters.parameter(cast.operands[0]) is None:
                 context.record(self, "refused", op, "the table is computed by the model, not stored")
                 continue
-            if torch_ir.element_type(table) not in ("f32", "si8") or torch_ir.element_type(ids) != "si64":
-                context.record(self, "refused", op, "only tables of f32 or int8 with int64 ids are raised")
+            if torch_ir.element_type(table) not in _KINDS or torch_ir.element_type(ids) != "si64":
+                context.record(self, "refused", op, "only tables of floats or int8 with int64 ids are raised")
                 continue
             with ir.InsertionPoint(op), op.location:
                 lookup = ir.Operation.create(

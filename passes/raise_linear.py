@@ -43,8 +43,9 @@ def _refusal(op: ir.Operation, target: Target) -> str:
     if shape is None or len(shape) != 2 or torch_ir.shape(x) is None or not torch_ir.shape(x):
         return "the weight is not a matrix or the input has no rank"
     kinds = {torch_ir.element_type(x), torch_ir.element_type(weight)}
-    if kinds not in ([{"f32"}, {"f16"}, {"bf16"}] if target.wave_kernels else [{"f32"}]):
-        known = "only f32, f16 and bf16 have kernels" if target.wave_kernels else "only f32 is packed"
+    has_kernels = target.wave_kernels or target.vector_bits
+    if kinds not in ([{"f32"}, {"f16"}, {"bf16"}] if has_kernels else [{"f32"}]):
+        known = "only f32, f16 and bf16 have kernels" if has_kernels else "only f32 is packed"
         return f"element type {torch_ir.element_type(weight)}; {known}"
     return ""
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from spikingbrain.artifact import numpy_dtype
 from spikingbrain.backend_maca.plan.plan import FORMAT
 from spikingbrain.backend_maca.plan.resolve import Read, Resolver, number, resolve, some_steps, storage
 from spikingbrain.backend_maca.plan.steps import Launch, Product, Steps
@@ -46,7 +47,7 @@ class Program:
     def __init__(self, plan: Mapping[str, Any], weights: Mapping[str, Array], machine: Machine):
         check_format(plan)
         self.plan, self.machine = plan, machine
-        self.to_device, self.to_host = machine.to_device, machine.to_host
+        self.to_device = machine.to_device
         self.borrow, self.lend = machine.borrow, machine.lend
         self._kept: dict[str, Buffer] = {}
         self.fixed = {name: self._fixed(entry, weights) for name, entry in plan["entries"].items()}
@@ -56,6 +57,11 @@ class Program:
             for name, entry in plan["entries"].items()
         }
         self._steps: dict[str, dict[Any, Steps]] = {name: {} for name in plan["entries"]}
+
+    def to_host(self, buffer: Buffer) -> Array:
+        """Copies a buffer to the host; bfloat16, whose bits machines keep, in numpy's type for it where there is one."""
+        array = self.machine.to_host(buffer)
+        return array.view(numpy_dtype("bfloat16")) if array.dtype == np.uint16 else array
 
     @property
     def kernels(self) -> Any:

@@ -3,6 +3,7 @@
 One packed layout, ``[ceil(N / block), K, block]``, serves one row and many, so that a weight is stored once.
 A block, or panel, of the weight is multiplied with register tiles of ``rows x block`` accumulators. With one
 row the weight streams past them at the speed of memory; with many, the panel stays in the L2 cache.
+Weights of 16 bits are made f32 as they are loaded: no arithmetic is in 16 bits.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from torch_mlir import ir
 from torch_mlir.dialects import arith, func, memref, scf, tensor, vector
 
+from spikingbrain.passes.kernels.bodies import widened
 from spikingbrain.passes.kernels.builders import (
     LINE_BYTES,
     has_fma,
@@ -26,7 +28,6 @@ from spikingbrain.passes.kernels.builders import (
 )
 from spikingbrain.target import Target
 
-LINE_FLOATS = LINE_BYTES // 4  # of one cache line
 PREFETCH_BYTES = 1024  # how far ahead of its use a weight is asked for when two to four rows share it
 WORKGROUP_BYTES = 128 << 10  # of weight for one workgroup: takes far longer than starting it
 WORKGROUP_ROWS = 1024  # 128 to 512 were slower: a panel is read from memory once per workgroup
@@ -103,21 +104,23 @@ def emit_linear(
     """Emits a launch of ``y = x @ W^T (+ residual)`` at the insertion point; returns y, ``[M, columns]``.
 
     ``x`` is ``[M, K]`` with M static or dynamic, ``weight`` is packed by ``packed_block(target)``, and
-    ``residual`` is ``[M, columns]``, all f32. The module gets the kernel unless it has it already.
+    ``residual`` is ``[M, columns]``, all f32; the weight may be f16 or bf16. The module gets the kernel unless it has it already.
     """
     x_type = ir.RankedTensorType(x.type)
     m, k = x_type.shape
     cut = schedule(k, target)
     panels = -(-columns // cut.block)
     stored = ir.RankedTensorType(weight.type).shape
+    element = ir.RankedTensorType(weight.type).element_type
     if stored != [panels, k, cut.block]:
         raise ValueError(f"a packed weight of {columns} columns is {[panels, k, cut.block]}, got {stored}")
     rows = None if x_type.is_dynamic_dim(0) else m
-    name = f"linear_k{k}_n{columns}_m{'' if rows is None else rows}{'_residual' if residual else ''}"
+    kind = "" if element == ir.F32Type.get() else f"_{element}"
+    name = f"linear{kind}_k{k}_n{columns}_m{'' if rows is None else rows}{'_residual' if residual else ''}"
     module = root_module()
     if name not in ir.SymbolTable(module.operation):
         with ir.InsertionPoint.at_block_begin(module.regions[0].blocks[0]):
-            build_linear(name, k, columns, rows, target, residual is not None)
+            build_linear(name, k, columns, rows, target, residual is not None, element)
 
     groups = index(-(-panels // cut.group_panels))
     if rows is None:
@@ -131,9 +134,15 @@ def emit_linear(
 
 
 def build_linear(
-    name: str, k: int, columns: int, rows: int | None, target: Target, residual: bool = False
+    name: str,
+    k: int,
+    columns: int,
+    rows: int | None,
+    target: Target,
+    residual: bool = False,
+    element: ir.Type | None = None,
 ) -> func.FuncOp:
-    """Builds a kernel function at the insertion point; ``rows`` None means any number of them.
+    """Builds a kernel function at the insertion point; ``rows`` None means any number of them, ``element`` None a weight of f32.
 
     Its arguments are the workgroup ids, x ``[rows, k]``, the packed weight, the residual if any, and y
     ``[rows, columns]``. The grid is ``ceil(panels / group_panels) x ceil(rows / group_rows) x 1``.
@@ -143,7 +152,7 @@ def build_linear(
     m = ir.ShapedType.get_dynamic_size() if rows is None else rows
     panels = -(-columns // cut.block)
     x_type, y_type = ir.MemRefType.get([m, k], f32), ir.MemRefType.get([m, columns], f32)
-    weight_type = ir.MemRefType.get([panels, k, cut.block], f32)
+    weight_type = ir.MemRefType.get([panels, k, cut.block], element or f32)
     types = [*[index_type] * 3, x_type, weight_type, *([y_type] if residual else []), y_type]
     function = func.FuncOp(name, (types, []), visibility="private")
     entry = function.add_entry_block()
@@ -188,6 +197,7 @@ class LinearKernel:
         self.cut, self.k, self.columns = cut, k, columns
         self.x, self.weight, self.y, self.residual = x, weight, y, residual
         self.vector = ir.VectorType.get([cut.lanes], ir.F32Type.get())
+        self.element = ir.MemRefType(weight.type).element_type
         zero = ir.FloatAttr.get(ir.F32Type.get(), 0.0)
         self.zero = arith.ConstantOp(self.vector, ir.DenseElementsAttr.get_splat(self.vector, zero)).result
 
@@ -293,15 +303,17 @@ class LinearKernel:
         """Emits the loop over the runs of K that begin at ``firsts``; returns the accumulators after it."""
         vectors = self.cut.vectors
         offsets = [index(v * self.cut.lanes) for v in range(vectors)]
-        lines = [index(column) for column in range(0, self.cut.block, LINE_FLOATS)]
-        ahead = -(-PREFETCH_BYTES // (4 * self.cut.block))
+        stored = ir.VectorType.get([self.cut.lanes], self.element)
+        bytes_ = 4 if self.element == ir.F32Type.get() else 2
+        lines = [index(column) for column in range(0, self.cut.block, LINE_BYTES // bytes_)]
+        ahead = -(-PREFETCH_BYTES // (bytes_ * self.cut.block))
         op = scf.ForOp(index(0), length, index(unroll), values)
         with ir.InsertionPoint(op.body):
             values = list(op.inner_iter_args)
             for step, (run, first) in itertools.product(range(unroll), enumerate(firsts)):
                 k = arith.AddIOp(first, self.plus(op.induction_variable, step)).result
                 places = [self.weight_at(panel, k, at) for at in offsets]
-                weights = [vector.LoadOp(self.vector, self.weight, place).result for place in places]
+                weights = [widened(vector.LoadOp(stored, self.weight, place).result) for place in places]
                 if 1 < len(rows) < self.cut.rows:  # many tiles find the weight in the L2 cache
                     for line in lines:
                         place = self.weight_at(panel, self.plus(k, ahead), line)

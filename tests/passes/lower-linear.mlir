@@ -85,3 +85,20 @@ func.func @difference(%x: tensor<?x4xf32>, %w: tensor<3x4x16xf32>, %r: tensor<?x
   } -> tensor<?x40xf32>
   return %s : tensor<?x40xf32>
 }
+
+// A weight of 16 bits: rows are made f32, the result is rounded once, and a sum stays behind it.
+// CHECK-LABEL: func.func @half(
+// CHECK:         arith.extf %{{.+}} : bf16 to f32
+// CHECK:         "spikingbrain_control.launch"({{.*}}callee = @linear_bf16_k4_n40_m, {{.*}}tensor<3x4x16xbf16>{{.*}} -> tensor<?x40xf32>
+// CHECK:         arith.truncf %{{.+}} : f32 to bf16
+// CHECK:         arith.addf %{{.+}} : bf16
+func.func @half(%x: tensor<?x4xbf16>, %w: tensor<3x4x16xbf16>, %r: tensor<?x40xbf16>, %out: tensor<?x40xbf16>) -> tensor<?x40xbf16> {
+  %y = "spikingbrain.linear"(%x, %w) {columns = 40 : i64} : (tensor<?x4xbf16>, tensor<3x4x16xbf16>) -> tensor<?x40xbf16>
+  %s = linalg.generic {indexing_maps = [#same, #same, #same], iterator_types = ["parallel", "parallel"]}
+      ins(%r, %y : tensor<?x40xbf16>, tensor<?x40xbf16>) outs(%out : tensor<?x40xbf16>) {
+  ^bb0(%a: bf16, %b: bf16, %o: bf16):
+    %c = arith.addf %a, %b : bf16
+    linalg.yield %c : bf16
+  } -> tensor<?x40xbf16>
+  return %s : tensor<?x40xbf16>
+}

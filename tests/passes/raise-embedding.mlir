@@ -40,7 +40,7 @@ func.func @small_ids(%ids: !torch.vtensor<[1,?],si32>) -> !rows {
   %false = torch.constant.bool false
   %stored = "spikingbrain.parameter"() {sources = ["embedding.weight"], recipe = []} : () -> tensor<10x4xf32>
   %table = torch_c.from_builtin_tensor %stored : tensor<10x4xf32> -> !table
-  // expected-remark@+1 {{raise-embedding: only tables of f32 or int8 with int64 ids are raised}}
+  // expected-remark@+1 {{raise-embedding: only tables of floats or int8 with int64 ids are raised}}
   %y = torch.aten.embedding %table, %ids, %minus, %false, %false
       : !table, !torch.vtensor<[1,?],si32>, !torch.int, !torch.bool, !torch.bool -> !rows
   return %y : !rows

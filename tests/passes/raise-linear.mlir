@@ -59,17 +59,29 @@ func.func @vector(%x: !x) -> !torch.vtensor<[1,?],f32> {
   return %y : !torch.vtensor<[1,?],f32>
 }
 
-// Half precision has kernels on targets with waves only.
+// Weights of 16 bits have kernels where those of f32 have.
 // CHECK-LABEL: func.func @half(
-// CHECK-NOT:     spikingbrain.linear
+// CHECK:         "spikingbrain.linear"(%{{.+}}, %{{.+}}) {columns = 6 : i64} : (tensor<1x4xf16>, tensor<6x4xf16>) -> tensor<1x6xf16>
 // WAVES-LABEL: func.func @half(
 // WAVES:         "spikingbrain.linear"(%{{.+}}, %{{.+}}) {columns = 6 : i64} : (tensor<1x4xf16>, tensor<6x4xf16>) -> tensor<1x6xf16>
 func.func @half(%x: !torch.vtensor<[1,4],f16>) -> !torch.vtensor<[1,6],f16> {
   %none = torch.constant.none
   %stored = "spikingbrain.parameter"() {sources = ["q.weight"], recipe = []} : () -> tensor<6x4xf16>
   %w = torch_c.from_builtin_tensor %stored : tensor<6x4xf16> -> !torch.vtensor<[6,4],f16>
-  // expected-remark@+1 {{raise-linear: element type f16; only f32 is packed}}
   %y = torch.aten.linear %x, %w, %none
       : !torch.vtensor<[1,4],f16>, !torch.vtensor<[6,4],f16>, !torch.none -> !torch.vtensor<[1,6],f16>
   return %y : !torch.vtensor<[1,6],f16>
+}
+
+// Double precision has none.
+// CHECK-LABEL: func.func @double(
+// CHECK-NOT:     spikingbrain.linear
+func.func @double(%x: !torch.vtensor<[1,4],f64>) -> !torch.vtensor<[1,6],f64> {
+  %none = torch.constant.none
+  %stored = "spikingbrain.parameter"() {sources = ["q.weight"], recipe = []} : () -> tensor<6x4xf64>
+  %w = torch_c.from_builtin_tensor %stored : tensor<6x4xf64> -> !torch.vtensor<[6,4],f64>
+  // expected-remark@+1 {{raise-linear: element type f64; only f32, f16 and bf16 have kernels}}
+  %y = torch.aten.linear %x, %w, %none
+      : !torch.vtensor<[1,4],f64>, !torch.vtensor<[6,4],f64>, !torch.none -> !torch.vtensor<[1,6],f64>
+  return %y : !torch.vtensor<[1,6],f64>
 }

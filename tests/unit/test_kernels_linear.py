@@ -16,9 +16,11 @@ runtime = pytest.importorskip("iree.runtime")
 from torch_mlir import ir  # noqa: E402
 from torch_mlir.dialects import func  # noqa: E402
 
+from spikingbrain.artifact import numpy_dtype  # noqa: E402
 from spikingbrain.backend_iree.dispatch import wrap_kernels  # noqa: E402
 from spikingbrain.passes import dialect  # noqa: E402
 from spikingbrain.passes.kernels.linear import emit_linear, packed_block, schedule  # noqa: E402
+from spikingbrain.passes.linalg_build import converted  # noqa: E402
 from spikingbrain.target import Target  # noqa: E402
 from spikingbrain.tuning import Tuning  # noqa: E402
 
@@ -38,7 +40,10 @@ CASES = {
     "residual": (203, 33, None, True),
     "several_groups": (64, 1000, None, False),
     "even_steps": (24, 16, None, False),
+    "bfloat16": (203, 70, None, False),
+    "float16": (130, 67, 1, True),
 }
+STORED = {"bfloat16": "bf16", "float16": "f16"}  # entry point -> type of the weight, f32 unless named
 
 
 def _processor_flags() -> set[str]:
@@ -70,6 +75,7 @@ def _module(target: Target, cases: dict[str, tuple[int, int, int | None, bool]])
                 entry = func.FuncOp(name, (types, [_tensor(rows, n)])).add_entry_block()
             with ir.InsertionPoint(entry):
                 x, weight, *addend = entry.arguments
+                weight = converted(weight, ir.Type.parse(STORED.get(name, "f32")))
                 func.ReturnOp([emit_linear(x, weight, n, target, addend[0] if addend else None)])
     dialect.verify(module)
     return module
@@ -99,7 +105,11 @@ def compiled(request: pytest.FixtureRequest) -> tuple[Target, Any]:
 def _check(compiled: tuple[Target, Any], case: str, x: np.ndarray, rng: np.random.Generator) -> None:
     target, program = compiled
     k, n, _, residual = CASES[case]
-    weight = rng.standard_normal((n, k)).astype(np.float32)
+    weight = (
+        rng.standard_normal((n, k))
+        .astype(numpy_dtype(case if case in STORED else "float32"))
+        .astype(np.float32)
+    )
     addend = [rng.standard_normal((len(x), n)).astype(np.float32)] * residual
     y = program[case](x, _packed(weight, packed_block(target)), *addend).to_host()
     expected = x.astype(np.float64) @ weight.T + (addend[0] if addend else 0)

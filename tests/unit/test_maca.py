@@ -16,6 +16,7 @@ import torch
 
 pytest.importorskip("torch_mlir")
 
+import spikingbrain
 from spikingbrain.backend import StageContext
 from spikingbrain.backend_maca.backend import MacaBackend
 from spikingbrain.backend_maca.plan.plan import FORMAT, evaluate
@@ -307,8 +308,8 @@ def test_constants_of_every_form_are_read() -> None:
     numbers, flags, halves, same = program.call("main", [np.zeros(1, np.int64)])
     np.testing.assert_array_equal(numbers, [1, 2, 3 - 2**63])
     np.testing.assert_array_equal(flags, [True, False, True])
-    np.testing.assert_array_equal(halves, np.uint16([0x3F80, 0xC040, 0]))
-    np.testing.assert_array_equal(same, np.uint16([0xC020] * 3))
+    np.testing.assert_array_equal(halves.view(np.uint16), np.uint16([0x3F80, 0xC040, 0]))
+    np.testing.assert_array_equal(same.view(np.uint16), np.uint16([0xC020] * 3))
     with pytest.raises(UnsupportedOp, match="a constant of type tensor<3xi64> cannot be stored"):
         compile_text(CONSTANTS.split("{-#")[0])
 
@@ -563,3 +564,28 @@ def test_a_size_that_divides_by_0_is_an_error_of_the_call() -> None:
         evaluate(size, {0: [2, 0]})
     guarded = ["select", ["gt", ["dim", 0, 1], 0], size, 5]
     assert [evaluate(guarded, {0: [2, n]}) for n in (4, 0)] == [3, 5]
+
+
+class HalfSum(torch.nn.Module):
+    def forward(self, x: torch.Tensor, total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        total = total + x
+        return total * 2, total
+
+
+@needs_cxx
+def test_a_state_of_bfloat16_is_forked_and_restored(tmp_path: Path) -> None:
+    x = torch.tensor([1.0, -0.3], dtype=torch.bfloat16)
+    entry = spikingbrain.Entry((x, torch.zeros_like(x)))
+    spikingbrain.export(
+        HalfSum(), {"step": entry}, tmp_path / "sum.sbrain", state="total", target="maca-emulator"
+    )
+    program = spikingbrain.load(tmp_path / "sum.sbrain")
+    state = program.new_state()
+    program.step(x, state=state)
+    branch = state.fork()
+    found = program.step(x, state=branch)
+    assert found.dtype.name == "bfloat16"
+    np.testing.assert_array_equal(found.astype(np.float32), (4 * x).float().numpy())
+    branch.restore(state.snapshot())
+    [kept] = branch.snapshot().values()
+    np.testing.assert_array_equal(kept.astype(np.float32), x.float().numpy())
