@@ -27,7 +27,7 @@ extern char _end[] __attribute__((visibility("hidden")));
 
 namespace {
 
-constexpr unsigned kWave = 64, kMaxThreads = 1024, kMaxBuffers = 64, kBarriers = (1 << 21) - 1;
+constexpr unsigned kWave = 64, kMaxThreads = 1024, kMaxBuffers = 512, kBarriers = (1 << 21) - 1;
 constexpr unsigned long long kFullWave = ~0ULL;
 constexpr size_t kStack = 64 << 10, kSharedBytes = 64 << 10;
 const unsigned char kPoison[] = {0xCD, 0xFF};  // f32, f16 and bf16 of these bytes are not-a-number, integers are odd

@@ -19,6 +19,7 @@ ROUNDS = 3  # of copies; each may make another producer's uses fit
 CHEAP = 12  # ops of a body that may be computed again for every use
 # What takes many instructions, or what a fused reduction would compute once for each of its results.
 COSTLY = ("math.", "arith.divf", "arith.remf", "tensor.extract")
+MOST_INPUTS = 48  # tensors that one kernel reads; its parameters have 4 KiB on some machines
 KEEP = "maca.keep"  # holds upstream fusion off; gone afterwards
 
 # Sizes are asked of arguments: an op of which only the size is asked, as its kernel computes it, goes.
@@ -41,6 +42,7 @@ def fuse(text: str) -> str:
             for op in host_ops(function):
                 if op.name == "linalg.generic" and _is_product(op):
                     _keep_operands(op)
+            _limit_inputs(function)
         run_passes(module, FUSE)
         for _ in range(ROUNDS):
             for function in functions(module):
@@ -87,6 +89,28 @@ def _keep_operands(op: ir.Operation) -> None:
             value = op.operands[i]
             if isinstance(value.type, ir.RankedTensorType):
                 op.operands[i] = ir.Operation.create(KEEP, [value.type], [value]).result
+
+
+def _limit_inputs(function: ir.Operation) -> None:
+    """Keeps results in memory that would be computed from very many tensors where they are used, such as long sums."""
+    sources: dict[ir.Value, set[ir.Value]] = {}  # a result -> what it is computed from, once all is fused
+    for op in host_ops(function):
+        if op.name != "linalg.generic":
+            continue
+        inputs = [v for v in list(op.operands)[: op.attributes["operandSegmentSizes"][0]]]
+        mine = {v: sources.get(v, {v}) for v in inputs}
+        while len(found := set().union(*mine.values())) > MOST_INPUTS:
+            largest = max(mine, key=lambda v: len(mine[v]))
+            if len(mine[largest]) == 1:
+                break  # the op itself has so many
+            with ir.InsertionPoint(op), op.location:
+                kept = ir.Operation.create(KEEP, [largest.type], [largest]).result
+            for i, value in enumerate(inputs):
+                if value == largest:
+                    op.operands[i] = kept
+            mine[largest] = {largest}
+        if "reduction" not in str(op.attributes["iterator_types"]):
+            sources.update((result, found) for result in op.results)
 
 
 def _copy_for_uses(op: ir.Operation) -> None:

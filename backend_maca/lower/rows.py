@@ -18,6 +18,7 @@ from spikingbrain.backend_maca.lower.places import Count, root, size_of, stays_i
 LONGEST = 16384  # elements of a row; a longer one would keep too few blocks busy
 SHORTEST = 16  # elements of a row for which a block is worth it, unless there are only ...
 FEW = 1024  # ... rows
+MOST_BUFFERS = 96  # of the ops of one kernel
 LOOSE = 4096  # elements that one block may do when ops share no loops
 
 # What may stand between the ops of a group: it launches nothing and reads no memory.
@@ -99,6 +100,8 @@ class Group:
     def with_(self, member: Member) -> Group | None:
         """Returns the group with one op more, or None where no number of rows suits it."""
         members = [*self.members, member]
+        if len({root(a.buffer) for m in members for a in m.accesses}) > MOST_BUFFERS:
+            return None
         rows = [r for r in self.rows if member.fits(r) and _independent(members, r)]
         return Group(members, rows) if rows else None
 

@@ -186,7 +186,11 @@ class Kernels:
             self.library.sb_buffers(extents, ctypes.c_uint(len(arrays)))
             fault = run(*sizes, ctypes.c_uint(shared_bytes), addresses, ORDERS.index(self.order))
         if fault:
-            why = re.sub(r"\{pc (0x[0-9a-f]+)\}", lambda found: self._line(int(found[1], 16)), fault.decode())
+            why = re.sub(
+                r"\{pc (0x[0-9a-f]+)\}",
+                lambda found: self._line(int(found[1], 16)),
+                fault.decode(errors="replace"),
+            )
             raise KernelFault(f"kernel '{name}' breaks a rule of the machine", why=why)
 
     def _line(self, address: int) -> str:

@@ -26,6 +26,7 @@ from spikingbrain.passes.wave_kernels.builders import SHARED_BYTES, WAVE
 
 MAX_SHARED_BYTES = 64 << 10
 SHARED_ALIGNMENT = 16
+MAX_PARAMETERS = 512  # 4 KiB of addresses and sizes
 MAX_PLACES = 8  # lines of the model that a kernel's comment lists
 MAX_LINE = 100  # of a list of parameters; a longer one has a line for each
 INLINE_LENGTH = 60  # a value used once is written where it is used, up to this many characters
@@ -172,6 +173,12 @@ class _Printer(Expressions):
                 if owner == number:
                     layout.append((number, axis))
                     parameters.append(f"int64_t {size}")
+        if len(parameters) > MAX_PARAMETERS:
+            raise UnsupportedOp(
+                f"a kernel of {len(parameters)} parameters cannot be launched",
+                where=source_of(self.function.location),
+                why=f"a launch takes {MAX_PARAMETERS}",
+            )
         threads = next(iter(self.function.attributes["known_block_size"]))
         body = "".join(f"{line}\n" for line in self.lines)
         return Kernel(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -361,3 +362,31 @@ func.func public @main(%x: tensor<40xf32>) -> (tensor<40xf32>, tensor<40xf32>) {
     np.testing.assert_array_equal(z, -2 * x)
     with pytest.raises(KernelFault, match="a zero"):
         loaded.call("main", [x - 1])
+
+
+def test_a_sum_of_very_many_tensors_is_several_kernels() -> None:
+    count = 130
+    add = """linalg.generic {indexing_maps = [#v, #v, #v], iterator_types = ["parallel"]}
+      ins(%s, %x : tensor<9xf32>, tensor<9xf32>) outs(%e : tensor<9xf32>) {
+  ^bb0(%a: f32, %b: f32, %o: f32):
+    %c = arith.addf %a, %b : f32
+    linalg.yield %c : f32
+  } -> tensor<9xf32>"""
+    lines, last = [], "%x0"
+    for i in range(1, count):
+        lines.append(f"%s{i} = " + add.replace("%s,", f"{last},").replace("%x :", f"%x{i} :"))
+        last = f"%s{i}"
+    arguments = ", ".join(f"%x{i}: tensor<9xf32>" for i in range(count))
+    text = f"""#v = affine_map<(i) -> (i)>
+func.func public @main({arguments}) -> tensor<9xf32> {{
+  %e = tensor.empty() : tensor<9xf32>
+  {chr(10).join(lines)}
+  return {last} : tensor<9xf32>
+}}"""
+    loaded = program(text)
+    entry = loaded.plan["entries"]["main"]
+    assert 2 <= len(entry["launches"]) <= 4
+    assert max(len(step["arguments"]) for step in entry["launches"]) < 100
+    values = list(np.random.default_rng(0).standard_normal((count, 9), np.float32))
+    (found,) = loaded.call("main", values)
+    np.testing.assert_array_equal(found, functools.reduce(np.add, values))
