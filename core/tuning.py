@@ -142,8 +142,9 @@ def tuned(target: Target, options: Any) -> Target:
     if not changes:
         return target
     target = dataclasses.replace(target, tuning=target.tuning.with_changes(changes))
-    if strange := [name for name in changes if SETTINGS[name].kind != target.kind]:
-        known = [name for name, setting in SETTINGS.items() if setting.kind == target.kind]
+    has_kernels = target.kind == "cpu" or target.wave_kernels
+    known = [name for name, setting in SETTINGS.items() if setting.kind == target.kind and has_kernels]
+    if strange := [name for name in changes if name not in known]:
         raise OptionError(
             f"tuning: kernels for {target.name} do not read {strange[0]!r}",
             hint=f"they read {', '.join(known) or 'none'}",

@@ -44,8 +44,10 @@ def run(args: argparse.Namespace) -> int:
     weights = manifest["members"][WEIGHTS]["size"] / 1e6
     print(f"  {len(artifact.weights())} stored tensors, {weights:.1f} MB; {fields} tensors of state")
 
-    if settings := manifest["options"].get("tuning"):
-        print("  settings of kernels: " + ", ".join(f"{name} {value}" for name, value in settings.items()))
+    for target, options in _options(manifest):
+        if settings := options.get("tuning"):
+            told = ", ".join(f"{name} {value}" for name, value in settings.items())
+            print(f"  settings of kernels for {target}: {told}")
     _print_search(manifest.get("tuned"))
 
     print("\nwhat the passes did")
@@ -70,6 +72,12 @@ def run(args: argparse.Namespace) -> int:
     for name, seconds in report["timings"]:
         print(f"  {seconds:8.2f}  {name}")
     return 0
+
+
+def _options(manifest: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Returns the options of each target."""
+    further = [(record["name"], record["options"]) for record in manifest.get("further_targets", [])]
+    return [(manifest["target"]["name"], manifest["options"]), *further]
 
 
 def _print_search(tuned: Mapping[str, Any] | None) -> None:

@@ -40,11 +40,15 @@ def test_what_cannot_be_a_setting_is_refused(changes: dict[str, Any], words: str
         USUAL.with_changes(changes)
 
 
-def test_settings_are_those_of_a_cpu() -> None:
+def test_settings_are_those_that_kernels_read() -> None:
     options = SimpleNamespace(tuning={"decode_keys": 256})
     assert tuned(Target("cpu", "cpu", "iree", "x86-64"), options).tuning.decode_keys == 256
-    with pytest.raises(OptionError, match="kernels for vulkan do not read 'decode_keys'"):
-        tuned(Target("vulkan", "gpu", "iree", "spirv"), options)
+    vulkan = Target("vulkan", "gpu", "iree", "spirv")
+    for name in ("decode_keys", "share_keys"):
+        with pytest.raises(OptionError, match=f"kernels for vulkan do not read '{name}'"):
+            tuned(vulkan, SimpleNamespace(tuning={name: 256}))
+    with_waves = dataclasses.replace(vulkan, wave_kernels=True)
+    assert tuned(with_waves, SimpleNamespace(tuning={"share_keys": 256})).tuning.share_keys == 256
 
 
 def test_each_of_several_targets_takes_its_own() -> None:
