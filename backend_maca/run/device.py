@@ -118,7 +118,10 @@ def memory_of(driver: Driver) -> Memory:
 
     torch may come after the first programs: then what they have put into their stream is waited for once.
     """
-    with driver.lock:
+    known = _memories.get(driver)
+    if isinstance(known, TorchMemory):
+        return known
+    with driver.here():
         known = _memories.get(driver)
         if not isinstance(known, TorchMemory):
             torch = sys.modules.get("torch")
@@ -210,7 +213,6 @@ class Card:
         convention: int | None,
         blas: Blas | None = None,
     ):
-        driver.bind()
         memory_of(driver)
         self.driver, self._convention = driver, convention
         self._blas, self._module = blas, _Module(driver, image)
@@ -229,7 +231,7 @@ class Card:
     def to_device(self, array: Array) -> DeviceArray:
         array = np.asarray(array, order="C")
         dtype = np.dtype(np.uint16) if array.dtype.name == "bfloat16" else array.dtype
-        with self.driver.lock:
+        with self.driver.here():
             buffer = self.unwritten(dtype, array.shape)
             if array.nbytes:
                 self.driver.upload(buffer.address, array.ctypes.data, array.nbytes, self.memory.stream())
@@ -240,8 +242,7 @@ class Card:
     def to_host(self, buffer: DeviceArray) -> Array:
         array = np.empty(buffer.shape, buffer.dtype)
         if array.nbytes:
-            with self.driver.lock:
-                self.driver.bind()
+            with self.driver.here():
                 self.driver.download(array.ctypes.data, buffer.address, array.nbytes, self.memory.stream())
         return array
 
@@ -261,15 +262,14 @@ class Card:
     def argument(self, buffer: DeviceArray) -> DeviceArray:
         if buffer.address % ALIGNMENT == 0:
             return buffer
-        with self.driver.lock:
+        with self.driver.here():
             copy = self.unwritten(buffer.dtype, buffer.shape)
             if buffer.nbytes:
                 self.driver.copy(copy.address, buffer.address, buffer.nbytes, self.memory.stream())
         return copy
 
     def unwritten(self, dtype: np.dtype[Any], shape: Sequence[int]) -> DeviceArray:
-        with self.driver.lock:
-            self.driver.bind()
+        with self.driver.here():
             block = _Block(self.memory, int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
         return DeviceArray(block, block.address, shape, dtype)
 
@@ -282,8 +282,7 @@ class Card:
         return buffer.address, buffer.address + buffer.nbytes
 
     def run(self, steps: Steps, buffers: Mapping[int, DeviceArray]) -> None:
-        with self.driver.lock:
-            self.driver.bind()
+        with self.driver.here():
             stream = self.memory.stream()
             # the default stream of CUDA and its relatives, number 0, cannot be recorded
             if not (self.records and stream and len(steps.steps) > 1):
@@ -372,5 +371,6 @@ def open_card(device: str, code: Mapping[str, memoryview], plan: Mapping[str, An
     calls = any(
         "library" in step for entry in plan["entries"].values() for step in every_step(entry["launches"])
     )
-    blas = Blas(*blas_library(driver)) if calls else None
-    return Card(driver, image_of(driver, code), convention(driver, code), blas=blas)
+    with driver.here():
+        blas = Blas(*blas_library(driver)) if calls else None
+        return Card(driver, image_of(driver, code), convention(driver, code), blas=blas)

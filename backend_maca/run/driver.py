@@ -6,11 +6,12 @@ driver has a few of other form. What differs is in the two classes below; what p
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,7 +37,7 @@ class DeviceError(SpikingBrainError):
 
 
 class Driver:
-    """The part of a card's runtime that programs need; one device, which ``bind`` makes this thread's.
+    """The part of a card's runtime that programs need; one device, this thread's inside ``here``.
 
     Addresses, streams, events, modules, functions and graphs are numbers. Raises DeviceError, and OutOfMemory where
     the runtime says so.
@@ -104,14 +105,35 @@ class Driver:
         return found.value
 
     def open(self, ordinal: int = 0) -> None:
-        """Chooses the device of this object. Raises DeviceError if there is none of this number."""
+        """Chooses the device of this object, which has to be there. Raises DeviceError if there is none of this number."""
         if not 0 <= ordinal < self.count():
             raise DeviceError(f"there is no device {ordinal}", why=f"{self._path} sees {self.count()}")
         self.ordinal = ordinal
-        self.bind()
+        with self.here():
+            pass
 
-    def bind(self) -> None:
-        """Makes the device the current one of this thread."""
+    @contextlib.contextmanager
+    def here(self) -> Iterator[None]:
+        """Makes the device this thread's for a while, with ``lock`` held.
+
+        The one that was before, such as torch's current one, is so again afterwards.
+        """
+        with self.lock:
+            own, before = self._own(), self._current()
+            if own != before:
+                self.call("bind", own)
+            try:
+                yield
+            finally:
+                if before not in (own, None):
+                    self.call("bind", before)
+
+    def _own(self) -> int:
+        """Returns what ``bind`` takes for the device of this object."""
+        raise NotImplementedError
+
+    def _current(self) -> int | None:
+        """Returns what ``bind`` takes for the device that is this thread's now, None if none is."""
         raise NotImplementedError
 
     def device_name(self) -> str:
@@ -175,12 +197,12 @@ class Driver:
 
     def load(self, image: bytes) -> int:
         """Loads a compiled module; those that nobody uses any more are given back."""
-        with self.lock:
+        with self.here():
             if self._unused:
                 self.call("synchronize_device")  # their kernels may still run
             while self._unused:
                 self.unload(self._unused.pop())
-        return self._made("load", ctypes.cast(ctypes.c_char_p(image), ctypes.c_void_p))
+            return self._made("load", ctypes.cast(ctypes.c_char_p(image), ctypes.c_void_p))
 
     def unload(self, module: int) -> None:
         """Gives a module back, of which no kernel runs."""
@@ -262,6 +284,7 @@ class MacaDriver(Driver):
         "init": ("Init", "u"),
         "count": ("GetDeviceCount", "p"),
         "bind": ("SetDevice", "i"),
+        "current": ("GetDevice", "p"),
         "name": ("DeviceGetName", "pii"),
         "memory": ("MemGetInfo", "pp"),
         "allocate": ("Malloc", "pz"),
@@ -303,8 +326,13 @@ class MacaDriver(Driver):
             found.append((function(status) or b"").decode(errors="replace") if function else "")
         return found[0] or "error", found[1] or "the runtime gives no text"
 
-    def bind(self) -> None:
-        self.call("bind", self.ordinal)
+    def _own(self) -> int:
+        return self.ordinal
+
+    def _current(self) -> int | None:
+        found = ctypes.c_int()
+        self.call("current", ctypes.byref(found))
+        return found.value
 
     def upload(self, target: int, source: int, size: int, stream: int) -> None:
         self.call("copy", target, source, size, _HOST_TO_DEVICE, stream)
@@ -331,6 +359,7 @@ class CudaDriver(Driver):
         "attribute": ("cuDeviceGetAttribute", "pii"),
         "context": ("cuDevicePrimaryCtxRetain", "pi"),
         "bind": ("cuCtxSetCurrent", "p"),
+        "current": ("cuCtxGetCurrent", "p"),
         "name": ("cuDeviceGetName", "pii"),
         "memory": ("cuMemGetInfo_v2", "pp"),
         "allocate": ("cuMemAlloc_v2", "pz"),
@@ -375,10 +404,13 @@ class CudaDriver(Driver):
             found.append((text.value or b"").decode(errors="replace"))
         return found[0] or "error", found[1] or "the driver gives no text"
 
-    def bind(self) -> None:
+    def _own(self) -> int:
         if not self._context:
             self._context = self._made("context", self.ordinal)
-        self.call("bind", self._context)
+        return self._context
+
+    def _current(self) -> int | None:
+        return self._made("current") or None
 
     def capability(self) -> str:
         """Returns the architecture as nvcc names it."""

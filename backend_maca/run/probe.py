@@ -196,29 +196,30 @@ def emulated(source: str = "") -> Launcher:
 @contextlib.contextmanager
 def on_device(driver: Driver, image: bytes, convention: int | None) -> Iterator[Launcher]:
     """Gives a launcher on a device; ``image`` is the probe's native code, ``convention`` how arguments are passed."""
-    module, stream = driver.load(image), driver.new_stream()
+    with driver.here():
+        module, stream = driver.load(image), driver.new_stream()
 
-    def launch(kernel: str, threads: int, shared_bytes: int, arguments: Sequence[Array | int]) -> None:
-        function = driver.function(module, kernel)
-        arrays = [a for a in arguments if not isinstance(a, int)]
-        places = [driver.allocate(a.nbytes) for a in arrays]
+        def launch(kernel: str, threads: int, shared_bytes: int, arguments: Sequence[Array | int]) -> None:
+            function = driver.function(module, kernel)
+            arrays = [a for a in arguments if not isinstance(a, int)]
+            places = [driver.allocate(a.nbytes) for a in arrays]
+            try:
+                for place, array in zip(places, arrays, strict=True):
+                    driver.upload(place, array.ctypes.data, array.nbytes, stream)
+                addresses = iter(places)
+                values = [a if isinstance(a, int) else next(addresses) for a in arguments]
+                driver.launch(function, (1, 1, 1), (threads, 1, 1), shared_bytes, stream, values, convention)
+                for place, array in zip(places, arrays, strict=True):
+                    driver.download(array.ctypes.data, place, array.nbytes, stream)
+            finally:
+                for place in places:
+                    driver.free(place)
+
         try:
-            for place, array in zip(places, arrays, strict=True):
-                driver.upload(place, array.ctypes.data, array.nbytes, stream)
-            addresses = iter(places)
-            values = [a if isinstance(a, int) else next(addresses) for a in arguments]
-            driver.launch(function, (1, 1, 1), (threads, 1, 1), shared_bytes, stream, values, convention)
-            for place, array in zip(places, arrays, strict=True):
-                driver.download(array.ctypes.data, place, array.nbytes, stream)
+            yield launch
         finally:
-            for place in places:
-                driver.free(place)
-
-    try:
-        yield launch
-    finally:
-        driver.destroy_stream(stream)
-        driver.unload(module)
+            driver.destroy_stream(stream)
+            driver.unload(module)
 
 
 def convention_of(driver: Driver, image: bytes) -> int | None:

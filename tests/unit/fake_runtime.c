@@ -13,13 +13,14 @@
 #include <unistd.h>
 
 enum { OK, INVALID_VALUE, OUT_OF_MEMORY, NOT_FOUND = 500, LAUNCH_FAILED = 719, NOT_PERMITTED = 800 };
-enum { DEVICES, MEMORY, TAKES_ADDRESSES, PACKED_END, RECORDS, ORDER };
-static int64_t settings[] = {1, 1 << 28, 1, -1, 1, 0};
+enum { DEVICES, MEMORY, TAKES_ADDRESSES, PACKED_END, RECORDS, ORDER, CURRENT };
+static int64_t settings[] = {1, 1 << 28, 1, -1, 1, 0, 0};
 static int64_t counts[6];  // launches, launches of graphs, copies, bytes in use, modules in use, streams in use
 static char fault[2048] = "unspecified launch failure";
 static int failed;
 
 void fake_set(int what, int64_t value) { settings[what] = value; }
+int64_t fake_get(int what) { return settings[what]; }
 int64_t fake_count(int what) { return counts[what]; }
 void fake_reset(void) {
   memset(counts, 0, sizeof(int64_t) * 3);
@@ -49,6 +50,7 @@ static Extent blocks[4096];
 static int block_count;
 
 static int allocate(void** place, size_t size) {
+  if (settings[CURRENT]) return INVALID_VALUE;  // this runtime is that of device 0
   if (counts[3] + (int64_t)size > settings[MEMORY] || block_count == 4096) return OUT_OF_MEMORY;
   if (posix_memalign(place, 256, size)) return OUT_OF_MEMORY;
   for (size_t i = 0; i + 1 < size; i += 2) memcpy((char*)*place + i, "\xcd\xff", 2);  // not yet written
@@ -99,6 +101,7 @@ typedef struct {
 static Graph* recording;
 
 static int load(void** place, const void* image) {
+  if (settings[CURRENT]) return INVALID_VALUE;
   const Elf64_Ehdr* head = image;
   if (memcmp(head->e_ident, ELFMAG, SELFMAG)) return INVALID_VALUE;
   const size_t size = head->e_shoff + (size_t)head->e_shnum * head->e_shentsize;
@@ -147,7 +150,7 @@ static int run_node(const Node* node) {
 
 static int launch(const Function* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
                   unsigned bz, unsigned shared, void* stream, void** addresses, void** extra) {
-  if (!gx || !gy || !gz || bx * by * bz > 1024 || shared > 65536) return INVALID_VALUE;
+  if (settings[CURRENT] || !gx || !gy || !gz || bx * by * bz > 1024 || shared > 65536) return INVALID_VALUE;
   Node node = {function, {gx, gy, gz}, {bx, by, bz}, shared, {0}};
   if (addresses) {
     if (!settings[TAKES_ADDRESSES]) return INVALID_VALUE;
@@ -191,11 +194,13 @@ static int device_count(int* count) {
   return OK;
 }
 static int made(void** place) {
+  if (settings[CURRENT]) return INVALID_VALUE;
   *place = malloc(1);
   return OK;
 }
 static int copied(void* target, const void* source, size_t size) {
   if (failed) return LAUNCH_FAILED;
+  if (settings[CURRENT]) return INVALID_VALUE;
   memmove(target, source, size);
   ++counts[2];
   return OK;
@@ -208,7 +213,8 @@ int F(GetErrorName)(int error, const char** text) { return *text = error_name(er
 int F(GetErrorString)(int error, const char** text) { return *text = error_text(error), OK; }
 int F(DeviceGetCount)(int* count) { return device_count(count); }
 int F(DevicePrimaryCtxRetain)(void** context, int device) { return *context = (void*)(intptr_t)(device + 7), OK; }
-int F(CtxSetCurrent)(void* context) { return context == (void*)7 ? OK : INVALID_VALUE; }
+int F(CtxSetCurrent)(void* context) { return settings[CURRENT] = (intptr_t)context - 7, OK; }
+int F(CtxGetCurrent)(void** context) { return *context = (void*)(intptr_t)(settings[CURRENT] + 7), OK; }
 int F(DeviceGetAttribute)(int* value, int attribute, int device) {
   return *value = attribute == 75 ? 9 : 0, OK;
 }
@@ -239,7 +245,8 @@ int F(GraphInstantiateWithFlags)(void** out, void* graph, unsigned long long fla
 const char* F(GetErrorName)(int error) { return error_name(error); }
 const char* F(GetErrorString)(int error) { return error_text(error); }
 int F(GetDeviceCount)(int* count) { return device_count(count); }
-int F(SetDevice)(int device) { return device < settings[DEVICES] ? OK : INVALID_VALUE; }
+int F(SetDevice)(int device) { return settings[CURRENT] = device, OK; }
+int F(GetDevice)(int* device) { return *device = (int)settings[CURRENT], OK; }
 int F(MemGetInfo)(size_t* free, size_t* total) {
   return *total = settings[MEMORY], *free = *total - counts[3], OK;
 }

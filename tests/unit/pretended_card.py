@@ -14,8 +14,8 @@ from spikingbrain.backend_maca.run import probe
 from spikingbrain.backend_maca.run.emulate import build
 
 SOURCE = Path(__file__).with_name("fake_runtime.c")
-DEVICES, MEMORY, TAKES_ADDRESSES, PACKED_END, RECORDS, ORDER = range(6)
-DEFAULTS = {DEVICES: 1, MEMORY: 1 << 28, TAKES_ADDRESSES: 1, PACKED_END: -1, RECORDS: 1, ORDER: 0}
+DEVICES, MEMORY, TAKES_ADDRESSES, PACKED_END, RECORDS, ORDER, CURRENT = range(7)
+DEFAULTS = {DEVICES: 1, MEMORY: 1 << 28, TAKES_ADDRESSES: 1, PACKED_END: -1, RECORDS: 1, ORDER: 0, CURRENT: 0}
 SHOWN = '__attribute__((visibility("default")))'
 MXCC = f"""#!{sys.executable}
 import sys
@@ -47,10 +47,13 @@ class Runtime:
         command = ["gcc", "-shared", "-fPIC", "-w", *flags, str(SOURCE), "-o", str(self.path), "-ldl"]
         subprocess.run(command, check=True)
         self._library = ctypes.CDLL(str(self.path))
-        self._library.fake_count.restype = ctypes.c_int64
+        self._library.fake_count.restype = self._library.fake_get.restype = ctypes.c_int64
 
     def set(self, what: int, value: int) -> None:
         self._library.fake_set(what, ctypes.c_int64(value))
+
+    def get(self, what: int) -> int:
+        return int(self._library.fake_get(what))
 
     def reset(self) -> None:
         for what, value in DEFAULTS.items():

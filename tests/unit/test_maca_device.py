@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from pretended_card import (
+    CURRENT,
     DEVICES,
     MEMORY,
     PACKED_END,
@@ -292,6 +293,21 @@ def test_torch_may_come_after_the_first_programs(
         (found, *_) = executable.call("step", arguments)
         assert found.address in taken
         np.testing.assert_array_equal(executable.to_host(found), executable.to_host(wanted))
+
+
+@pytest.mark.parametrize("name", ["mc", "cuda"])
+def test_the_card_that_a_process_works_with_stays_so(
+    exported: Any, runtimes: dict[str, Runtime], card: Runtime, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    runtime, device = runtimes[name], {"mc": "maca", "cuda": "maca-cuda"}[name]
+    monkeypatch.setattr(driver.CudaDriver.__init__, "__defaults__", (str(runtimes["cuda"].path),))
+    monkeypatch.setattr(images, "nvcc", lambda source, arch: native(source))
+    runtime.set(CURRENT, 3)  # as after torch.cuda.set_device(3)
+    found = steps(program(exported, device), LENGTHS)
+    assert runtime.get(CURRENT) == 3
+    assert runtime.graphs > 0
+    runtime.set(CURRENT, 0)
+    np.testing.assert_array_equal(found[0], steps(program(exported, "maca-emulator"), LENGTHS)[0])
 
 
 def test_tensors_of_another_card_are_refused(

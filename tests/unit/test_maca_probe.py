@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import shutil
 from collections.abc import Iterator, Sequence
@@ -101,6 +102,9 @@ class Card:
         self.convention, self.held = convention, {}
         self.modules = self.streams = 0
         self.kernels = emulate.Kernels(emulate.build(probe.SOURCE.read_text(), probe.KERNELS))
+
+    def here(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def load(self, image: bytes) -> int:
         assert image == b"native"
