@@ -50,6 +50,7 @@ OPERATIONS: dict[str, Callable[..., int]] = {
     "min": min,
     "and": lambda a, b: a & b,
     "or": lambda a, b: a | b,
+    "xor": lambda a, b: a ^ b,
     "eq": lambda a, b: int(a == b),
     "ne": lambda a, b: int(a != b),
     "lt": lambda a, b: int(a < b),
@@ -72,6 +73,7 @@ HOST_OPS = {
     "arith.select": "select",
     "arith.andi": "and",
     "arith.ori": "or",
+    "arith.xori": "xor",
 }
 VIEWS = ("memref.expand_shape", "memref.collapse_shape", "memref.cast", "memref.subview")
 FLOAT_PREDICATES = {

@@ -177,6 +177,30 @@ def test_the_plan_of_a_deep_model_stays_short() -> None:
         assert load(code).call("main", [np.zeros(length, np.float32)])[0].shape == (wanted,)
 
 
+@needs_cxx
+def test_conditions_of_the_host_may_be_negated() -> None:
+    text = STEP.replace(
+        "  %s1 = linalg",
+        """  %c0 = arith.constant 0 : index
+  %c3 = arith.constant 3 : index
+  %c9 = arith.constant 9 : index
+  %true = arith.constant true
+  %n = tensor.dim %x, %c0 : tensor<?xf32>
+  %above = arith.cmpi sgt, %n, %c3 : index
+  %below = arith.cmpi slt, %n, %c9 : index
+  %both = arith.andi %above, %below : i1
+  %neither = arith.xori %both, %true : i1
+  cf.assert %neither, "between"
+  %s1 = linalg""",
+        1,
+    )
+    program = load(compile_text(text))
+    for length in (3, 9):
+        assert program.call("main", [random(length), random(length), random(length)])
+    with pytest.raises(CallError, match="because: between"):
+        program.call("main", [random(5), random(5), random(5)])
+
+
 def test_memory_that_is_not_there_is_one_error() -> None:
     emulator = object.__new__(machine.Emulator)
     with pytest.raises(OutOfMemory, match="this machine has not enough memory"):
