@@ -44,8 +44,8 @@ def identity(text: str) -> list[Any]:
     return [str(Path(text).resolve()), [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]]
 
 
-def load(text: str, window: int | None, sinks: int) -> tuple[nn.Module, bool]:
-    """Returns the model of a folder, in float32, and whether it already spikes.
+def load(text: str, window: int | None, sinks: int, dtype: str) -> tuple[nn.Module, bool]:
+    """Returns the model of a folder, in a type of torch by name, and whether it already spikes.
 
     ``window`` and ``sinks`` choose the attention of a Llama; a SpikingBrain brings its own.
     """
@@ -55,15 +55,22 @@ def load(text: str, window: int | None, sinks: int) -> tuple[nn.Module, bool]:
     from spikingbrain.models.spikingbrain import checkpoint
     from spikingbrain.models.spikingbrain.spiking_checkpoint import is_spiking, load_spiking
 
+    kind = getattr(torch, dtype)
     if sources(text)[0] == LLAMA:
-        return llama_checkpoint.load(text, torch.float32, window=window, sinks=sinks), False
+        return llama_checkpoint.load(text, kind, window=window, sinks=sinks), False
     if window is not None or sinks:
         raise OptionError(
             "--window and --sinks are for a Llama", why="this model has them in its config.json"
         )
     if is_spiking(text):
-        return load_spiking(text, dtype=torch.float32), True
-    return checkpoint.load(text, torch.float32), False
+        if kind != torch.float32:
+            raise OptionError(
+                f"--dtype {dtype} with a spiking checkpoint",
+                why="its weights are integers, what lies between them is float32",
+                hint="leave --dtype out",
+            )
+        return load_spiking(text, dtype=kind), True
+    return checkpoint.load(text, kind), False
 
 
 def tokenizer(text: str) -> str | None:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from spikingbrain.frontend.capture import Entry
 
 ALIGN = 8192  # tokens of one prefill call at the most
-CACHES = ("float32", "float16", "bfloat16", "int8")
+DTYPES = ("float32", "float16", "bfloat16")
+CACHES = (*DTYPES, "int8")
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ class ModelOptions:
         window: attention over the last so many tokens; None: over all, in a cache of ``capacity`` tokens.
         sinks: first tokens that stay visible beyond the window.
         capacity: tokens kept with full attention.
-        cache: type in which keys and values of tokens are kept, of ``CACHES``.
+        dtype: type of weights and activations, of ``DTYPES``.
+        cache: type in which keys and values of tokens are kept, of ``CACHES``; None: ``dtype``.
         score: add the entry point ``score``, which returns the logits of every token.
         spike: how the linear layers spike; None: they do not.
         batch: texts that a call takes at the most.
@@ -88,7 +90,8 @@ class ModelOptions:
     window: int | None = None
     sinks: int = 0
     capacity: int = 2048
-    cache: str = "float32"
+    dtype: str = "float32"
+    cache: str | None = None
     score: bool = False
     spike: SpikeOptions | None = None
     batch: int = 1
@@ -121,8 +124,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache",
         choices=CACHES,
+        help="keys and values of earlier tokens: in 16 bits, or as codes of 8 bits with a scale; else as the weights",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
         default="float32",
-        help="keys and values of earlier tokens: as they are, in 16 bits, or as codes of 8 bits with a scale",
+        help="type of weights and activations; 16 bits take half the memory and time of a token",
     )
     parser.add_argument("--batch", type=int, default=1, help="texts that are read and continued side by side")
     parser.add_argument(
@@ -143,7 +151,21 @@ def model_options(args: argparse.Namespace) -> ModelOptions:
     spike = None if args.spike is None else SpikeOptions.parse(args.spike)
     if args.batch < 1:
         raise OptionError(f"--batch {args.batch}: a call takes one text at the least")
-    return ModelOptions(args.window, args.sinks, args.capacity, args.cache, spike=spike, batch=args.batch)
+    if spike is not None and args.dtype != "float32":
+        raise OptionError(
+            f"--dtype {args.dtype} with --spike",
+            why="weights of spiking layers are integers, what lies between them is float32",
+            hint="leave --dtype out",
+        )
+    return ModelOptions(
+        args.window,
+        args.sinks,
+        args.capacity,
+        dtype=args.dtype,
+        cache=args.cache,
+        spike=spike,
+        batch=args.batch,
+    )
 
 
 def smollm2(options: ModelOptions) -> NamedModel:
@@ -152,7 +174,10 @@ def smollm2(options: ModelOptions) -> NamedModel:
     from spikingbrain.models.llama import smollm2 as source
 
     path = source.locate()
-    model = source.load(window=options.window, sinks=options.sinks).eval()
+    import torch
+
+    kind = getattr(torch, options.dtype)
+    model = source.load(window=options.window, sinks=options.sinks, dtype=kind).eval()
     _spike(model, options)
     template = chat_template(path)
     chat = {"template": template} if template else {}
@@ -161,7 +186,7 @@ def smollm2(options: ModelOptions) -> NamedModel:
 
 def in_folder(folder: str, options: ModelOptions) -> NamedModel:
     """The model of a checkpoint's folder."""
-    model, spikes = checkpoint_models.load(folder, options.window, options.sinks)
+    model, spikes = checkpoint_models.load(folder, options.window, options.sinks, options.dtype)
     if not spikes:
         _spike(model, options)
     tokenizer = checkpoint_models.tokenizer(folder)
@@ -190,7 +215,8 @@ def _ready(
     from spikingbrain.frontend.capture import Entry
 
     several = min(options.batch, 2)
-    state = model.initial_state(several, options.capacity, getattr(torch, options.cache))
+    cache = None if options.cache is None else getattr(torch, options.cache)
+    state = model.initial_state(several, options.capacity, cache)
     some, one = torch.zeros(several, 5, dtype=torch.int64), torch.zeros(several, 1, dtype=torch.int64)
     lengths = torch.tensor([5, 3][:several])
     texts: dict[str, Any] = {}
