@@ -41,12 +41,14 @@ class LowerGroupedLinear:
                 if packed:
                     known = routings.setdefault(hash(op.block), {})
                     columns = op.attributes["columns"].value
-                    y = emit_grouped_linear(x, weight, expert, columns, context.target, known)
+                    rows = build.converted(x, ir.F32Type.get())
+                    y = emit_grouped_linear(rows, weight, expert, columns, context.target, known)
+                    y = build.converted(y, ir.RankedTensorType(x.type).element_type)
                 elif reason:
                     y = _gathering(x, weight, expert, op.results[0].type)
                 else:
-                    rows = tiles.setdefault(hash(op.block), {})
-                    y = wave.emit_grouped_linear(x, weight, expert, rows, context.target.tuning)
+                    sorted_rows = tiles.setdefault(hash(op.block), {})
+                    y = wave.emit_grouped_linear(x, weight, expert, sorted_rows, context.target.tuning)
             op.results[0].replace_all_uses_with(y)
             context.record(self, "lowered", op, f"linalg: {reason}" if reason else "kernel")
             op.erase()

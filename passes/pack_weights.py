@@ -14,8 +14,7 @@ from spikingbrain.passes.kernels.linear import packed_block
 _LINEARS = ("spikingbrain.linear", "spikingbrain.grouped_linear")
 _EMBEDDING = "spikingbrain.embedding"
 _PLAIN_RANK = dict(zip((*_LINEARS, _EMBEDDING), (2, 3, 2), strict=True))  # of a weight that is not packed yet
-_HALVES = ("f32", "f16", "bf16")
-_PACKED = dict(zip((*_LINEARS, _EMBEDDING), (_HALVES, ("f32",), _HALVES), strict=True))
+_PACKED = ("f32", "f16", "bf16")
 
 
 @dataclass(frozen=True)
@@ -48,11 +47,7 @@ def _pack(op: ir.Operation, block: int) -> tuple[str, ...] | None:
     """Packs operand 1 of ``op`` if it is stored, each of its matrices; returns the tensors it is made from."""
     weight = parameters.parameter(op.operands[1])
     type_ = ir.RankedTensorType(op.operands[1].type)
-    if (
-        weight is None
-        or type_.rank != _PLAIN_RANK[op.name]
-        or str(type_.element_type) not in _PACKED[op.name]
-    ):
+    if weight is None or type_.rank != _PLAIN_RANK[op.name] or str(type_.element_type) not in _PACKED:
         return None
     *stack, n, k = type_.shape
     old = parameters.stored(weight)

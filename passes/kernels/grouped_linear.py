@@ -25,11 +25,13 @@ class Shape:
     routing: Routing
     channels: int
     columns: int
+    stored_as: str = "f32"  # type of the weight
 
     @property
     def name(self) -> str:
         m = "" if self.routing.rows is None else self.routing.rows
-        return f"grouped_linear_e{self.routing.experts}_k{self.channels}_n{self.columns}_m{m}"
+        kind = "" if self.stored_as == "f32" else f"_{self.stored_as}"
+        return f"grouped_linear{kind}_e{self.routing.experts}_k{self.channels}_n{self.columns}_m{m}"
 
     def stored(self, cut: Schedule) -> list[int]:
         """Returns the shape of the packed weight."""
@@ -41,13 +43,14 @@ def emit_grouped_linear(
 ) -> ir.Value:
     """Emits launches of ``y_r = weight[expert_r] x_r`` at the insertion point; returns y, ``[R, columns]``.
 
-    ``x`` is ``[R, K]`` with R static or dynamic, ``weight`` is packed by ``packed_block(target)``, both f32; ``expert`` is
-    ``[R]`` i64. Rows that are sorted once are kept in ``routings``, which serves one block of operations.
+    ``x`` is ``[R, K]`` of f32 with R static or dynamic, ``weight`` is packed by ``packed_block(target)``, of f32, f16 or bf16;
+    ``expert`` is ``[R]`` i64. Rows that are sorted once are kept in ``routings``, which serves one block of operations.
     """
     x_type = ir.RankedTensorType(x.type)
     m, k = x_type.shape
-    packed = ir.RankedTensorType(weight.type).shape
-    shape = Shape(Routing(packed[0], None if x_type.is_dynamic_dim(0) else m), k, columns)
+    weight_type = ir.RankedTensorType(weight.type)
+    packed, kind = weight_type.shape, str(weight_type.element_type)
+    shape = Shape(Routing(packed[0], None if x_type.is_dynamic_dim(0) else m), k, columns, kind)
     cut = schedule(k, target)
     if packed != shape.stored(cut):
         raise ValueError(f"a packed weight of {columns} columns is {shape.stored(cut)}, got {packed}")
@@ -71,7 +74,8 @@ def build_grouped_linear(shape: Shape, target: Target) -> func.FuncOp:
     cut = schedule(shape.channels, target)
     index_type, f32 = ir.IndexType.get(), ir.F32Type.get()
     m = ir.ShapedType.get_dynamic_size() if shape.routing.rows is None else shape.routing.rows
-    memrefs = [ir.MemRefType.get(s, f32) for s in ([m, shape.channels], shape.stored(cut))]
+    stored_as = ir.Type.parse(shape.stored_as)
+    memrefs = [ir.MemRefType.get([m, shape.channels], f32), ir.MemRefType.get(shape.stored(cut), stored_as)]
     memrefs += [*shape.routing.types(), ir.MemRefType.get([m, shape.columns], f32)]
     function = func.FuncOp(shape.name, ([index_type] * 3 + memrefs, []), visibility="private")
     entry = function.add_entry_block()

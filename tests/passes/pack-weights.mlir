@@ -47,12 +47,20 @@ func.func @experts(%x: tensor<?x4xf32>, %e: tensor<?xi64>) -> tensor<?x40xf32> {
   return %y : tensor<?x40xf32>
 }
 
-// There are kernels for f32 only.
+// There are kernels for weights of 16 bits, none for those of f64.
 // CHECK-LABEL: func.func @half_experts(
-// CHECK-NOT:     pack_columns
-// CHECK:         return
+// CHECK:         recipe = ["pack_columns block=16"], sources = ["experts"]} : () -> tensor<5x3x4x16xbf16>
 func.func @half_experts(%x: tensor<?x4xbf16>, %e: tensor<?xi64>) -> tensor<?x40xbf16> {
   %w = "spikingbrain.parameter"() {sources = ["experts"], recipe = []} : () -> tensor<5x40x4xbf16>
   %y = "spikingbrain.grouped_linear"(%x, %w, %e) {columns = 40 : i64} : (tensor<?x4xbf16>, tensor<5x40x4xbf16>, tensor<?xi64>) -> tensor<?x40xbf16>
   return %y : tensor<?x40xbf16>
+}
+
+// CHECK-LABEL: func.func @double_experts(
+// CHECK-NOT:     pack_columns
+// CHECK:         return
+func.func @double_experts(%x: tensor<?x4xf64>, %e: tensor<?xi64>) -> tensor<?x40xf64> {
+  %w = "spikingbrain.parameter"() {sources = ["experts"], recipe = []} : () -> tensor<5x40x4xf64>
+  %y = "spikingbrain.grouped_linear"(%x, %w, %e) {columns = 40 : i64} : (tensor<?x4xf64>, tensor<5x40x4xf64>, tensor<?xi64>) -> tensor<?x40xf64>
+  return %y : tensor<?x40xf64>
 }

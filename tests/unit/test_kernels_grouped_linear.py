@@ -41,6 +41,7 @@ class Case:
     k: int
     columns: int
     rows: int | None = None  # None: any number
+    kind: str = "f32"
 
 
 CASES = {
@@ -50,19 +51,20 @@ CASES = {
     "few_rows": Case(4, 66, 33, rows=3),
     "fixed_rows": Case(40, 24, 16, rows=11),
     "several_groups": Case(3, 64, 1000),
+    "halves": Case(5, 37, 70, kind="f16"),
 }
 
 
 def _function(name: str, case: Case) -> str:
     m = "?" if case.rows is None else case.rows
-    n, k, o = case.experts, case.k, case.columns
+    n, k, o, kind = case.experts, case.k, case.columns, case.kind
     return f"""
-func.func @{name}(%x: tensor<{m}x{k}xf32>, %e: tensor<{m}xi64>) -> tensor<{m}x{o}xf32>
+func.func @{name}(%x: tensor<{m}x{k}x{kind}>, %e: tensor<{m}xi64>) -> tensor<{m}x{o}x{kind}>
     attributes {{spikingbrain.weight_arguments}} {{
-  %w = "spikingbrain.parameter"() {{sources = ["w"], recipe = []}} : () -> tensor<{n}x{o}x{k}xf32>
+  %w = "spikingbrain.parameter"() {{sources = ["w"], recipe = []}} : () -> tensor<{n}x{o}x{k}x{kind}>
   %y = "spikingbrain.grouped_linear"(%x, %w, %e) {{columns = {o} : i64}}
-    : (tensor<{m}x{k}xf32>, tensor<{n}x{o}x{k}xf32>, tensor<{m}xi64>) -> tensor<{m}x{o}xf32>
-  return %y : tensor<{m}x{o}xf32>
+    : (tensor<{m}x{k}x{kind}>, tensor<{n}x{o}x{k}x{kind}>, tensor<{m}xi64>) -> tensor<{m}x{o}x{kind}>
+  return %y : tensor<{m}x{o}x{kind}>
 }}"""
 
 
@@ -108,13 +110,16 @@ def reference(x: Array, weight: Array, expert: Array) -> Array:
 
 def check(program: Program, name: str, expert: Array, rng: np.random.Generator) -> None:
     case = CASES[name]
-    weight = rng.standard_normal((case.experts, case.columns, case.k)).astype(np.float32)
-    x = rng.standard_normal((len(expert), case.k)).astype(np.float32)
+    kind = np.float16 if case.kind == "f16" else np.float32
+    weight = rng.standard_normal((case.experts, case.columns, case.k)).astype(kind)
+    x = rng.standard_normal((len(expert), case.k)).astype(kind)
     y, expected = program(name, x, weight, expert), reference(x, weight, expert)
-    bound = reference(np.abs(x), np.abs(weight), expert) + 1  # of the terms that were added up
+    bound = 1e-6 * (reference(np.abs(x), np.abs(weight), expert) + 1)  # of the terms that were added up
+    if kind == np.float16:
+        bound += 2.0**-11 * np.abs(expected)  # rounded once
     assert y.shape == expected.shape
     np.testing.assert_array_equal(np.isnan(y), np.isnan(expected))
-    assert np.all((np.abs(y - expected) <= 1e-6 * bound) | np.isnan(expected))
+    assert np.all((np.abs(y - expected) <= bound) | np.isnan(expected))
 
 
 @pytest.mark.parametrize("name", CASES)
