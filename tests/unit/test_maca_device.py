@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import shutil
 import sys
+import threading
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -308,6 +309,24 @@ def test_the_card_that_a_process_works_with_stays_so(
     assert runtime.graphs > 0
     runtime.set(CURRENT, 0)
     np.testing.assert_array_equal(found[0], steps(program(exported, "maca-emulator"), LENGTHS)[0])
+
+
+def test_threads_may_share_a_card(exported: Any, card: Runtime) -> None:
+    programs = [program(exported, "maca") for _ in range(2)]
+    wanted, found = steps(program(exported, "maca-emulator"), LENGTHS), {}
+
+    def work(number: int) -> None:
+        found[number] = steps(programs[number % 2], LENGTHS)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    for results in found.values():
+        for mine, right in zip(results, wanted, strict=True):
+            np.testing.assert_array_equal(mine, right)
 
 
 def test_tensors_of_another_card_are_refused(
