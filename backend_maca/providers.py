@@ -60,13 +60,13 @@ TORCH: Mapping[str, tuple[Provider, ...]] = {
     "attention": (
         Provider(
             "mcflashattn",
-            "float16 and bfloat16, heads of up to 256 channels (values the same), no sinks",
+            "float16 and bfloat16, heads of up to 256 channels (values the same), no sinks, no positions as data",
             "results and gradients of a stand-in for `flash_attn`; the vendor's was not called",
             "flash_attn",
         ),
         Provider(
             "triton",
-            "heads of up to 256 channels (128 in float32); windows, sinks, grouped heads, fewer queries than keys",
+            "heads of up to 256 channels (128 in float32); windows, sinks, grouped heads, fewer queries, positions as data",
             _INTERPRETER,
         ),
         _TORCH,

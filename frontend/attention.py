@@ -289,6 +289,7 @@ def _raise(graph: fx.Graph, found: _Attention, refuse: Refuse, any_size: bool) -
     if sizes["t"] > sizes["n"]:
         raise NotShown("there are more queries than keys")
     window = window_of(found.seen, sizes["t"], sizes["n"], any_size)
+    options = (window.window, window.sinks, found.scale)
     emit = Emitter(graph, getattr(_val(node), "fake_mode", None))
     emit.trace = node.meta.get("stack_trace")
     of_q, of_k, of_v = (_untwisted(x, axes) for x, axes in zip((q, k, v), found.axes, strict=False))
@@ -297,18 +298,45 @@ def _raise(graph: fx.Graph, found: _Attention, refuse: Refuse, any_size: bool) -
         given = [
             _arranged(emit, *x, wanted) for x, wanted in ((of_q, "bthd"), (of_k, "bnhd"), (of_v, "bnhe"))
         ]
-        if reason := refuse(*(_val(x) for x in given), window.window, window.sinks, found.scale):
+        positions: list[fx.Node | None] = [None, None]
+        if window.query is not None and window.key is not None:
+            positions = [
+                _positions(emit, x, sizes["b"], sizes[axis])
+                for x, axis in ((window.query, "t"), (window.key, "n"))
+            ]
+        values = [_val(x) for x in given], [None if x is None else _val(x) for x in positions]
+        if reason := refuse(*values[0], *options, *values[1]):
             raise NotShown(reason)
-        both = emit.op(_WINDOWED, *given, window.window, window.sinks, found.scale)
+        both = emit.op(_WINDOWED, *given, *options, *positions)
         o = emit.op(operator.getitem, both, 0)
         o = _arranged(emit, o, "bthe", found.axes[3])
     node.replace_all_uses_with(o)
     return AttentionReport("raised", "window_attention", str(user_line(node) or ""), _told(window))
 
 
+def _positions(emit: Emitter, given: Affine, batch: int, length: int) -> fx.Node:
+    """Emits positions [batch, length] that a mask compares; ``given`` is a function of [batch, 1, queries, keys]."""
+    places = emit.op(aten.arange.default, length)
+    factor = given.factors[2] + given.factors[3]
+    total = emit.op(aten.add.Tensor, emit.op(aten.mul.Tensor, places, factor), given.constant)
+    total = emit.op(aten.unsqueeze.default, total, 0)
+    for data, factor in given.data:
+        x, axes = data.node, list(data.axes)
+        for i in reversed([i for i, a in enumerate(axes) if a is None]):
+            x = emit.op(aten.squeeze.dim, x, i)
+            del axes[i]
+        if axes and axes[0] != -4:  # the same for all of the batch
+            x = emit.op(aten.unsqueeze.default, x, 0)
+        elif len(axes) < 2:
+            x = emit.op(aten.unsqueeze.default, x, -1)
+        total = emit.op(aten.add.Tensor, total, emit.op(aten.mul.Tensor, x, factor))
+    return emit.op(aten.expand.default, total, [batch, length])
+
+
 def _told(window: Window) -> str:
     seen = f"a window of {window.window}" if window.window else "all positions before"
-    return f"{seen}{f' and {window.sinks} sinks' if window.sinks else ''}"
+    of_data = "" if window.key is None else ", positions as data"
+    return f"{seen}{f' and {window.sinks} sinks' if window.sinks else ''}{of_data}"
 
 
 def _arranged(emit: Emitter, x: fx.Node, axes: str, wanted: str) -> fx.Node:

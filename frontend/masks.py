@@ -1,20 +1,21 @@
 """Which keys a query sees, read off a mask's ops by algebra: no mask is computed.
 
 A mask is boolean, or added to scores: 0 where a query sees a key and at most `BLOCKED` where it does not. Every value in it is an
-affine function of its indices, or a conjunction of clauses, each a disjunction of bounds ``affine >= 0``, or such a condition as
-numbers. The bounds that remain tell the window and the sinks, however they were spelled, at any length.
+affine function of its indices and of integers that are data, such as the positions of a cache; or a conjunction of clauses, each
+a disjunction of bounds ``affine >= 0``; or such a condition as numbers. The bounds that remain tell the window and the sinks,
+however they were spelled, at any length.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 aten = torch.ops.aten
 
@@ -27,15 +28,45 @@ class NotShown(Exception):
 
 
 @dataclass(frozen=True)
+class Data:
+    """A tensor of integers that the graph is given or computes; ``axes``: where its own lie, counted from the last, -1."""
+
+    node: fx.Node
+    axes: tuple[int | None, ...]  # None for one of size 1
+
+    def moved(self, to: Mapping[int, int]) -> Data:
+        if any(a is not None and a not in to for a in self.axes):
+            raise NotShown("the mask takes parts of positions that are data")
+        return Data(self.node, tuple(None if a is None else to[a] for a in self.axes))
+
+
+_Terms = tuple[tuple[Data, int], ...]  # data and their factors, in order of their names
+
+
+def _terms(given: Iterable[tuple[Data, int]]) -> _Terms:
+    total: dict[Data, int] = {}
+    for data, factor in given:
+        total[data] = total.get(data, 0) + factor
+    return tuple(
+        sorted(((d, f) for d, f in total.items() if f), key=lambda t: (t[0].node.name, str(t[0].axes)))
+    )
+
+
+@dataclass(frozen=True)
 class Affine:
-    """``constant + sum of factors[d] * index along axis d``; an axis of size 1 has the factor 0."""
+    """``constant + sum of factors[d] * index along axis d + data``; an axis of size 1 has the factor 0."""
 
     shape: tuple[int, ...]
     factors: tuple[int, ...]
     constant: int
+    data: _Terms = ()
 
-    def moved(self, shape: Sequence[int], factors: Sequence[int], more: int = 0) -> Affine:
-        return Affine(tuple(shape), tuple(factors), self.constant + more)
+    def moved(
+        self, shape: Sequence[int], factors: Sequence[int], more: int = 0, to: Mapping[int, int] | None = None
+    ) -> Affine:
+        """Returns a view: ``to`` tells where axes lie in it that data may have, all if it is None."""
+        data = self.data if to is None else _terms((d.moved(to), f) for d, f in self.data)
+        return Affine(tuple(shape), tuple(factors), self.constant + more, data)
 
 
 @dataclass(frozen=True)
@@ -48,12 +79,15 @@ class Condition:
     @staticmethod
     def of(shape: Sequence[int], clauses: Sequence[Sequence[Affine]]) -> Condition:
         """Returns the condition without what follows from the rest of it."""
-        kept: list[dict[tuple[int, ...], int]] = []  # of each clause: factors -> constant
+        kept: list[
+            dict[tuple[tuple[int, ...], _Terms], int]
+        ] = []  # of each clause: factors and data -> constant
         for clause in clauses:
-            bounds: dict[tuple[int, ...], int] = {}
+            bounds: dict[tuple[tuple[int, ...], _Terms], int] = {}
             for b in clause:
-                bounds[b.factors] = max(b.constant, bounds.get(b.factors, b.constant))
-            signs = {f: _sign(f, c) for f, c in bounds.items()}
+                key = (b.factors, b.data)
+                bounds[key] = max(b.constant, bounds.get(key, b.constant))
+            signs = {(f, d): 0 if d else _sign(f, c) for (f, d), c in bounds.items()}
             if 1 in signs.values():
                 continue
             bounds = {f: c for f, c in bounds.items() if signs[f] == 0}
@@ -63,7 +97,8 @@ class Condition:
             raise NotShown("the mask has too many conditions")
         shape = tuple(shape)
         return Condition(
-            shape, frozenset(frozenset(Affine(shape, f, c) for f, c in one.items()) for one in kept)
+            shape,
+            frozenset(frozenset(Affine(shape, f, c, d) for (f, d), c in one.items()) for one in kept),
         )
 
 
@@ -102,10 +137,16 @@ Value = Affine | Condition | Added | Number | Ones
 
 @dataclass(frozen=True)
 class Window:
-    """``key <= position and (key > position - window or key < sinks)``; a window of 0 is unlimited."""
+    """``0 <= key <= position and (key > position - window or key < sinks)``; a window of 0 is unlimited.
+
+    ``query`` and ``key`` are the positions, functions of [batch, 1, queries, keys] that are data; if None, the queries are the
+    last positions.
+    """
 
     window: int
     sinks: int
+    query: Affine | None = None
+    key: Affine | None = None
 
 
 def _sign(factors: Sequence[int], constant: int) -> int:
@@ -128,6 +169,8 @@ def window_of(seen: Sequence[Condition], queries: int, keys: int, any_size: bool
     Raises:
         NotShown: they are no such window.
     """
+    if any(bound.data for condition in seen for clause in condition.clauses for bound in clause):
+        return _window_of_data(seen, (queries, keys))
     shift, found = keys - queries, set[Window]()
     causal = queries == 1  # the only query is at the last key
     for clause in set().union(*(c.clauses for c in seen)):
@@ -163,6 +206,76 @@ def window_of(seen: Sequence[Condition], queries: int, keys: int, any_size: bool
     return found.pop() if found else Window(0, 0)
 
 
+def _window_of_data(seen: Sequence[Condition], sizes: tuple[int, int]) -> Window:
+    """Returns the window of queries and keys whose positions are data."""
+    clauses = [
+        [_parted(bound, sizes) for bound in clause] for clause in set().union(*(c.clauses for c in seen))
+    ]
+    causal = {
+        (c[0][0], c[0][1])
+        for c in clauses
+        if len(c) == 1 and _is_key(c[0][1], -1) and not _is_nothing(c[0][0])
+    }
+    if len(causal) != 1:
+        raise NotShown("queries see later positions" if not causal else "the mask is no window of positions")
+    ((query, minus_key),) = causal
+    key = _sum(_affine(0, minus_key.shape), minus_key, -1)  # its constant is 0: that of the bound is in query
+    found, there = set[Window](), key.data == () and min(key.factors) >= 0
+    for clause in clauses:
+        near = sinks = None
+        for of_query, of_key in clause:
+            if (
+                _sum(of_query, query)
+                == replace(_affine(0, query.shape), constant=of_query.constant + query.constant)
+                and of_key == key
+            ):
+                near = of_query.constant + query.constant + 1  # key >= query - (window - 1)
+            elif _is_nothing(of_query) and of_key == minus_key:
+                sinks = of_query.constant + 1
+            elif _is_nothing(of_query) and of_key == key and of_query.constant == 0 and len(clause) == 1:
+                there = True
+            elif (of_query, of_key) != (query, minus_key) or len(clause) != 1:
+                raise NotShown("the mask is no window of positions")
+        if near is not None:
+            found.add(Window(near, max(0, sinks or 0), query, key))
+        elif sinks is not None:
+            raise NotShown("the mask is no window of positions")
+    if not there:
+        raise NotShown("keys at negative positions are seen")
+    if len(found) > 1 or any(w.window < 1 for w in found):
+        raise NotShown("the mask is more than one window, or a query does not see its own position")
+    return found.pop() if found else Window(0, 0, query, key)
+
+
+def _parted(bound: Affine, sizes: tuple[int, int]) -> tuple[Affine, Affine]:
+    """Returns a bound as the sum of what differs between queries, with the constant, and what differs between keys."""
+    shape = (0, 1, *sizes)
+    factors = ((0,) * 4 + bound.factors)[-4:]
+    if any(factors[:2]) or any(
+        a is not None and a not in (-1, -2, -4) for d, _ in bound.data for a in d.axes
+    ):
+        raise NotShown("the mask differs between heads")
+    of_keys = [(d, f) for d, f in bound.data if -1 in d.axes]
+    if any(-2 in d.axes for d, _ in of_keys):
+        raise NotShown("the mask is data of queries and keys together")
+    of_queries = [t for t in bound.data if t not in of_keys]
+    return (
+        Affine(shape, (0, 0, factors[2], 0), bound.constant, _terms(of_queries)),
+        Affine(shape, (0, 0, 0, factors[3]), 0, _terms(of_keys)),
+    )
+
+
+def _is_nothing(x: Affine) -> bool:
+    return not any(x.factors) and not x.data
+
+
+def _is_key(x: Affine, sign: int) -> bool:
+    """Returns whether something that differs between keys is their position, times ``sign``."""
+    if x.data:
+        return not any(x.factors) and [f for _, f in x.data] == [sign]
+    return x.factors == (0, 0, 0, sign)
+
+
 class Reader:
     """Reads the values of a functional graph of ATen ops at known sizes."""
 
@@ -182,20 +295,31 @@ class Reader:
 
     def value(self, node: fx.Node) -> Value:
         if node not in self._known:
-            if node.op != "call_function":
-                raise NotShown(
-                    "the mask depends on data"
-                    if node.op == "placeholder"
-                    else "the mask is a tensor of the model"
-                )
-            rule = _RULES.get(node.target) if not node.meta.get("opaque") else None
-            if rule is None:
-                raise NotShown(f"the mask is made with {node.target}")
             try:
-                self._known[node] = rule(self, node, *node.args, **node.kwargs)
-            except (TypeError, ValueError, IndexError) as error:  # arguments that its rule does not know
-                raise NotShown(f"the mask is made with a form of {node.target} that is not read") from error
+                self._known[node] = self._read(node)
+            except NotShown:
+                value = node.meta.get("val")
+                if not isinstance(value, Tensor) or value.dtype not in (torch.int32, torch.int64):
+                    raise
+                shape = _shape(node)
+                axes = [None if n == 1 else d - len(shape) for d, n in enumerate(shape)]
+                self._known[node] = Affine(shape, (0,) * len(shape), 0, ((Data(node, tuple(axes)), 1),))
         return self._known[node]
+
+    def _read(self, node: fx.Node) -> Value:
+        if node.op != "call_function":
+            raise NotShown(
+                "the mask depends on data"
+                if node.op == "placeholder"
+                else "the mask is a tensor of the model"
+            )
+        rule = _RULES.get(node.target) if not node.meta.get("opaque") else None
+        if rule is None:
+            raise NotShown(f"the mask is made with {node.target}")
+        try:
+            return rule(self, node, *node.args, **node.kwargs)
+        except (TypeError, ValueError, IndexError) as error:  # arguments that its rule does not know
+            raise NotShown(f"the mask is made with a form of {node.target} that is not read") from error
 
     def either(self, given: Any) -> Any:
         """Returns the value of a node, a number as it is."""
@@ -238,8 +362,11 @@ def _relabelled(reader: Reader, node: fx.Node, axes: Sequence[int | None]) -> Va
     """Returns a view whose axis d is axis ``axes[d]`` of its source, or new."""
     shape = _shape(node)
 
+    rank = len(_shape(node.args[0]))
+    to = {a - rank: d - len(axes) for d, a in enumerate(axes) if a is not None}
+
     def move(x: Affine) -> Affine:
-        return x.moved(shape, [0 if a is None else x.factors[a] for a in axes])
+        return x.moved(shape, [0 if a is None else x.factors[a] for a in axes], to=to)
 
     return _viewed(reader.value(node.args[0]), shape, move)
 
@@ -300,11 +427,14 @@ def _slice(
     first = 0 if start is None else max(0, start + size if start < 0 else start)
     shape = _shape(node)
 
+    kept = {a - len(shape): a - len(shape) for a in range(len(shape)) if a != dim % len(shape)}
+    to = None if shape == _shape(x) else kept
+
     def move(a: Affine) -> Affine:
         factors = list(a.factors)
         more = factors[dim] * first
         factors[dim] = factors[dim] * step if shape[dim] != 1 else 0
-        return a.moved(shape, factors, more)
+        return a.moved(shape, factors, more, to)
 
     return _viewed(reader.value(x), shape, move)
 
@@ -313,8 +443,11 @@ def _select(reader: Reader, node: fx.Node, x: fx.Node, dim: int, index: int) -> 
     size, shape = _shape(x), _shape(node)
     at, place = index % size[dim], dim % len(size)
 
+    rank = len(size)
+    to = {a - rank: a - rank + (a < place) for a in range(rank) if a != place}
+
     def move(a: Affine) -> Affine:
-        return a.moved(shape, a.factors[:place] + a.factors[place + 1 :], a.factors[place] * at)
+        return a.moved(shape, a.factors[:place] + a.factors[place + 1 :], a.factors[place] * at, to)
 
     return _viewed(reader.value(x), shape, move)
 
@@ -355,6 +488,8 @@ def _to(reader: Reader, node: fx.Node, x: fx.Node, *_: Any, **__: Any) -> Value:
         if isinstance(value, (Added, Number))
         else dtype in (torch.int32, torch.int64)
     )
+    if isinstance(value, Affine) and value.data and not kept:
+        raise NotShown("the mask depends on data")
     if not kept:
         raise NotShown(f"the mask is cast to {str(dtype).removeprefix('torch.')}")
     return value
@@ -375,7 +510,8 @@ def _affine(given: Any, shape: Sequence[int]) -> Affine:
 
 def _sum(a: Affine, b: Affine, times: int = 1, more: int = 0) -> Affine:
     factors = [x + times * y for x, y in zip(a.factors, b.factors, strict=True)]
-    return Affine(a.shape, tuple(factors), a.constant + times * b.constant + more)
+    data = _terms([*a.data, *((d, times * f) for d, f in b.data)])
+    return Affine(a.shape, tuple(factors), a.constant + times * b.constant + more, data)
 
 
 def _add(reader: Reader, node: fx.Node, a: Any, b: Any, *, alpha: int = 1) -> Value:
@@ -402,7 +538,7 @@ def _times(reader: Reader, node: fx.Node, a: Any, b: Any) -> Value:
         return Added(opposite(left.seen))
     if isinstance(left, Affine) and isinstance(right, int):
         whole = _affine(left, shape)
-        return Affine(whole.shape, tuple(f * right for f in whole.factors), whole.constant * right)
+        return _sum(_affine(0, shape), whole, right)
     if isinstance(left, Ones) and isinstance(right, Ones):
         return Ones(_and(shape, left.seen, right.seen))
     return _and(shape, _condition(left, shape), _condition(right, shape))
@@ -462,6 +598,8 @@ def _diff(
     shape, source = _shape(node), reader.value(x)
     if n != 1 or before is None or after is not None or _shape(before)[dim] != 1:
         raise NotShown("the mask has differences of another kind")
+    if isinstance(source, Affine) and source.data:
+        raise NotShown("the mask has differences of data")
     step = _affine(source, shape).factors[dim]
     to_first = _sum(_affine(source, shape), _affine(reader.value(before), shape), -1)
     factors = tuple(0 if d == dim % len(shape) else f for d, f in enumerate(to_first.factors))
@@ -478,7 +616,7 @@ def _cumsum(reader: Reader, node: fx.Node, x: fx.Node, *_: Any, **__: Any) -> Va
 
 def _index(reader: Reader, node: fx.Node, x: fx.Node, indices: Sequence[fx.Node | None]) -> Value:
     shape, source = _shape(node), reader.value(x)
-    if not isinstance(source, Affine) or len(indices) != len(source.shape) or None in indices:
+    if not isinstance(source, Affine) or source.data or len(indices) != len(source.shape) or None in indices:
         raise NotShown("the mask is indexed by tensors")
     made = Affine(shape, (0,) * len(shape), source.constant)
     for factor, index in zip(source.factors, indices, strict=True):
@@ -510,10 +648,7 @@ def opposite(value: Condition) -> Condition:
     """Returns the condition that holds where ``value`` does not."""
     if math.prod(max(1, len(c)) for c in value.clauses) > _MOST_CLAUSES:
         raise NotShown("the mask has too many conditions")
-    turned = [
-        [replace(b, factors=tuple(-f for f in b.factors), constant=-b.constant - 1) for b in clause]
-        for clause in value.clauses
-    ]
+    turned = [[_sum(_affine(0, b.shape), b, -1, -1) for b in clause] for clause in value.clauses]
     return Condition.of(value.shape, [list(c) for c in itertools.product(*turned)])
 
 
@@ -539,7 +674,7 @@ def _chosen(shape: Sequence[int], condition: Condition, there: Any, elsewhere: A
     for when, x in ((condition, there), (opposite(condition), elsewhere)):
         if isinstance(x, (int, float)) and not isinstance(x, bool):
             x = Number(tuple(shape), float(x))
-        if isinstance(x, Affine) and not any(x.factors):
+        if isinstance(x, Affine) and not any(x.factors) and not x.data:
             x = Number(x.shape, float(x.constant))
         if isinstance(x, Number) and x.value <= BLOCKED:
             parts.append(opposite(when))
@@ -579,8 +714,11 @@ def _triangle(lower: bool) -> Callable[..., Value]:
             return _and(shape, kept, source)
         if isinstance(source, Number) and source.value <= BLOCKED:  # 0 elsewhere
             return Added(opposite(kept))
-        if isinstance(source, (Number, Affine)) and not any(getattr(source, "factors", ())):
-            one = source.value if isinstance(source, Number) else source.constant
+        constant = isinstance(source, Number) or (
+            isinstance(source, Affine) and not any(source.factors) and not source.data
+        )
+        if constant:
+            one = source.value if isinstance(source, Number) else source.constant  # type: ignore[union-attr]
             if one == 1:
                 return Ones(kept)
         raise NotShown("a triangle of other numbers than 1 or minus infinity")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,7 +30,14 @@ def refusal(q: Tensor, v: Tensor) -> str | None:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, scale: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    sinks: int,
+    scale: float | None,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns what the op `window_attention` does: o [B, T, H, E] and log2 of the sums of exponentials [B, H, T].
 
@@ -40,8 +48,11 @@ def forward(
     o = q.new_empty(batch, steps, heads, v.shape[3])
     sums = q.new_empty(batch, heads, steps, dtype=torch.float32)
     if o.numel():
-        sizes, blocks = _launch(q, v, window, sinks, _scale(q, scale), FORWARD[q.dtype])
-        kernels.attend[(-(-steps // blocks["BM"]) * batch * heads,)](q, k, v, o, sums, *sizes, **blocks)
+        places, given = _positions(q, query_positions, key_positions)
+        sizes, blocks = _launch(q, v, window, sinks, _scale(q, scale), _numbers(FORWARD, q, given))
+        kernels.attend[(-(-steps // blocks["BM"]) * batch * heads,)](
+            q, k, v, *places, o, sums, *sizes, POSITIONS=given, **blocks
+        )
     return o, sums
 
 
@@ -55,6 +66,8 @@ def backward(
     window: int,
     sinks: int,
     scale: float | None,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k and v, from that of o and the results of `forward`."""
     do, q, k, v, sums = (x.contiguous() for x in (do, q, k, v, sums))
@@ -63,15 +76,28 @@ def backward(
     if o.numel():
         products = (o.float() * do.float()).sum(-1).transpose(1, 2).contiguous()
         factor = _scale(q, scale)
-        sizes, blocks = _launch(q, v, window, sinks, factor, BACKWARD[q.dtype])
-        given = (q, k, v, do, sums, products)
+        places, given = _positions(q, query_positions, key_positions)
+        sizes, blocks = _launch(q, v, window, sinks, factor, _numbers(BACKWARD, q, given))
+        arguments = (q, k, v, *places, do, sums, products)
         kernels.attend_query_gradients[(-(-steps // blocks["BM"]) * batch * heads,)](
-            *given, dq, *sizes, factor, **blocks
+            *arguments, dq, *sizes, factor, POSITIONS=given, **blocks
         )
         kernels.attend_key_gradients[(-(-k.shape[1] // blocks["BN"]) * batch * k.shape[2],)](
-            *given, dk, dv, *sizes, factor, **blocks
+            *arguments, dk, dv, *sizes, factor, POSITIONS=given, **blocks
         )
     return dq, dk, dv
+
+
+def _positions(q: Tensor, queries: Tensor | None, keys: Tensor | None) -> tuple[tuple[Tensor, Tensor], bool]:
+    """Returns positions as kernels take them, and whether there are any; if not, tensors that are not read."""
+    if queries is None or keys is None:
+        return (q, q), False
+    return (queries.contiguous(), keys.contiguous()), True
+
+
+def _numbers(most: Mapping[torch.dtype, int], q: Tensor, positions: bool) -> int:
+    """Returns how many numbers a block of queries has: half, if positions take their share of the registers."""
+    return most[q.dtype] // (2 if positions else 1)
 
 
 def _scale(q: Tensor, scale: float | None) -> float:

@@ -281,21 +281,9 @@ def _spikes(
     return spikes.spike_linear(counts, threshold, codes, scale, bias)
 
 
-def _refuse_attention(
-    q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, scale: float | None
-) -> str | None:
+def _refuse_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> str | None:
     return attention.refusal(q, v)
 
 
-def _refuse_attention_backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    sums: Tensor,
-    window: int,
-    sinks: int,
-    scale: float | None,
-) -> str | None:
+def _refuse_attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> str | None:
     return attention.refusal(q, v)

@@ -42,6 +42,7 @@ _TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int8: "*i8",
+    torch.int64: "*i64",
 }
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 _OPTIONS = ("num_warps", "num_stages")
@@ -125,10 +126,11 @@ def problems() -> dict[str, Callable[[], Any]]:
         recurrence.forward(q, k, k, decay, state, axis, False)
         recurrence.backward(q, state, q, k, k, decay, state, axis, False)
 
-    def attend(dtype: torch.dtype, size: int) -> None:
+    def attend(dtype: torch.dtype, size: int, given: bool = False) -> None:
         q, k = empty(1, 2048, 8, size, dtype=dtype), empty(1, 2048, 4, size, dtype=dtype)
-        o, sums = attention.forward(q, k, k, 512, 4, None)
-        attention.backward(q, q, k, k, o, sums, 512, 4, None)
+        at = (empty(1, 2048, dtype=torch.int64),) * 2 if given else (None, None)
+        o, sums = attention.forward(q, k, k, 512, 4, None, *at)
+        attention.backward(q, q, k, k, o, sums, 512, 4, None, *at)
 
     def spike(rows: int) -> None:
         codes = empty(4096, 4096, dtype=torch.int8)
@@ -151,6 +153,7 @@ def problems() -> dict[str, Callable[[], Any]]:
             made[f"delta rule {axis} {name}"] = lambda dtype=dtype, axis=axis: delta_rule(dtype, axis)  # type: ignore[misc]
         for size in (64, 128, 256)[: 2 if dtype == torch.float32 else 3]:
             made[f"attention {size} {name}"] = lambda dtype=dtype, size=size: attend(dtype, size)  # type: ignore[misc]
+        made[f"attention at positions {name}"] = lambda dtype=dtype: attend(dtype, 128, True)  # type: ignore[misc]
     for rows in (1, 2048):
         made[f"spikes {rows} rows"] = lambda rows=rows: spike(rows)  # type: ignore[misc]
     return made

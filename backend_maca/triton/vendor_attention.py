@@ -20,10 +20,21 @@ from spikingbrain.errors import MissingDependency
 LARGEST_HEAD = 256
 
 
-def refusal(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, scale: float | None) -> str | None:
+def refusal(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    sinks: int,
+    scale: float | None,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+) -> str | None:
     """Returns why mcFlashAttn does not take a call of `window_attention`, or None."""
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"{str(q.dtype).removeprefix('torch.')}; mcFlashAttn computes on float16 and bfloat16"
+    if key_positions is not None:
+        return "keys with positions of their own; mcFlashAttn counts them"
     if sinks and window:
         return f"{sinks} sinks; mcFlashAttn has none"
     size, values = q.shape[3], v.shape[3]
@@ -47,13 +58,15 @@ def backward_refusal(
     window: int,
     sinks: int,
     scale: float | None,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
 ) -> str | None:
     """Returns why mcFlashAttn does not take a call of `window_attention_backward`, or None."""
-    return refusal(q, k, v, window, sinks, scale)
+    return refusal(q, k, v, window, sinks, scale, query_positions, key_positions)
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, scale: float | None
+    q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, scale: float | None, *_: None
 ) -> tuple[Tensor, Tensor]:
     """Returns what the op `window_attention` does."""
     o, log, *_ = _attend(q, k, v, window, scale, return_attn_probs=True)
@@ -70,6 +83,7 @@ def backward(
     window: int,
     sinks: int,
     scale: float | None,
+    *_: None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns what the op `window_attention_backward` does, by the library's backward behind another run of its forward."""
 

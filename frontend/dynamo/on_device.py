@@ -164,7 +164,7 @@ def _spikes(
 
 
 def _attention(*given: Any) -> tuple[Any, ...]:
-    check_attention(*given[:5])
+    check_attention(*given[:5], *given[6:])
     return given
 
 

@@ -256,3 +256,57 @@ def test_shapes_that_only_torch_takes_stay() -> None:
     found, [report] = raised(call, q, k[:, :1], v[:, :1])  # one head of keys for all
     assert report.status == "raised"
     torch.testing.assert_close(found, call(q, k[:, :1], v[:, :1]))
+
+
+def test_positions_that_are_data() -> None:
+    """As in a cache that is a ring: slots hold keys in any order, some none."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor, start: Tensor, held: Tensor) -> Tensor:
+        query = start[:, None] + torch.arange(T)
+        key = torch.cat([held, query], 1)[:, None, None, :]
+        query = query[:, None, :, None]
+        seen = (key >= 0) & (key <= query) & ((key > query - W) | (key < SINKS))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+
+    given = heads()
+    start, held = torch.tensor([3, 9]), torch.tensor([[0, -1, 2, 1], [8, 0, 7, 1]])
+    found, [report] = raised(call, *given, start, held)
+    assert report.reason == "a window of 4 and 2 sinks, positions as data"
+    torch.testing.assert_close(found, call(*given, start, held))
+
+    def static(q: Tensor, k: Tensor, v: Tensor, at: Tensor) -> Tensor:
+        hidden = torch.arange(N) > at.reshape(-1, 1)
+        mask = torch.zeros(T, N).masked_fill(hidden, -torch.inf)[None, None].expand(2, -1, -1, -1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+    at = torch.tensor([2, 3, 4, 5, 6, 7, 8])
+    found, [report] = raised(static, *given, at)
+    assert report.reason == "all positions before, positions as data"
+    torch.testing.assert_close(found, static(*given, at))
+
+
+def hidden_keys(key: Tensor, query: Tensor) -> Tensor:
+    return key <= query  # also where nothing is held
+
+
+def other_queries(key: Tensor, query: Tensor) -> Tensor:
+    return (key >= 0) & (key <= query) & (key > query.flip(2) - 4)
+
+
+def of_doubled_keys(key: Tensor, query: Tensor) -> Tensor:
+    return (key >= 0) & (key * 2 <= query)
+
+
+def ahead(key: Tensor, query: Tensor) -> Tensor:
+    return (key >= 0) & (key > query - 4)
+
+
+@pytest.mark.parametrize("rule", [hidden_keys, other_queries, of_doubled_keys, ahead])
+def test_other_masks_of_data_stay(rule: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def call(q: Tensor, k: Tensor, v: Tensor, at: Tensor, held: Tensor) -> Tensor:
+        seen = rule(held[:, None, None, :], at[:, None, :, None])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+
+    at, held = torch.arange(T).expand(2, -1).contiguous(), torch.arange(-1, N - 1).expand(2, -1).contiguous()
+    _, [report] = raised(call, *heads(), at, held)
+    assert report.status == "torch's", report

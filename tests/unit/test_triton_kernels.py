@@ -28,6 +28,7 @@ gates of keys, extreme/gates of keys, exclusive/bfloat16/float16
 delta rule/delta rule, one step/delta rule, gates of heads, extreme/delta rule, gates of keys/delta rule in bfloat16
 elements, factors of any sign/elements, logarithms, backwards/elements in float16
 causal/window and sinks, later queries/many sinks/one query/no queries/attention in bfloat16
+positions, window and sinks/positions, queries that see nothing/positions, one query
 bytes/bytes, weights turned/counts outside int8/groups/clamped thresholds/clamped thresholds: large/no rows
 """
 

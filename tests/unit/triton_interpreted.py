@@ -92,22 +92,28 @@ def scan(case, dtype, log, reverse, state):
     record(case, "h last", [*h], [*by_elements(decay.double(), x.double(), of_state, log, reverse)])
 
 
-def softmax(q, k, v, window, sinks):
+def softmax(q, k, v, window, sinks, at=None):
     steps, count = q.shape[1], k.shape[1]
     k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
     position, key = torch.arange(steps)[:, None] + count - steps, torch.arange(count)
-    sees = (key <= position) & ((key > position - window) | (key < sinks) if window else True)
+    if at is not None:
+        position, key = at[0][:, None, :, None], at[1][:, None, None]
+    sees = (key >= 0) & (key <= position) & ((key > position - window) | (key < sinks) if window else True)
     scores = torch.einsum("bthd,bnhd->bhtn", q, k) * q.shape[-1] ** -0.5
-    return torch.einsum("bhtn,bnhe->bthe", scores.masked_fill(~sees, -torch.inf).softmax(-1), v)
+    blind = ~sees.any(-1, keepdim=True)
+    weights = scores.masked_fill(~(sees | blind), -torch.inf).softmax(-1).masked_fill(blind, 0.0)
+    return torch.einsum("bhtn,bnhe->bthe", weights, v)
 
 
-def attend(case, steps, keys, window, sinks, heads=2, sources=1, dtype=torch.float32, scale=1.0):
+def attend(case, steps, keys, window, sinks, heads=2, sources=1, dtype=torch.float32, scale=1.0, at=None):
     shapes = ((steps, heads, 20), (keys, sources, 20), (keys, sources, 12))
     given = [(torch.randn(2, *shape) * scale).to(dtype) for shape in shapes]
     exact = [x.double().requires_grad_() for x in given]
-    (o, sums), o_ = attention.forward(*given, window, sinks, None), softmax(*exact, window, sinks)
+    places = (None, None) if at is None else at
+    o, sums = attention.forward(*given, window, sinks, None, *places)
+    o_ = softmax(*exact, window, sinks, at)
     do = torch.randn(o.shape).to(dtype)
-    gradients = attention.backward(do, *given, o, sums, window, sinks, None)
+    gradients = attention.backward(do, *given, o, sums, window, sinks, None, *places)
     o_.backward(do.double())
     record(case, "o dq dk dv", [o, *gradients], [o_.detach(), *(x.grad for x in exact)])
 
@@ -160,6 +166,15 @@ def main() -> None:
     attend("many sinks", 70, 70, 5, 40, heads=1)
     attend("one query", 1, 71, 20, 2)
     attend("no queries", 0, 5, 2, 1)
+    held = torch.stack([torch.randperm(50) for _ in range(2)])  # as a ring keeps its keys, some slots empty
+    at = (
+        torch.arange(40, 61).expand(2, -1),
+        torch.cat((held.where(held % 5 > 0, -1), torch.arange(40, 61).expand(2, -1)), 1),
+    )
+    attend("positions, window and sinks", 21, 71, 9, 3, heads=4, sources=2, at=at)
+    blind = torch.tensor([[7, 2, 30], [1, 0, 4]])
+    attend("positions, queries that see nothing", 3, 40, 4, 0, at=(blind, torch.arange(5, 45).expand(2, -1)))
+    attend("positions, one query", 1, 71, 0, 0, at=(at[0][:, :1], at[1].int()))
     attend("attention in bfloat16", 20, 20, 9, 1, dtype=torch.bfloat16)
     small = torch.randint(-128, 128, (3, 70)).float()
     spike("bytes", small, 33)
