@@ -10,9 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from torch_mlir import ir
-from torch_mlir.dialects import arith, func, gpu, memref, scf, vector
+from torch_mlir.dialects import arith, func, gpu, math, memref, scf, vector
 
-from spikingbrain.passes.kernels.builders import Index, compare, f32, i32, i32_type, index, root_module
+from spikingbrain.passes.kernels.builders import (
+    Index,
+    compare,
+    f32,
+    folded,
+    i32,
+    i32_type,
+    index,
+    less,
+    root_module,
+)
 
 WAVE = 64  # lanes of a wave
 TILE = 16  # rows and columns of what a matrix instruction works on
@@ -106,6 +116,12 @@ def any_lane(condition: ir.Value) -> ir.Value:
     """Returns whether a condition holds in some lane of the wave; the same for all of them."""
     found = votes(condition)
     return compare("ne", found, arith.constant(found.type, 0))
+
+
+def any_infinite(values: Sequence[ir.Value]) -> ir.Value:
+    """Returns whether some lane of the wave has an infinity or NaN among its f32; the same for all of them."""
+    finite = [less(math.absf(value), f32(float("inf"))) for value in values]
+    return any_lane(arith.xori(folded(arith.andi, finite), arith.constant(ir.IntegerType.get_signless(1), 1)))
 
 
 # Memory

@@ -115,7 +115,7 @@ class Entering(Tiles):
             values.append(self.value(token, self.column, inside))
             factors.append(self.decay(token, channel, inside))
         if self.problem.decay_axis != "none":
-            decayed, products = values if self.on_values else keys, self.products(factors)
+            decayed, products = values if self.on_values else keys, self.products_of(factors)
             for i in range(QUARTER):
                 decayed[i] = arith.mulf(decayed[i], products.behind[i + 1])
             state = scaled(state, products.whole)

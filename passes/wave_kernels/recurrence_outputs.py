@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 from torch_mlir import ir
-from torch_mlir.dialects import arith, math, vector
+from torch_mlir.dialects import arith, math
 
 from spikingbrain.passes.dialect_fused import OUT, SUM
 from spikingbrain.passes.kernels.builders import (
@@ -13,10 +14,8 @@ from spikingbrain.passes.kernels.builders import (
     compare,
     f32,
     floor_div,
-    folded,
     get,
     index,
-    less,
     load,
     loop,
     minimum,
@@ -31,7 +30,6 @@ from spikingbrain.passes.kernels.recurrence_operands import Computed
 from spikingbrain.passes.wave_kernels.builders import (
     TILE,
     WAVE,
-    any_lane,
     barrier,
     choose,
     element_at,
@@ -73,6 +71,19 @@ class Outputs(Tiles):
 
     def build(self) -> None:
         """Emits the body."""
+        self._take_queries()
+        self._stage_keys()
+        barrier()
+        self._own_scores()
+        for back in range(1, self.schedule.parts):
+            is_there = compare("sge", self.wave, index(back))
+            when(is_there, functools.partial(self._earlier_scores, back))
+        loop(0, self.tiles, 1, self._tile)
+        if self.sums:
+            self._write_with_sums()
+
+    def _take_queries(self) -> None:
+        """Leaves a row of the queries in the registers of its lanes; the memory of rows is free again."""
         self._stage_queries()
         barrier()
 
@@ -83,15 +94,6 @@ class Outputs(Tiles):
 
         self._each_tile_of_keys(take)
         barrier()
-        self._stage_keys()
-        barrier()
-        self._own_scores()
-        for back in range(1, self.schedule.parts):
-            is_there = compare("sge", self.wave, index(back))
-            when(is_there, lambda b=back: self._earlier_scores(b))
-        loop(0, self.tiles, 1, self._tile)
-        if self.sums:
-            self._write_with_sums()
 
     def _stage_queries(self) -> None:
         raise NotImplementedError
@@ -107,8 +109,8 @@ class Outputs(Tiles):
         """Leaves the scores of the values ``back`` blocks ago."""
         raise NotImplementedError
 
-    def _add_earlier(self, sums: ir.Value, back: int, column: ir.Value) -> ir.Value:
-        """Returns the sums, decayed by the block ``back`` blocks ago, with its values."""
+    def _add_earlier(self, sums: ir.Value, back: int, column: ir.Value) -> list[ir.Value]:
+        """Returns the sums, decayed by the block ``back`` blocks ago, with its values: one vector."""
         raise NotImplementedError
 
     def _add_own(self, sums: ir.Value, column: ir.Value) -> ir.Value:
@@ -136,7 +138,11 @@ class Outputs(Tiles):
         return loop(0, self.schedule.rows // TILE, 1, body, carried)
 
     def _mask(
-        self, product: ir.Value, earlier: ir.Value, left: Callable[..., ir.Value] | None = None
+        self,
+        product: ir.Value,
+        earlier: ir.Value,
+        left: Callable[..., ir.Value] | None = None,
+        bonus: bool = True,
     ) -> ir.Value:
         """Returns how much of the value of step ``earlier`` of the block the lane's row reads, given the product with its key.
 
@@ -148,7 +154,7 @@ class Outputs(Tiles):
         score = arith.select(reads, product, f32(0.0))
         if left is not None:
             score = left(score, reads, token)
-        if not self.problem.bonus:
+        if not self.problem.bonus or not bonus:
             return score
         itself = arith.andi(inside, compare("eq", earlier, self.row))
         return choose(itself, lambda: [self._bonus(score, token)], [score])[0]
@@ -172,7 +178,7 @@ class Outputs(Tiles):
         sums = self._read_states(column)
         for back in reversed(range(1, self.schedule.parts)):
             is_there = compare("sge", self.wave, index(back))
-            (sums,) = choose(is_there, lambda b=back, s=sums: [self._add_earlier(s, b, column)], [sums])
+            (sums,) = choose(is_there, functools.partial(self._add_earlier, sums, back, column), [sums])
         sums = self._add_own(sums, column)
         for i in range(QUARTER):
             if self.kept is not None:
@@ -203,45 +209,23 @@ class Outputs(Tiles):
         first = add(self.first, add(mul(sub(self.wave, back), TILE), self.four))
         return [self.at_step(add(first, i)) for i in range(QUARTER)]
 
-    def _multiply(self, sums: ir.Value, back: int, values: Sequence[ir.Value]) -> ir.Value:
+    def _multiply(self, sums: ir.Value, scores: ir.Value, back: int, values: Sequence[ir.Value]) -> ir.Value:
         """Returns the sums with scores times values."""
         for i, value in enumerate(values):
-            sums = matrix_multiply("f32", get(self.scores, [index(back * QUARTER + i)]), value, sums)
+            sums = matrix_multiply("f32", get(scores, [index(back * QUARTER + i)]), value, sums)
         return sums
 
     def _add_by_steps(
-        self, sums: ir.Value, values: Sequence[ir.Value], factor: Callable[[ir.Value], ir.Value] | None = None
+        self,
+        sums: ir.Value,
+        scores: ir.Value,
+        values: Sequence[ir.Value],
+        factor: Callable[[ir.Value], ir.Value] | None = None,
     ) -> ir.Value:
-        """Returns the sums with the block's own values, one step after the other.
-
-        A row that does not read a value stays as it is, whatever that is. ``factor`` of a step is what it multiplies sums with.
-        """
-        p = self.problem
+        """Returns the sums with the block's own values, as ``add_by_steps`` does."""
+        p, own = self.problem, [get(scores, [index(i)]) for i in range(QUARTER)]
         reads_itself = p.bonus or not p.exclusive
-
-        def quarter(n: ir.Value, sums: ir.Value) -> list[ir.Value]:
-            is_mine = compare("eq", self.quarter, n)
-            for i in range(QUARTER):
-                score = arith.select(is_mine, get(self.scores, [index(i)]), f32(0.0))
-                value = arith.select(is_mine, values[i], f32(0.0))
-                terms = matrix_multiply("f32", score, value, matrix_zero())
-                step = add(mul(n, QUARTER), i)
-                decay = None if factor is None else factor(step)
-                found = []
-                for j in range(QUARTER):
-                    before, row = element_at(sums, j), add(self.four, j)
-                    decayed = before
-                    if decay is not None:
-                        decayed = arith.mulf(before, decay)
-                        if p.bonus:
-                            decayed = arith.select(compare("eq", step, row), before, decayed)
-                    after = arith.addf(decayed, element_at(terms, j))
-                    reads = compare("sle" if reads_itself else "slt", step, row)
-                    found.append(arith.select(reads, after, before))
-                sums = vector.from_elements(sums.type, found)
-            return [sums]
-
-        return loop(0, QUARTER, 1, quarter, [sums])[0]
+        return self.add_by_steps(sums, own, values, reads_itself, factor)
 
     def _write(self, i: int, column: ir.Value, output: ir.Value, given: Sequence[ir.Value]) -> None:
         token, inside = self.at_step(self._step(i))
@@ -281,9 +265,3 @@ class Outputs(Tiles):
             return [arith.addf(total, arith.select(inside, value, f32(0.0)))]
 
         return over_lanes(arith.addf, loop(0, self.tiles, 1, term, [f32(0.0)])[0], TILE)
-
-
-def any_infinite(values: Sequence[ir.Value]) -> ir.Value:
-    """Returns whether some lane of the wave has an infinity or NaN among its values."""
-    finite = [less(math.absf(value), f32(float("inf"))) for value in values]
-    return any_lane(arith.xori(folded(arith.andi, finite), arith.constant(ir.IntegerType.get_signless(1), 1)))

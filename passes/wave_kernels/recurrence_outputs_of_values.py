@@ -29,6 +29,7 @@ from spikingbrain.passes.kernels.recurrence_base import Operands, Problem
 from spikingbrain.passes.kernels.recurrence_operands import Computed
 from spikingbrain.passes.wave_kernels.builders import (
     TILE,
+    any_infinite,
     any_lane,
     barrier,
     choose,
@@ -38,7 +39,7 @@ from spikingbrain.passes.wave_kernels.builders import (
     matrix_zero,
     shared,
 )
-from spikingbrain.passes.wave_kernels.recurrence_outputs import LARGEST, PAD, SMALLEST, Outputs, any_infinite
+from spikingbrain.passes.wave_kernels.recurrence_outputs import LARGEST, PAD, SMALLEST, Outputs
 from spikingbrain.passes.wave_kernels.recurrence_tiles import QUARTER, Products, Schedule, scaled
 
 
@@ -105,7 +106,7 @@ class ValueOutputs(Outputs):
         steps = self._steps(0)
         self.values = [self.value(token, column, inside) for token, inside in steps]
         factors = [self.decay(token, channel, inside) for token, inside in steps]
-        self.own = self.products(factors)
+        self.own = self.products_of(factors)
         for i in range(QUARTER):
             at = [add(mul(self.wave, TILE), add(self.four, i)), self.row]
             put(arith.mulf(self.values[i], self.own.behind[i + 1]), self.decayed, at)
@@ -115,11 +116,12 @@ class ValueOutputs(Outputs):
         barrier()
         super()._tile(tile)
 
-    def _add_earlier(self, sums: ir.Value, back: int, column: ir.Value) -> ir.Value:
+    def _add_earlier(self, sums: ir.Value, back: int, column: ir.Value) -> list[ir.Value]:
         part = sub(self.wave, back)
         first = add(mul(part, TILE), self.four)
-        decayed = [get(self.decayed, [add(first, i), self.row]) for i in range(QUARTER)]
-        return self._multiply(scaled(sums, get(self.wholes, [part, self.row])), back, decayed)
+        values = [get(self.decayed, [add(first, i), self.row]) for i in range(QUARTER)]
+        before = scaled(sums, get(self.wholes, [part, self.row]))
+        return [self._multiply(before, self.scores, back, values)]
 
     def _add_own(self, sums: ir.Value, column: ir.Value) -> ir.Value:
         values, products = self.values, self.own
@@ -129,7 +131,9 @@ class ValueOutputs(Outputs):
             return get(self.factors, [add(mul(self.wave, TILE), step), self.row])
 
         one_by_one = arith.ori(any_infinite(values), self._cannot_divide(products))
-        return choose(one_by_one, lambda: [self._add_by_steps(sums, values, factor)], [together])[0]
+        return choose(
+            one_by_one, lambda: [self._add_by_steps(sums, self.scores, values, factor)], [together]
+        )[0]
 
     def _add_by_products(self, sums: ir.Value, values: list[ir.Value], products: Products) -> ir.Value:
         """Returns the sums with the block's own values, decays between as quotients of products."""

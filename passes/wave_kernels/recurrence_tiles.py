@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch_mlir import ir
@@ -10,10 +10,12 @@ from torch_mlir.dialects import arith, vector
 
 from spikingbrain.passes.kernels.builders import (
     Index,
+    add,
     compare,
     f32,
     floor_div,
     index,
+    loop,
     minimum,
     mul,
     rem,
@@ -26,6 +28,8 @@ from spikingbrain.passes.wave_kernels.builders import (
     WAVE,
     element_at,
     from_lane_xor,
+    matrix_multiply,
+    matrix_zero,
     thread,
 )
 from spikingbrain.passes.wave_kernels.recurrence_base import Places, element
@@ -92,7 +96,44 @@ class Tiles(Places):
             place = place[:3]
         return arith.select(inside, self.factor(element(self.named["decay"], place)), f32(1.0))
 
-    def products(self, factors: Sequence[ir.Value]) -> Products:
+    def add_by_steps(
+        self,
+        sums: ir.Value,
+        scores: Sequence[ir.Value],
+        values: Sequence[ir.Value],
+        reads_itself: bool,
+        factor: Callable[[ir.Value], ir.Value] | None = None,
+    ) -> ir.Value:
+        """Returns the sums of a block's rows with its own values, one step after the other.
+
+        A row that does not read a value stays as it is, whatever that is. ``scores`` and ``values`` are the lane's four.
+        ``factor`` of a step is what it multiplies sums with, but for a bonus.
+        """
+
+        def quarter(n: ir.Value, sums: ir.Value) -> list[ir.Value]:
+            is_mine = compare("eq", self.quarter, n)
+            for i in range(QUARTER):
+                score, value = (arith.select(is_mine, x[i], f32(0.0)) for x in (scores, values))
+                terms = matrix_multiply("f32", score, value, matrix_zero())
+                step = add(mul(n, QUARTER), i)
+                decay = None if factor is None else factor(step)
+                found = []
+                for j in range(QUARTER):
+                    before, row = element_at(sums, j), add(self.four, j)
+                    decayed = before
+                    if decay is not None:
+                        decayed = arith.mulf(before, decay)
+                        if self.problem.bonus:
+                            decayed = arith.select(compare("eq", step, row), before, decayed)
+                    after = arith.addf(decayed, element_at(terms, j))
+                    reads = compare("sle" if reads_itself else "slt", step, row)
+                    found.append(arith.select(reads, after, before))
+                sums = vector.from_elements(sums.type, found)
+            return [sums]
+
+        return loop(0, QUARTER, 1, quarter, [sums])[0]
+
+    def products_of(self, factors: Sequence[ir.Value]) -> Products:
         """Returns the products of a channel's 16 decays, of which the lane has four."""
         one = f32(1.0)
         before, behind = [one], [one]
