@@ -15,6 +15,7 @@ from torch_mlir.extras.fx_decomp_util import get_decomposition_table
 from spikingbrain.frontend import grouped_mm
 from spikingbrain.frontend.dynamo.exact import EXACT
 from spikingbrain.frontend.ops.unit_lower_inverse import inverse
+from spikingbrain.frontend.solve_triangular import solve_triangular
 
 aten = torch.ops.aten
 _INVERSE = torch.ops.spikingbrain.unit_lower_inverse.default  # the one op of ours that is written in others
@@ -90,7 +91,7 @@ def decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedPro
     table = {op: f for op, f in get_decomposition_table().items() if op not in KEPT}
     table[_INVERSE] = inverse
     table |= {op: EXACT[op] for op in _WRONG} | grouped_mm.decompositions()
-    table[aten.histc.default] = histogram
+    table |= {aten.histc.default: histogram, aten.linalg_solve_triangular.default: solve_triangular}
     decomposed: torch.export.ExportedProgram = program.run_decompositions(table)
     return decomposed
 

@@ -59,7 +59,9 @@ def spikingbrain(
     with aot_cache.enabled(module, chosen):
         made: Any = aot_autograd(
             **decompositions.aot_settings(
-                compiler, apart=on_device.kernels_of(chosen.target, chosen.providers) is None
+                compiler,
+                apart=on_device.kernels_of(chosen.target, chosen.providers) is None,
+                library=chosen.library,
             ),
         )(module, example_inputs)
     # torch copies this mark from our compiled graph onto its wrapper, which takes plain arguments; the minifier believes it

@@ -13,6 +13,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from spikingbrain.frontend import grouped_mm
 from spikingbrain.frontend.dynamo.exact import EXACT
 from spikingbrain.frontend.ops.unit_lower_inverse import inverse
+from spikingbrain.frontend.solve_triangular import solve_triangular
 
 aten = torch.ops.aten
 
@@ -62,9 +63,10 @@ _KEPT = {
 }
 
 
-def table() -> dict[Any, Callable[..., Any]]:
-    """Returns op overload -> decomposition."""
-    return _of_torch() | grouped_mm.decompositions()
+def table(library: bool = True) -> dict[Any, Callable[..., Any]]:
+    """Returns op overload -> decomposition; with ``library`` what torch has a fast kernel for stays whole."""
+    found = _of_torch() | grouped_mm.decompositions()
+    return found if library else found | {aten.linalg_solve_triangular.default: solve_triangular}
 
 
 @functools.cache
@@ -78,7 +80,9 @@ def _of_torch() -> dict[Any, Callable[..., Any]]:
     return kept | EXACT | {torch.ops.spikingbrain.unit_lower_inverse.default: inverse}
 
 
-def aot_settings(compiler: Callable[[str], Callable[..., Any]], apart: bool = True) -> dict[str, Any]:
+def aot_settings(
+    compiler: Callable[[str], Callable[..., Any]], apart: bool = True, library: bool = True
+) -> dict[str, Any]:
     """Returns AOTAutograd's arguments; ``compiler`` makes the compiler of a kind of graph: forward, backward, inference.
 
     Ops are taken ``apart`` for compiled code; where torch's kernels run them they stay whole.
@@ -87,6 +91,6 @@ def aot_settings(compiler: Callable[[str], Callable[..., Any]], apart: bool = Tr
         "fw_compiler": compiler("forward"),
         "bw_compiler": compiler("backward"),
         "inference_compiler": compiler("inference"),
-        "decompositions": table() if apart else {},
+        "decompositions": table(library) if apart else {},
         "partition_fn": min_cut_rematerialization_partition,
     }

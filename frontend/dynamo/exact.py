@@ -269,6 +269,15 @@ def reciprocal(x: Tensor) -> Any:
     return aten.div.Tensor(_constant(1, x), x)
 
 
+@_replaces(aten.arange.start_step)
+def arange(*args: Any, dtype: torch.dtype | None = None, **options: Any) -> Any:
+    """torch-mlir crashes on a range of bytes, of which torch makes the identity matrix."""
+    if dtype is not torch.uint8:
+        return NotImplemented
+    wide = aten.arange.start_step(*args, dtype=torch.int32, **options)
+    return aten._to_copy.default(wide, dtype=torch.uint8)
+
+
 @_replaces(aten.empty_permuted.default)
 def empty_permuted(size: Sequence[Any], physical_layout: Sequence[int], **options: Any) -> Tensor:
     """torch-mlir knows memory in the usual order alone."""

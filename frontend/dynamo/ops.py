@@ -102,6 +102,7 @@ LIBRARY: dict[str, str] = {
     **dict.fromkeys(_PRODUCTS, "torch's matrix products are faster than generated ones"),
     **dict.fromkeys(_CONVOLUTIONS, "torch's kernel is faster than a generated one"),
     **dict.fromkeys(_ATTENTION, "torch has a fused kernel"),
+    "linalg_solve_triangular": "torch's kernel is faster than a loop over rows",  # taken apart with library=False
     **dict.fromkeys(_MOVING, "moves elements: fusing it gains nothing"),
     **dict.fromkeys(_INDEXING, "torch checks the indices"),
 }

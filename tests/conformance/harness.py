@@ -227,7 +227,7 @@ def _by_aot_autograd(
     def compiler(kind: str) -> Callable[..., Any]:
         return lambda module, _: compile_graph(module, kind, chosen)[0].load()
 
-    settings = decompositions.aot_settings(compiler)
+    settings = decompositions.aot_settings(compiler, library=chosen.library)
     made: Callable[..., Any] = aot_function(function, **settings, dynamic=dynamic)
     return made
 
