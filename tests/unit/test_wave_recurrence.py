@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from test_maca import compile_text, load, needs_cxx
 from torch_mlir import ir
 
 from spikingbrain.backend_maca.run.emulate import ORDERS
+from spikingbrain.backend_maca.toolchains import TOOLCHAINS, compile_kernels
 from spikingbrain.passes import dialect, pipeline
 from spikingbrain.passes.base import PassContext
 from spikingbrain.passes.lower_recurrence import LowerRecurrence
@@ -21,14 +23,19 @@ WAVES = Target("maca-emulator", "gpu", "maca", "maca", wave_width=64, wave_kerne
 FEW, MANY = (0, 1, 9), (0, 1, 16, 37, 150)
 
 
-def compiled(text: str) -> Any:
-    """Returns the program of a module whose recurrences became kernels."""
+def code_of(text: str) -> Any:
+    """Returns the code of a module whose recurrences became kernels."""
     with dialect.load(), ir.Location.unknown():
         module, context = ir.Module.parse(text), PassContext(WAVES)
         pipeline.run([LowerRecurrence()], module, context)
         assert [r.reason for r in context.records] == ["kernel"]
         pipeline.clean(module)
-        return load(compile_text(str(module)))
+        return compile_text(str(module))
+
+
+def compiled(text: str) -> Any:
+    """Returns the program of such a module."""
+    return load(code_of(text))
 
 
 def check(case: Case, lengths: tuple[int, ...], time: Any = "?") -> None:
@@ -131,3 +138,14 @@ def test_one_token_takes_one_launch() -> None:
     assert (
         sum("recurrence" in launch["kernel"] for launch in launches) == 1
     )  # beside it: a copy of what a caller gave
+
+
+@pytest.mark.slow  # clang takes seconds
+def test_nothing_spills_at_the_sizes_of_a_7b() -> None:
+    (clang,) = [t for t in TOOLCHAINS if t.arch == "gfx90a"]
+    if clang.command() is None:
+        pytest.skip(f"no {clang.commands[0]}")
+    for case in (Case("key"), Case("value"), Case("key", rank_one=True)):
+        source = code_of(replace(case, sizes=(4, 7, 128, 128)).function())["kernels.maca"].decode()
+        for usage in compile_kernels(source, clang):
+            assert usage.registers <= 256 and not usage.spilled_bytes, usage
