@@ -25,6 +25,7 @@ from spikingbrain.frontend.masks import (
     Number,
     Reader,
     Window,
+    is_written,
     opposite,
     window_of,
 )
@@ -352,7 +353,7 @@ def _untwisted(x: fx.Node, axes: str) -> _Arranged:
             order[i], order[j] = order[j], order[i]
         elif x.target is aten.permute.default:
             order = [d % 4 for d in x.args[1]]
-        elif x.target not in _COPIES:
+        elif x.target not in _COPIES or is_written(x.args[0]):
             break
         x, axes = x.args[0], "".join(axes[order.index(d)] for d in range(4))
     return x, axes
@@ -361,7 +362,7 @@ def _untwisted(x: fx.Node, axes: str) -> _Arranged:
 def _ungrouped(k: _Arranged, v: _Arranged) -> tuple[_Arranged, _Arranged]:
     """Returns keys and values before each was repeated for a group of heads, where both were."""
     narrow = [_unrepeated(x, axes.index("h")) for x, axes in (k, v)]
-    if narrow[0] is None or narrow[1] is None:
+    if narrow[0] is None or narrow[1] is None or any(map(is_written, narrow)):
         return k, v
     states = {_val(x).shape[axes.index("h")] for x, (_, axes) in zip(narrow, (k, v), strict=True)}
     return (_untwisted(narrow[0], k[1]), _untwisted(narrow[1], v[1])) if len(states) == 1 else (k, v)

@@ -276,6 +276,11 @@ def _is_key(x: Affine, sign: int) -> bool:
     return x.factors == (0, 0, 0, sign)
 
 
+def is_written(node: fx.Node) -> bool:
+    """Returns whether a tensor may be written in place, so that it is another at a later place in the graph."""
+    return any(n.meta.get("opaque") for n in (node, *node.users))
+
+
 class Reader:
     """Reads the values of a functional graph of ATen ops at known sizes."""
 
@@ -301,6 +306,8 @@ class Reader:
                 value = node.meta.get("val")
                 if not isinstance(value, Tensor) or value.dtype not in (torch.int32, torch.int64):
                     raise
+                if is_written(node):
+                    raise NotShown("the mask depends on data that may be written in place") from None
                 shape = _shape(node)
                 axes = [None if n == 1 else d - len(shape) for d, n in enumerate(shape)]
                 self._known[node] = Affine(shape, (0,) * len(shape), 0, ((Data(node, tuple(axes)), 1),))

@@ -310,3 +310,33 @@ def test_other_masks_of_data_stay(rule: Callable[[Tensor, Tensor], Tensor]) -> N
     at, held = torch.arange(T).expand(2, -1).contiguous(), torch.arange(-1, N - 1).expand(2, -1).contiguous()
     _, [report] = raised(call, *heads(), at, held)
     assert report.status == "torch's", report
+
+
+@pytest.mark.parametrize("steps", [1, T])
+def test_positions_are_not_read_after_they_were_written_in_place(steps: int) -> None:
+    def call(q: Tensor, k: Tensor, v: Tensor, start: Tensor) -> Tensor:
+        query = start[:, None, None, None]
+        if steps > 1:
+            query = query + torch.arange(T)[:, None]  # another tensor, which stays what it is
+        seen = torch.arange(N) <= query
+        start.add_(steps)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+
+    given = heads(steps)
+    found, [report] = raised(call, *given, torch.tensor([2, 3]))
+    assert steps > 1 or report.reason == "the mask depends on data that may be written in place"
+    torch.testing.assert_close(found, call(*given, torch.tensor([2, 3])))
+
+
+def test_a_copy_is_read_and_not_what_was_written_since() -> None:
+    def call(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> Tensor:
+        held = k.repeat_interleave(2, 1) if grouped else k.clone()
+        values = v.repeat_interleave(2, 1) if grouped else v
+        k.mul_(2.0)
+        return F.scaled_dot_product_attention(q, held, values, attn_mask=boolean(), enable_gqa=True)
+
+    for grouped in (False, True):
+        q, k, v = heads()
+        found, [report] = raised(call, q, k.clone(), v, grouped)
+        assert report.status == "raised"
+        torch.testing.assert_close(found, call(q, k.clone(), v, grouped))
