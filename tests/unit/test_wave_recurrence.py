@@ -55,9 +55,9 @@ def check(case: Case, lengths: tuple[int, ...], time: Any = "?") -> None:
 
 
 STEPS = [
+    Case("value", rank_one=True, sizes=(1, 2, 5, 80)),
     Case("key", rank_one=True),
     Case("head", rank_one=True, exclusive=True, reverse=True, state=False, sizes=(1, 3, 18, 33)),
-    Case("value", rank_one=True, sizes=(1, 2, 5, 80)),
     Case("none", rank_one=True, sizes=(1, 1, 300, 7)),
 ]
 TILES = [
