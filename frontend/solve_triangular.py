@@ -25,7 +25,7 @@ def solve_triangular(
     if not left:
         turned: Tensor = solve_triangular(a.mT, b.mT, upper=not upper, unitriangular=unitriangular)
         return turned.mT
-    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])  # type: ignore[no-untyped-call]
     a, b = a.expand(*batch, *a.shape[-2:]), b.expand(*batch, *b.shape[-2:])
     if 0 in b.shape:
         return b.clone()

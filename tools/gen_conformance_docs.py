@@ -33,7 +33,8 @@ says which is which. It comes from torch's own database of ops, each tried with 
 * blank: torch does not have it for this type, or it was not tried
 
 *grad* is the backward in f32. The table was made with `library=False`; by default, matrix products, convolutions, attention,
-sorting and the like are left to torch's kernels even where they could be compiled. Numbers refer to the reasons below the table.
+triangular systems, sorting and the like are left to torch's kernels even where they could be compiled. Numbers refer to the
+reasons below the table.
 
 Some things hold for all ops. Tensors without elements, complex numbers, sparse and quantised tensors are left to torch, as are
 random numbers (so `torch.manual_seed` holds) and shapes that depend on values. Compiled code takes denormal numbers for zero.

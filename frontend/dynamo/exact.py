@@ -279,7 +279,7 @@ def arange(*args: Any, dtype: torch.dtype | None = None, **options: Any) -> Any:
 
 
 @_replaces(aten.empty_permuted.default)
-def empty_permuted(size: Sequence[Any], physical_layout: Sequence[int], **options: Any) -> Tensor:
+def empty_permuted(size: Sequence[Any], physical_layout: Sequence[int], **options: Any) -> Any:
     """torch-mlir knows memory in the usual order alone."""
     made = aten.empty.memory_format([size[d] for d in physical_layout], **options)
     if list(physical_layout) == sorted(physical_layout):

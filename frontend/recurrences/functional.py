@@ -57,7 +57,7 @@ def _filled(target: torch.Tensor, value: Any) -> torch.Tensor:
 
 def _put(target: torch.Tensor, places: list[torch.Tensor], source: Any) -> torch.Tensor:
     value = source if isinstance(source, torch.Tensor) else target.new_full((), source)
-    return target.index_put(places, value.to(target.dtype))
+    return target.index_put(tuple(places), value.to(target.dtype))
 
 
 def _zeroed(target: torch.Tensor) -> torch.Tensor:
