@@ -260,7 +260,8 @@ def _wide_power(x: Tensor, y: Tensor) -> Tensor:
     broken = aten.logical_and.default(below, aten.ne.Tensor(lowest, y))
     found = aten.where.self(broken, nan, found)
     sure = aten.logical_or.default(aten.eq.Scalar(y, 0.0), aten.eq.Scalar(x, 1.0))  # whatever the other is
-    return aten.where.self(sure, one, found)
+    power: Tensor = aten.where.self(sure, one, found)
+    return power
 
 
 @_replaces(aten.reciprocal.default)
