@@ -64,6 +64,7 @@ def test_gradients() -> None:
         assert_ulps(a, b, 16, zero=200 * TINY)  # a denormal power times an exponent
 
 
+@pytest.mark.slow
 def test_halfs_are_rounded_once() -> None:
     x, y = (t.to(torch.bfloat16) for t in grid())
     found, _ = compiled("cpu")(x, y)  # type: ignore[operator]
