@@ -27,5 +27,5 @@ def test_each_option_arrives() -> None:
 
 
 def test_spikes_are_float32() -> None:
-    with pytest.raises(OptionError, match="(?s)--dtype float16 with --spike.*integers"):
+    with pytest.raises(OptionError, match=r"(?s)--dtype float16 with --spike.*integers"):
         parsed("--dtype", "float16", "--spike", "k=3")
