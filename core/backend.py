@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -110,13 +111,18 @@ class TorchKernel:
 class TorchKernels:
     """Kernels for tensors of one device of torch: its type, such as "cuda", a name for reports, a kernel for each op by name.
 
-    ``providers`` is the user's choice between those who provide kernels, as text.
+    ``providers`` is the user's choice between those who provide kernels, as text. Kernels with settings have both of
+
+    - ``settings``: returns checked ones, those given or those in the file of that path; raises OptionError.
+    - ``using``: returns a context in which kernels run with such. It is a function of a module, so that it can be stored.
     """
 
     device: str
     name: str
     table: Mapping[str, TorchKernel]
     providers: str = ""
+    settings: Callable[[Any], dict[str, int]] | None = None
+    using: Callable[[Mapping[str, int]], AbstractContextManager[None]] | None = None
 
 
 class Backend(Protocol):

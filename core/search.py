@@ -18,7 +18,7 @@ import numpy as np
 
 from spikingbrain.errors import OptionError
 from spikingbrain.program import Program
-from spikingbrain.tuning import SETTINGS
+from spikingbrain.tuning import SETTINGS, Setting
 
 LEAST_GAIN = 0.01
 LONG_ENOUGH = 0.05  # seconds of one measurement
@@ -35,11 +35,13 @@ class Built:
         code: something that is equal for the same code.
         program: None where it does not run here.
         seconds: entry point -> what a model tells of a call, if there is one.
+        refused: why it cannot run, if so; it is compared with nothing.
     """
 
     code: Any = field(repr=False)
     program: Program | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
+    refused: str = ""
 
 
 @dataclass
@@ -50,11 +52,13 @@ class Outcome:
         faster: entry point -> how many times faster it is.
         noise: entry point -> by how much of that ratio measurements were uncertain.
         difference: between the results, the largest of all entry points: of their difference, and of the others', the length.
+        allowed: how large that may be.
     """
 
     faster: dict[str, float] = field(default_factory=dict)
     noise: dict[str, float] = field(default_factory=dict)
     difference: float = 0.0
+    allowed: float = SAME
 
     @property
     def total(self) -> float:
@@ -68,7 +72,7 @@ class Outcome:
 
     @property
     def right(self) -> bool:
-        return self.difference <= SAME  # not so where it is NaN
+        return self.difference <= self.allowed  # not so where it is NaN
 
 
 class Compare(Protocol):
@@ -79,20 +83,27 @@ class Compare(Protocol):
 
 @dataclass(frozen=True)
 class Trial:
-    """What one value of one setting did, and whether the setting has it from then on; no outcome where the code is the same."""
+    """What one value of one setting did, and whether the setting has it from then on.
+
+    There is no outcome where the code is the same, or where ``refused`` says why it cannot run.
+    """
 
     setting: str
     value: Any
     outcome: Outcome | None
     kept: bool
+    refused: str = ""
 
     def record(self) -> dict[str, Any]:
         """Returns what an artifact's manifest keeps of it."""
-        told = asdict(self.outcome) if self.outcome else {"faster": {}, "noise": {}, "difference": 0.0}
+        told = asdict(self.outcome or Outcome())
+        del told["allowed"]
         return {"setting": self.setting, "value": self.value, **told, "kept": self.kept}
 
     def __str__(self) -> str:
         what = f"{self.setting} {self.value}"
+        if self.refused:
+            return f"{what}: {self.refused}; not kept"
         if self.outcome is None:
             return f"{what}: the same code"
         if not self.outcome.right:
@@ -138,6 +149,7 @@ def search(
     settings: Sequence[str],
     budget: float | None = None,
     progress: Callable[[str], None] = lambda _: None,
+    known: Mapping[str, Setting] = SETTINGS,
 ) -> Found:
     """Returns the best settings that were found.
 
@@ -145,6 +157,7 @@ def search(
         build: compiles with the given settings.
         settings: those that are searched, in this order.
         budget: seconds after which no further setting is begun; None: all are searched.
+        known: what each setting may be.
     """
     end = time.monotonic() + budget if budget is not None else float("inf")
     best: dict[str, int] = {}
@@ -156,13 +169,13 @@ def search(
             left_out = tuple(settings[at:])
             progress(f"no time left for {', '.join(left_out)}")
             break
-        tried = {value: build({**best, name: value}) for value in SETTINGS[name].tried}
-        differing = {value: b for value, b in tried.items() if b.code != base.code}
+        tried = {value: build({**best, name: value}) for value in known[name].tried}
+        differing = {value: b for value, b in tried.items() if not b.refused and b.code != base.code}
         outcomes = compare(base, build(best), differing) if differing else {}
         good = {value: o.total for value, o in outcomes.items() if o.gains}
         winner = max(good, key=good.__getitem__, default=None)
-        for value in tried:
-            trials.append(Trial(name, value, outcomes.get(value), value == winner))
+        for value, built in tried.items():
+            trials.append(Trial(name, value, outcomes.get(value), value == winner, built.refused))
             progress(str(trials[-1]))
         if winner is not None:
             best, base = {**best, name: winner}, tried[winner]
@@ -181,18 +194,20 @@ class Timing:
         calls: entry points that are timed. Of a program with state each is timed from the state that those before it left.
         rounds: measurements of each program, at least 3.
         clock: seconds; for code that runs in the calling thread those that it worked.
+        same: how far results may differ, as a part of their length.
     """
 
     calls: Calls
     rounds: int = 9
     clock: Callable[[], float] = time.thread_time
+    same: float = SAME
 
     def __post_init__(self) -> None:
         if self.rounds < 3:
             raise OptionError(f"{self.rounds} rounds", why="fewer than 3 tell nothing about noise")
 
     def __call__(self, base: Built, again: Built, others: Mapping[int, Built]) -> dict[int, Outcome]:
-        found = {value: Outcome() for value in others}
+        found = {value: Outcome(allowed=self.same) for value in others}
         programs = [b.program for b in (base, again, *others.values()) if b.program]
         states = [p.new_state() if _stateful(p) else None for p in programs]
         for entry, arguments in self.calls.items():

@@ -12,7 +12,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from spikingbrain.errors import ArtifactError, OptionError
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from spikingbrain.target import Target
 
 log = logging.getLogger(__name__)
+_Group = TypeVar("_Group", bound=Any)
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,25 @@ class Setting:
         return f"{self.allowed[0]} to {self.allowed[-1]}{step}"
 
 
-def _setting(usual: int, *facts: Any) -> Any:
+def setting(usual: int, *facts: Any) -> Any:
+    """Returns a field of a dataclass of settings; ``facts`` are those of ``Setting``."""
     return dataclasses.field(default=usual, metadata={"setting": Setting(*facts)})
+
+
+def settings_in(group: type) -> dict[str, Setting]:
+    """Returns the settings of a dataclass by name."""
+    return {f.name: f.metadata["setting"] for f in dataclasses.fields(group)}
+
+
+def changed(group: _Group, changes: Mapping[str, Any]) -> _Group:
+    """Returns settings with some changed; raises OptionError for an unknown name or a value that cannot be."""
+    known = settings_in(type(group))
+    for name, value in changes.items():
+        if name not in known:
+            raise OptionError(f"tuning: unknown setting {name!r}", hint=f"known: {', '.join(known)}")
+        if type(value) is not int or value not in known[name].allowed:
+            raise OptionError(f"tuning: {name} is {value!r}", why=f"it must be {known[name]}")
+    return dataclasses.replace(group, **changes)
 
 
 _LINEAR = r"(grouped_)?linear kernel.*"
@@ -88,45 +106,40 @@ class Tuning:
         spike_chunks_ahead: chunks of a weight that a wave reads before it needs them, for few rows of spikes.
     """
 
-    l2_bytes: int = _setting(
+    l2_bytes: int = setting(
         1 << 20,
         range(1 << 10, (1 << 30) + 1),
         (1 << 18, 1 << 19, 1 << 21),
         r"((grouped_)?linear|\w*scan)\b.*",
     )
     # 4 places were 8% faster than one where weights come from memory
-    linear_streams: int = _setting(4, (1, 2, 4, 8, 16), (2, 8), _LINEAR)
+    linear_streams: int = setting(4, (1, 2, 4, 8, 16), (2, 8), _LINEAR)
     # 4 to 7% faster than without
-    spike_ahead_bytes: int = _setting(4096, range((1 << 20) + 1), (1024, 2048, 8192), _SPIKES)
-    firing_percent: int = _setting(45, range(801), (30, 60), _EVENTS)  # of up to 8 rows
-    event_steps_ahead: int = _setting(8, range(1025), (4, 16), _EVENTS)
-    decode_keys: int = _setting(128, range(16, 4097, 16), (64, 256), r"attention kernel")
-    query_rows: int = _setting(64, range(16, 1025, 16), (32, 128), r"attention kernel")
-    recurrence_steps: int = _setting(16, range(4, 17), (8,), _RECURRENCE)
-    attention_waves: int = _setting(4, (1, 2, 4, 8, 16), (2, 8), r"attention kernel", "gpu")
-    share_keys: int = _setting(128, range(64, 4097, 64), (64, 256, 512), r"attention kernel", "gpu")
-    chunk_steps: int = _setting(64, (16, 32, 48, 64), (16, 32), _RECURRENCE, "gpu")
-    chunk_waves: int = _setting(4, (1, 2, 4, 8), (2, 8), _RECURRENCE, "gpu")
-    step_waves: int = _setting(16, (1, 2, 4, 8, 16), (4, 8), _RECURRENCE, "gpu")
-    staged_steps: int = _setting(8, range(1, 33), (4, 16), _RECURRENCE, "gpu")
-    linear_columns: int = _setting(4, (1, 2, 4, 8), (2, 8), _LINEAR, "gpu")
-    linear_row_tiles: int = _setting(2, (2, 4), (4,), _LINEAR, "gpu")
-    linear_column_tiles: int = _setting(4, (2, 4, 8), (2, 8), _LINEAR, "gpu")
-    linear_fragments: int = _setting(2, (1, 2, 3), (1, 3), _LINEAR, "gpu")
-    spike_row_tiles: int = _setting(2, (2, 4), (4,), _SPIKES, "gpu")
-    spike_chunks_ahead: int = _setting(4, (1, 2, 4, 8), (2, 8), _SPIKES, "gpu")
+    spike_ahead_bytes: int = setting(4096, range((1 << 20) + 1), (1024, 2048, 8192), _SPIKES)
+    firing_percent: int = setting(45, range(801), (30, 60), _EVENTS)  # of up to 8 rows
+    event_steps_ahead: int = setting(8, range(1025), (4, 16), _EVENTS)
+    decode_keys: int = setting(128, range(16, 4097, 16), (64, 256), r"attention kernel")
+    query_rows: int = setting(64, range(16, 1025, 16), (32, 128), r"attention kernel")
+    recurrence_steps: int = setting(16, range(4, 17), (8,), _RECURRENCE)
+    attention_waves: int = setting(4, (1, 2, 4, 8, 16), (2, 8), r"attention kernel", "gpu")
+    share_keys: int = setting(128, range(64, 4097, 64), (64, 256, 512), r"attention kernel", "gpu")
+    chunk_steps: int = setting(64, (16, 32, 48, 64), (16, 32), _RECURRENCE, "gpu")
+    chunk_waves: int = setting(4, (1, 2, 4, 8), (2, 8), _RECURRENCE, "gpu")
+    step_waves: int = setting(16, (1, 2, 4, 8, 16), (4, 8), _RECURRENCE, "gpu")
+    staged_steps: int = setting(8, range(1, 33), (4, 16), _RECURRENCE, "gpu")
+    linear_columns: int = setting(4, (1, 2, 4, 8), (2, 8), _LINEAR, "gpu")
+    linear_row_tiles: int = setting(2, (2, 4), (4,), _LINEAR, "gpu")
+    linear_column_tiles: int = setting(4, (2, 4, 8), (2, 8), _LINEAR, "gpu")
+    linear_fragments: int = setting(2, (1, 2, 3), (1, 3), _LINEAR, "gpu")
+    spike_row_tiles: int = setting(2, (2, 4), (4,), _SPIKES, "gpu")
+    spike_chunks_ahead: int = setting(4, (1, 2, 4, 8), (2, 8), _SPIKES, "gpu")
 
     def with_changes(self, changes: Mapping[str, Any]) -> Tuning:
         """Returns these settings with some changed; raises OptionError for an unknown name or a value that cannot be."""
-        for name, value in changes.items():
-            if name not in SETTINGS:
-                raise OptionError(f"tuning: unknown setting {name!r}", hint=f"known: {', '.join(SETTINGS)}")
-            if type(value) is not int or value not in SETTINGS[name].allowed:
-                raise OptionError(f"tuning: {name} is {value!r}", why=f"it must be {SETTINGS[name]}")
-        return dataclasses.replace(self, **changes)
+        return changed(self, changes)
 
 
-SETTINGS: dict[str, Setting] = {f.name: f.metadata["setting"] for f in dataclasses.fields(Tuning)}
+SETTINGS = settings_in(Tuning)
 USUAL = Tuning()
 
 

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from spikingbrain.backend_maca.triton import attention_kernels as kernels
-from spikingbrain.backend_maca.triton.device import WARPS
+from spikingbrain.backend_maca.triton import settings
 from spikingbrain.backend_maca.triton.dots import DOTS, tile
 
 LARGEST_HEAD = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
-# Numbers in a block of queries: of those in float32 registers hold fewer, and the backward holds more such blocks at a time.
-FORWARD = {torch.float32: 2048, torch.bfloat16: 8192, torch.float16: 8192}
-BACKWARD = {torch.float32: 2048, torch.bfloat16: 4096, torch.float16: 4096}
 
 
 def refusal(q: Tensor, v: Tensor) -> str | None:
@@ -49,7 +45,7 @@ def forward(
     sums = q.new_empty(batch, heads, steps, dtype=torch.float32)
     if o.numel():
         places, given = _positions(q, query_positions, key_positions)
-        sizes, blocks = _launch(q, v, window, sinks, _scale(q, scale), _numbers(FORWARD, q, given))
+        sizes, blocks = _launch(q, v, window, sinks, _scale(q, scale), _numbers(q, given))
         kernels.attend[(-(-steps // blocks["BM"]) * batch * heads,)](
             q, k, v, *places, o, sums, *sizes, POSITIONS=given, **blocks
         )
@@ -77,7 +73,7 @@ def backward(
         products = (o.float() * do.float()).sum(-1).transpose(1, 2).contiguous()
         factor = _scale(q, scale)
         places, given = _positions(q, query_positions, key_positions)
-        sizes, blocks = _launch(q, v, window, sinks, factor, _numbers(BACKWARD, q, given))
+        sizes, blocks = _launch(q, v, window, sinks, factor, _numbers(q, given, backward=True))
         arguments = (q, k, v, *places, do, sums, products)
         kernels.attend_query_gradients[(-(-steps // blocks["BM"]) * batch * heads,)](
             *arguments, dq, *sizes, factor, POSITIONS=given, **blocks
@@ -95,9 +91,11 @@ def _positions(q: Tensor, queries: Tensor | None, keys: Tensor | None) -> tuple[
     return (queries.contiguous(), keys.contiguous()), True
 
 
-def _numbers(most: Mapping[torch.dtype, int], q: Tensor, positions: bool) -> int:
+def _numbers(q: Tensor, positions: bool, backward: bool = False) -> int:
     """Returns how many numbers a block of queries has: half, if positions take their share of the registers."""
-    return most[q.dtype] // (2 if positions else 1)
+    tuning = settings.current()
+    halves = tuning.attention_gradient_numbers if backward else tuning.attention_numbers
+    return (tuning.attention_float_numbers if q.dtype == torch.float32 else halves) // (2 if positions else 1)
 
 
 def _scale(q: Tensor, scale: float | None) -> float:
@@ -111,8 +109,8 @@ def _launch(
     _, steps, heads, size = q.shape
     _, keys, sources, values = v.shape
     width, height = (tile(d, LARGEST_HEAD[q.dtype]) for d in (size, values))
-    rows = min(64, max(16, numbers // max(width, height)))
-    blocks = dict(
-        DOT=DOTS[q.dtype], BM=rows, BN=min(rows, 32), BD=width, BE=height, num_warps=WARPS, num_stages=1
-    )
+    tuning = settings.current()
+    rows = min(tuning.attention_rows, max(16, numbers // max(width, height)))
+    columns = min(rows, tuning.attention_keys)
+    blocks = dict(DOT=DOTS[q.dtype], BM=rows, BN=columns, BD=width, BE=height, **tuning.options("attention"))
     return [steps, keys, sources, heads // sources, size, values, window, sinks, scale / math.log(2)], blocks

@@ -5,6 +5,7 @@ Arguments are those of the ops `spikingbrain::...`, checked, with their defaults
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from spikingbrain.backend_maca.triton import (
     delta,
     recurrence,
     scan,
+    settings,
     spikes,
     vendor_attention,
     vendor_fla,
@@ -44,7 +46,14 @@ def kernels(device: Device, chosen: str = "") -> TorchKernels:
         )
         for op in _OPS
     }
-    return TorchKernels(device.torch_type, name, found, ",".join(sorted(chosen.replace(" ", "").split(","))))
+    return TorchKernels(
+        device.torch_type,
+        name,
+        found,
+        ",".join(sorted(chosen.replace(" ", "").split(","))),
+        functools.partial(settings.read, device=device.name),
+        settings.using,
+    )
 
 
 # Op of torch -> the op whose provider the user chooses.

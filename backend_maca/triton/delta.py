@@ -15,12 +15,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from spikingbrain.backend_maca.triton import recurrence_kernels as kernels
-from spikingbrain.backend_maca.triton.device import WARPS
 from spikingbrain.backend_maca.triton.dots import tile
 from spikingbrain.backend_maca.triton.recurrence import Plan
 
 KEYS = 256  # at most: a kernel holds the rows of all keys
-NUMBERS = 2048  # of a tile of the state
 
 
 def forward(
@@ -48,12 +46,12 @@ def forward(
     last = q.new_empty(plan.batch, plan.states, *sizes, dtype=torch.float32)
     predicted = q.new_empty(v.shape, dtype=torch.float32)
     keys = tile(plan.key_size, KEYS)
-    values = min(plan.value_tile, max(16, NUMBERS // keys))
+    values = min(plan.value_tile, max(16, plan.tuning.delta_numbers // keys))
     kernels.carry_delta[plan.batch * plan.states, -(-plan.value_size // values)](
         k, v, erase, constant, linear, gates, last if state is None else state.contiguous(), states, last, predicted,
         plan.steps, plan.blocks, plan.states, *sizes,
         DECAY=plan.axis, HAS_FIRST=state is not None, DOT=plan.dot, C=plan.block, BK=keys, BV=values,
-        num_warps=WARPS, num_stages=1,
+        **plan.options,
     )  # fmt: skip
     o = q.new_empty(*q.shape[:3], plan.value_size)
     plan.read(q, k, v, gates, states, o, erase, predicted)

@@ -14,7 +14,6 @@ from spikingbrain.errors import MissingDependency, TargetError
 
 # Triton reads the variable when kernels are declared.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
-WARPS = 4  # a warp is a wave of 64 lanes on a MetaX GPU
 SHARED_BYTES = 64 << 10  # of a block
 
 

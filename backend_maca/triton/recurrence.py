@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from spikingbrain.backend_maca.triton import recurrence_kernels as kernels
-from spikingbrain.backend_maca.triton.device import WARPS
+from spikingbrain.backend_maca.triton import settings
 from spikingbrain.backend_maca.triton.dots import DOTS, tile
 
 AXES = {"none": 0, "head": 1, "key": 2}
-# Steps, keys or values of a block. At 64 float32 numbers a side, NVIDIA's registers spill.
-LARGEST = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}
-STEP_KEYS, STEP_VALUES = 256, 32  # of a tile of the state where there is one step
+STEP_KEYS = 256  # of a tile of the state where there is one step, at most
 ROWS = 16  # rows that share a reference point where each key has a gate; the least that a dot takes
 
 
@@ -32,6 +30,7 @@ class Plan:
     axis: int
     exclusive: bool
     dtype: torch.dtype
+    tuning: settings.TritonTuning = field(default_factory=settings.current)
 
     @classmethod
     def of(cls, q: Tensor, v: Tensor, axis: str, exclusive: bool) -> Plan:
@@ -46,12 +45,19 @@ class Plan:
         return DOTS[self.dtype]
 
     @property
-    def largest(self) -> int:
-        return LARGEST[self.dtype]
+    def options(self) -> dict[str, int]:
+        return self.tuning.options("recurrence")
+
+    @property
+    def channels(self) -> int:
+        """Returns how many keys or values a tile has at most."""
+        exact = self.dtype == torch.float32
+        return self.tuning.float_block_channels if exact else self.tuning.block_channels
 
     @property
     def block(self) -> int:
-        return tile(self.steps, self.largest)
+        exact = self.dtype == torch.float32
+        return tile(self.steps, self.tuning.float_block_steps if exact else self.tuning.block_steps)
 
     @property
     def blocks(self) -> int:
@@ -63,11 +69,11 @@ class Plan:
 
     @property
     def key_tile(self) -> int:
-        return tile(self.key_size, self.largest)
+        return tile(self.key_size, self.channels)
 
     @property
     def value_tile(self) -> int:
-        return tile(self.value_size, self.largest)
+        return tile(self.value_size, self.channels)
 
     @property
     def heads(self) -> int:
@@ -89,7 +95,7 @@ class Plan:
             key, value, decay, last if first is None else first, states, last,
             self.steps, self.blocks, self.states, self.groups if backward else 1, self.key_size, self.value_size,
             DECAY=self.axis, BACKWARD=backward, EXCLUSIVE=self.exclusive, HAS_FIRST=first is not None,
-            DOT=self.dot, C=self.block, BK=self.key_tile, BV=self.value_tile, num_warps=WARPS, num_stages=1,
+            DOT=self.dot, C=self.block, BK=self.key_tile, BV=self.value_tile, **self.options,
         )  # fmt: skip
         return states, last
 
@@ -101,7 +107,7 @@ class Plan:
         kernels.pair_scores[(-(-self.steps // rows) * self.batch * self.heads,)](
             query, key, decay, made, self.steps, self.states, self.groups, width,
             DECAY=axis, EXCLUSIVE=self.exclusive, DOT=self.dot, C=self.block, R=rows,
-            BK=tile(width, self.largest), num_warps=WARPS, num_stages=1,
+            BK=tile(width, self.channels), **self.options,
         )  # fmt: skip
         return made
 
@@ -124,7 +130,7 @@ class Plan:
             q, v, decay, states, scores, of_erase, scores if predicted is None else predicted, o,
             self.steps, self.blocks, self.states, self.groups, self.key_size, self.value_size,
             DECAY=self.axis, EXCLUSIVE=self.exclusive, DELTA=erase is not None,
-            DOT=self.dot, C=self.block, BK=self.key_tile, BV=self.value_tile, num_warps=WARPS, num_stages=1,
+            DOT=self.dot, C=self.block, BK=self.key_tile, BV=self.value_tile, **self.options,
         )  # fmt: skip
 
 
@@ -145,11 +151,12 @@ def forward(
     o = q.new_empty(*q.shape[:3], plan.value_size)
     if plan.steps == 1 and plan.key_size <= STEP_KEYS:
         last = q.new_empty(plan.batch, plan.states, plan.key_size, plan.value_size, dtype=torch.float32)
-        kernels.one_step[plan.batch * plan.states, -(-plan.value_size // STEP_VALUES)](
+        values = plan.tuning.step_values
+        kernels.one_step[plan.batch * plan.states, -(-plan.value_size // values)](
             q, k, v, gates, last if state is None else state, o, last,
             plan.states, plan.groups, plan.key_size, plan.value_size,
             DECAY=plan.axis, EXCLUSIVE=exclusive, HAS_FIRST=state is not None,
-            BK=tile(plan.key_size, STEP_KEYS), BV=STEP_VALUES, num_warps=WARPS, num_stages=1,
+            BK=tile(plan.key_size, STEP_KEYS), BV=values, **plan.options,
         )  # fmt: skip
         return o, last
     states, last = plan.carry(k, v, gates, state, backward=False)
@@ -185,9 +192,7 @@ def backward(
 
     scores = plan.scores(q, k, gates, plan.axis)
     sizes = (plan.steps, plan.blocks, plan.states, plan.groups, plan.key_size, plan.value_size)
-    tiles = dict(
-        DOT=plan.dot, C=plan.block, BK=plan.key_tile, BV=plan.value_tile, num_warps=WARPS, num_stages=1
-    )
+    tiles = dict(DOT=plan.dot, C=plan.block, BK=plan.key_tile, BV=plan.value_tile, **plan.options)
     of_v = torch.empty_like(v)
     kernels.value_gradients[plan.blocks * plan.batch * plan.states, -(-plan.value_size // plan.value_tile)](
         k, do, gates, of_states, scores, of_v, *sizes, DECAY=plan.axis, **tiles

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from spikingbrain.backend_maca.triton import scan_kernels as kernels
-from spikingbrain.backend_maca.triton.device import WARPS
-
-CHANNELS = 256  # of a block: one for each lane of four waves
+from spikingbrain.backend_maca.triton import settings
 
 
 def linear_scan(
@@ -18,8 +16,9 @@ def linear_scan(
     decay, update = decay.contiguous(), update.contiguous()
     batch, steps, channels = update.shape
     h, last = torch.empty_like(update), update.new_empty(batch, channels, dtype=torch.float32)
-    kernels.scan_elements[(batch * -(-channels // CHANNELS),)](
+    tuning = settings.current()
+    kernels.scan_elements[(batch * -(-channels // tuning.scan_channels),)](
         decay, update, last if state is None else state.contiguous(), h, last, steps, channels,
-        LOG=log_decay, REVERSE=reverse, HAS_FIRST=state is not None, BC=CHANNELS, num_warps=WARPS, num_stages=1,
+        LOG=log_decay, REVERSE=reverse, HAS_FIRST=state is not None, BC=tuning.scan_channels, **tuning.options("scan"),
     )  # fmt: skip
     return h, last

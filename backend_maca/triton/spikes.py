@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spikingbrain.backend_maca.triton import settings
 from spikingbrain.backend_maca.triton import spike_kernels as kernels
-from spikingbrain.backend_maca.triton.device import WARPS
 from spikingbrain.backend_maca.triton.dots import tile
 
 EXACT = 2**22  # counts below it are held in three digits
@@ -28,6 +28,8 @@ def spike_linear(
     y = s.new_empty(s.shape[0], outputs)
     if not y.numel():
         return y.view(*counts.shape[:-1], outputs)
+    tuning = settings.current()
+    options = tuning.options("spike")
     factors, thresholds = s.new_empty(2, s.shape[0])
     kernels.scale_rows[(s.shape[0],)](
         s,
@@ -36,16 +38,15 @@ def spike_linear(
         thresholds,
         channels,
         BC=tile(channels, 1024),
-        num_warps=WARPS,
-        num_stages=1,
+        **options,
     )
     group_size = channels // groups
-    rows = tile(s.shape[0], 64)
-    kernels.spike_gemm[-(-s.shape[0] // rows), -(-outputs // 64)](
+    rows, columns = tile(s.shape[0], tuning.spike_rows), tuning.spike_outputs
+    most = tuning.spike_few_rows_channels if rows == 16 else tuning.spike_channels
+    kernels.spike_gemm[-(-s.shape[0] // rows), -(-outputs // columns)](
         s, factors, thresholds, codes, scale.contiguous(), s if bias is None else bias.float().contiguous(), y,
         s.shape[0], channels, outputs, group_size, groups, codes.stride(0), codes.stride(1),
-        HAS_BIAS=bias is not None, BM=rows, BN=64, BC=max(LEAST, tile(group_size, 128 if rows == 16 else 64)),
-        num_warps=WARPS, num_stages=1,
+        HAS_BIAS=bias is not None, BM=rows, BN=columns, BC=max(LEAST, tile(group_size, most)), **options,
     )  # fmt: skip
     return y.view(*counts.shape[:-1], outputs)
 

@@ -6,6 +6,7 @@ op by op, with the same numbers as without this backend.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -84,7 +85,10 @@ def compile_graph(
     report.publish(made)
     if options.strict:
         report.refuse(made)
-    return assemble(module, done), made
+    program = assemble(module, done)
+    if options.tuning and kernels is not None and kernels.using is not None:
+        program.within = functools.partial(kernels.using, options.tuning)
+    return program, made
 
 
 def _reports(steps: Sequence[Step], verdicts: Mapping[fx.Node, Verdict]) -> list[report.RegionReport]:

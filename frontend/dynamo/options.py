@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ class CompileOptions:
         level: 2 compiles with kernels of our own, 1 with upstream lowerings only, 0 compiles nothing (the graph runs as
             torch decomposes it, which tells a fault of ours from one of torch's).
         providers: who computes an op on a target with a choice, such as ``"attention=triton"``; docs/maca.md has the table.
+        tuning: settings of the target's kernels inside torch that are not the usual ones, or the path of a JSON file with them;
+            docs/tuning.md has the table.
         library: leave matrix products, convolutions, attention and the like to torch's kernels, which are faster than
             generated code; False compiles all that can be compiled.
         strict: raise one error that lists every op that would have run in eager for want of a lowering.
@@ -39,6 +41,7 @@ class CompileOptions:
     threads: int = 0
     level: int = 2
     providers: str = ""
+    tuning: Mapping[str, int] = field(default_factory=dict, hash=False)
     library: bool = True
     strict: bool = False
     dump: str = ""
@@ -69,24 +72,36 @@ def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> Compile
         raise OptionError(
             f"unknown mode {mode!r} for the spikingbrain backend", hint='options={"level": 0, 1 or 2}'
         )
-    defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(CompileOptions)}
-    for name, value in (options or {}).items():
+    defaults = dataclasses.asdict(CompileOptions())
+    given = dict(options or {})
+    for name, value in given.items():
         if name not in defaults:
             close = difflib.get_close_matches(str(name), defaults, 1)
             meant = f"{close[0]!r}; " if close else ""
             raise OptionError(f"unknown option {name!r}", hint=f"{meant}known: {', '.join(sorted(defaults))}")
+        if name == "tuning":  # the target's kernels know what it may be
+            continue
         wanted = type(defaults[name])
         if type(value) is not wanted:
             raise OptionError(f"option {name!r} is {value!r}", why=f"it must be of type {wanted.__name__}")
         low, high = _RANGES.get(name, (value, value))
         if not low <= value <= high:
             raise OptionError(f"option {name!r} is {value!r}", why=f"it must be in {low} to {high}")
-    parsed = CompileOptions(**(options or {}))
+    parsed = CompileOptions(**given)
     if parsed.check_finite and not parsed.level:
         raise OptionError(
             "check_finite at level 0", why="level 0 looks for no spiking layers", hint="level 1 or 2"
         )
-    if kernels_of(parsed.target, parsed.providers) is not None:
+    kernels = kernels_of(parsed.target, parsed.providers)
+    if parsed.tuning != {}:
+        if kernels is None or kernels.settings is None:
+            raise OptionError(
+                f"option 'tuning' with target {parsed.target!r}",
+                why="its kernels inside torch have no settings",
+                hint="target 'maca', or spikingbrain.export(model, ..., options={'tuning': ...})",
+            )
+        parsed = dataclasses.replace(parsed, tuning=kernels.settings(parsed.tuning))
+    if kernels is not None:
         return parsed
     backend, status = resolve_target(parsed.target)
     if parsed.providers and "providers" not in {f.name for f in dataclasses.fields(backend.options)}:

@@ -10,6 +10,7 @@ import operator
 import re
 import types
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ class GraphProgram:
         constants: tensors of the graph, read as ``self.NAME``.
         units: compiled modules.
         calls: for each region by name: its unit and how to call it.
+        within: what makes the context that it runs in, if any.
     """
 
     source: str
@@ -40,6 +42,7 @@ class GraphProgram:
     constants: dict[str, Any]
     units: list[CodeUnit]
     calls: dict[str, RegionCall]
+    within: Callable[[], AbstractContextManager[None]] | None = None
 
     def load(self) -> Callable[[list[Any]], Any]:
         """Returns the boxed function: it takes one list, which it clears, and returns the graph's results."""
@@ -51,8 +54,17 @@ class GraphProgram:
             scope[name] = region_function(call, executables[call.unit], name)
         exec(compile(_OP.sub(lambda m: _alias(m[1]), self.source), "<spikingbrain graph>", "exec"), scope)
         run = functools.partial(scope["forward"], types.SimpleNamespace(**self.constants))
+        if self.within is not None:
+            run = functools.partial(_run_within, self.within, run)
         run._boxed_call = True  # type: ignore[attr-defined]
         return run
+
+
+def _run_within(
+    context: Callable[[], AbstractContextManager[None]], run: Callable[[list[Any]], Any], given: list[Any]
+) -> Any:
+    with context():
+        return run(given)
 
 
 # Ops are written out as paths, which takes six look-ups at each call; they get names of their own.

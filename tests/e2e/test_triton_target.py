@@ -51,6 +51,17 @@ def test_results_and_gradients_are_eager_ones(found: dict[str, Any]) -> None:
     assert max(found["delta rule"]) < 5e-6  # forward and backward, in strict mode: all of it on kernels
 
 
+def test_settings_are_those_of_one_compilation(found: dict[str, Any]) -> None:
+    channels = [set(seen) for seen in found["channels"]]
+    assert channels == [{256}, {64}, {64}, {128}, {256}]
+    assert all(len(seen) >= 2 for seen in found["channels"])  # forward and backward
+    assert found["wrong setting"].startswith(
+        "tuning: scan_channels is 100\n  because: it must be one of 64, 128"
+    )
+    with pytest.raises(spikingbrain.errors.OptionError, match="option 'tuning' with target 'cpu'"):
+        parse({"tuning": {"scan_channels": 64}})
+
+
 def test_spikes_are_exact(found: dict[str, Any]) -> None:
     assert found["spikes are the same"]
     assert found["of layer"] < 1e-6

@@ -2,12 +2,15 @@
 
 import json
 import logging
+import tempfile
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import spikingbrain
+from spikingbrain.backend_maca.triton import settings
 from spikingbrain.frontend.ops import spike_linear
 from spikingbrain.models.recurrences import gated_delta_rule
 from spikingbrain.models.recurrences.gated import gla
@@ -49,6 +52,34 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def gradients(model: nn.Module, call, x: Tensor) -> list[Tensor]:
     y = call(x)
     return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])]
+
+
+def scan(x: Tensor) -> Tensor:
+    return linear_scan(torch.sigmoid(x), x, None)[0]
+
+
+def channels_of_launches(x: Tensor, folder: Path) -> list[list[int]]:
+    """Returns the setting that launches saw, forward and backward: usual, given, again (from the cache), a file's, usual."""
+    seen: list[int] = []
+    current = settings.current
+
+    def noted() -> settings.TritonTuning:
+        seen.append(current().scan_channels)
+        return current()
+
+    settings.current = noted
+    file = folder / "settings.json"
+    file.write_text(json.dumps({"tuning": {"scan_channels": 128}, "device": "another"}))
+    given = {"tuning": {"scan_channels": 64}}
+    found = []
+    for options in ({}, given, given, {"tuning": str(file)}, {}):
+        torch._dynamo.reset()
+        compiled = torch.compile(scan, backend="spikingbrain", options=OPTIONS | options)
+        torch.autograd.grad(compiled(x).sum(), [x])
+        found.append(seen[:])
+        seen.clear()
+    settings.current = current
+    return found
 
 
 def error(x: Tensor, y: Tensor) -> float:
@@ -111,9 +142,18 @@ def main() -> None:
         second = ""
     except spikingbrain.errors.OptionError as wrong:
         second = str(wrong)
+    try:
+        spikingbrain.compile(model, target="maca", tuning={"scan_channels": 100})
+        wrong_setting = ""
+    except spikingbrain.errors.OptionError as wrong:
+        wrong_setting = str(wrong)
+    with tempfile.TemporaryDirectory() as folder:
+        channels = channels_of_launches(x, Path(folder))
     print(
         json.dumps(
             {
+                "wrong setting": wrong_setting,
+                "channels": channels,
                 "errors": [error(a, b) for a, b in zip(found, wanted, strict=True)],
                 "delta rule": [error(a, b) for a, b in zip(*of_delta, strict=True)],
                 "attention": [error(a, b) for a, b in zip(*reversed(of_attention), strict=True)],

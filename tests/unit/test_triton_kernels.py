@@ -30,6 +30,8 @@ elements, factors of any sign/elements, logarithms, backwards/elements in float1
 causal/window and sinks, later queries/many sinks/one query/no queries/attention in bfloat16
 positions, window and sinks/positions, queries that see nothing/positions, one query
 bytes/bytes, weights turned/counts outside int8/groups/clamped thresholds/clamped thresholds: large/no rows
+other settings: gates of heads/other settings: gates of keys/other settings: one step/other settings: delta rule
+other settings: elements/other settings: attention/other settings: bytes
 """
 
 

@@ -8,13 +8,12 @@ import json
 import torch
 from torch import Tensor
 
-from spikingbrain.backend_maca.triton import attention, delta, recurrence, spikes
+from spikingbrain.backend_maca.triton import attention, delta, recurrence, settings, spikes
 from spikingbrain.backend_maca.triton import scan as elements
 from spikingbrain.models import spiking
 from spikingbrain.models.reference.recurrences import linear_recurrence as by_steps
 from spikingbrain.models.reference.recurrences import linear_scan as by_elements
 
-recurrence.LARGEST = dict.fromkeys(recurrence.LARGEST, 32)  # so that few steps fill blocks
 found: dict[str, dict[str, float]] = {}
 
 
@@ -139,9 +138,30 @@ def spike(case, counts, outputs, groups=1, bias=True, turned=False):
             found[f"{case}: large"]["NaN"] = float((y[beyond].isnan() != exact[beyond].isnan()).sum())
 
 
+# Settings with which a few cases run once more: blocks of other sizes than the usual ones, in each kernel.
+OTHERS = {
+    "attention_rows": 32, "attention_keys": 16, "attention_float_numbers": 1024, "float_block_steps": 16,
+    "float_block_channels": 16, "block_steps": 16, "block_channels": 32, "step_values": 16, "delta_numbers": 1024,
+    "scan_channels": 64, "spike_rows": 16, "spike_outputs": 16, "spike_few_rows_channels": 32,
+}  # fmt: skip
+
+
 def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    with settings.using({"block_steps": 32, "block_channels": 32}):  # so that few steps fill blocks
+        usual()
+    with settings.using(OTHERS):
+        recur("other settings: gates of heads", 21, "head", False, gates=extreme)
+        recur("other settings: gates of keys", 20, "key", False, heads=1)
+        recur("other settings: one step", 1, "head", False)
+        delta_rule("other settings: delta rule", 20, "head", False)
+        scan("other settings: elements", torch.float32, True, False, True)
+        attend("other settings: attention", 20, 41, 9, 3)
+        spike("other settings: bytes", torch.randint(-300, 300, (19, 70)).float(), 33)
+
+
+def usual() -> None:
     recur("no decay", 37, "none", False)
     recur("no decay, exclusive, one step", 1, "none", True)
     recur("one step, gates of keys", 1, "key", False)
