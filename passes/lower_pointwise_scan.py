@@ -19,7 +19,7 @@ from spikingbrain.passes.dialect_scans import PointwiseScan, affine_map, dims
 class LowerPointwiseScan:
     """Lowers ``spikingbrain_control.pointwise_scan``.
 
-    In: the op on builtin tensors. Out: with vector kernels a launch that streams every tensor once; without, a
+    In: the op on builtin tensors. Out: with vector or wave kernels a launch that streams every tensor once; without, a
     ``time_loop`` around one linalg op, its scanned tensors brought to time first.
     """
 
@@ -41,6 +41,10 @@ def _lower(scan: PointwiseScan, context: PassContext) -> tuple[list[ir.Value], s
 
         if has_kernel(scan):
             return emit_pointwise_scan(scan, context.target), "kernel"
+    elif context.target.wave_kernels:
+        from spikingbrain.passes.wave_kernels import scan as waves
+
+        return waves.emit_pointwise_scan(scan), "kernel"
     return _as_time_loop(scan), "time_loop"
 
 

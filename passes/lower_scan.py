@@ -21,7 +21,7 @@ class LowerScan:
     """Lowers ``spikingbrain.linear_scan`` and ``spikingbrain.selective_scan``.
 
     In: our dialect. Out: ``pointwise_scan`` for the elementwise recurrence, transpositions and reversals of time around it taken
-    into its maps; for the selective one a launch with vector kernels, or a ``time_loop`` of linalg ops, in which the
+    into its maps; for the selective one a launch with vector or wave kernels, or a ``time_loop`` of linalg ops, in which the
     decays of one step exist at a time.
     """
 
@@ -78,6 +78,11 @@ def _selective_scan(op: ir.Operation, context: PassContext) -> tuple[list[ir.Val
 
         if has_selective_kernel(op.opview):
             return emit_selective_scan(op.opview, context.target), "kernel"
+    elif context.target.wave_kernels:
+        from spikingbrain.passes.wave_kernels import scan_selective as waves
+
+        if waves.has_selective_kernel(op.opview):
+            return waves.emit_selective_scan(op.opview), "kernel"
     return _selective_loop(op), "time_loop"
 
 

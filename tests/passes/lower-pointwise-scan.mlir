@@ -1,5 +1,6 @@
 // RUN: spikingbrain opt -p lower-pointwise-scan --target x86-64-v4 --clean --split-input-file %s | filecheck %s
 // RUN: spikingbrain opt -p lower-pointwise-scan --target vulkan --split-input-file %s | filecheck %s --check-prefix PORTABLE
+// RUN: spikingbrain opt -p lower-pointwise-scan --target maca --clean --split-input-file %s | filecheck %s --check-prefix WAVES
 
 // One launch; the kernel copies the initial values once, then holds the state of a tile in the final values' memory.
 // CHECK:       func.func private @pointwise_scan_{{[0-9a-f]+}}(%{{.+}}: index, %{{.+}}: index, %{{.+}}: index,
@@ -12,6 +13,21 @@
 // CHECK:           arith.addf %{{.+}}, %{{.+}} : vector<16xf32>
 // CHECK:           vector.store %{{.+}}, %[[LAST]]
 // CHECK-NEXT:      vector.store %{{.+}}, %[[Y]]
+// Threads of waves hold it in registers, and read the elements of eight steps before they compute.
+// WAVES:       func.func private @pointwise_scan_{{[0-9a-f]+}}(%{{.+}}: index, %{{.+}}: index, %{{.+}}: index,
+// WAVES-SAME:      %[[S0:[a-z0-9]+]]: memref<?xf32>, %[[X:[a-z0-9]+]]: memref<?x?xf32>, %[[LAST:[a-z0-9]+]]: memref<?xf32>, %[[Y:[a-z0-9]+]]: memref<?x?xf32>)
+// WAVES-SAME:      spikingbrain.threads = 64 : i64
+// WAVES:         scf.if
+// WAVES:           memref.load %[[S0]]
+// WAVES:           scf.for
+// WAVES-COUNT-8:     memref.load %[[X]]
+// WAVES:             %[[S1:.+]] = arith.addf
+// WAVES-NEXT:        memref.store %[[S1]], %[[Y]]
+// WAVES:           scf.for
+// WAVES-COUNT-1:     memref.load %[[X]]
+// WAVES:           memref.store %{{.+}}, %[[LAST]]
+// WAVES-LABEL: func.func @sum(
+// WAVES:         "spikingbrain_control.launch"
 // CHECK-LABEL: func.func @sum(
 // CHECK:         "spikingbrain_control.launch"
 // PORTABLE-LABEL: func.func @sum(

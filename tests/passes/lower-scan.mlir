@@ -1,5 +1,6 @@
 // RUN: spikingbrain opt -p lower-scan --target x86-64-v4 --split-input-file %s | filecheck %s
 // RUN: spikingbrain opt -p lower-scan --target vulkan --split-input-file %s | filecheck %s --check-prefix PORTABLE
+// RUN: spikingbrain opt -p lower-scan --target maca --split-input-file %s | filecheck %s --check-prefix WAVES
 
 // An elementwise recurrence is a pointwise scan; time is not moved to the front. Logarithms of decays are raised within.
 // CHECK-DAG:   #[[STATE:.+]] = affine_map<(d0, d1, d2) -> (d1, d2)>
@@ -23,6 +24,11 @@ func.func @linear(%a: tensor<2x?x64xf32>, %u: tensor<2x?x64xf32>) -> tensor<2x?x
 // -----
 
 // The selective scan is a kernel of its own, or a loop in which the decays of one step exist at a time.
+// WAVES-LABEL: func.func private @selective_scan_
+// WAVES-SAME:    spikingbrain.threads = 64 : i64
+// WAVES:         math.exp
+// WAVES-LABEL: func.func @selective(
+// WAVES:         "spikingbrain_control.launch"
 // CHECK-LABEL: func.func private @selective_scan_
 // CHECK:         scf.for
 // CHECK:           vector.fma

@@ -196,7 +196,7 @@ def _map(case: Case, tensor: str) -> str:
     return f"affine_map<({', '.join('t' + case.space)}) -> ({', '.join(names)})>"
 
 
-def _function(name: str, case: Case) -> str:
+def function(name: str, case: Case) -> str:
     operands = [*case.carried, *case.scanned, *case.invariants]
     results = [*case.carried, *case.stacked]
     names = [
@@ -233,7 +233,7 @@ TARGETS = [
 def program(request: pytest.FixtureRequest) -> Any:
     if not scan_targets.runs_here(request.param):
         pytest.skip(f"this processor is not {request.param.cpu}")
-    text = "\n".join(_function(name, case) for name, case in CASES.items())
+    text = "\n".join(function(name, case) for name, case in CASES.items())
     return scan_targets.load(text, request.param)
 
 
@@ -287,7 +287,7 @@ def _expected(case: Case, arrays: Sequence[np.ndarray], sizes: dict[str, int]) -
     return results
 
 
-def _check(program: Any, name: str, sizes: dict[str, int], seed: int = 0, **given: np.ndarray) -> None:
+def check(program: Any, name: str, sizes: dict[str, int], seed: int = 0, **given: np.ndarray) -> None:
     case, rng = CASES[name], np.random.default_rng(seed)
     sizes = {**sizes, **case.static}
     tensors = [*case.carried, *case.scanned, *case.invariants]
@@ -312,19 +312,19 @@ def _check(program: Any, name: str, sizes: dict[str, int], seed: int = 0, **give
 @pytest.mark.parametrize("steps", [0, 1, 2, 13, 35])
 def test_agrees_with_the_loop(program: Any, name: str, steps: int) -> None:
     for n in (1, 2, 15, 16, 67, 130):
-        _check(program, name, {"t": steps, "n": n, "b": 3, "w": 2}, seed=n)
+        check(program, name, {"t": steps, "n": n, "b": 3, "w": 2}, seed=n)
 
 
 @pytest.mark.parametrize("name", ["lif", "lif_per_neuron", "lif_per_row", "decay"])
 def test_more_than_a_tile(program: Any, name: str) -> None:
     """Several tiles of columns, several blocks of rows."""
     for b, n in ((2, 1001), (70, 37)):
-        _check(program, name, {"t": 3, "n": n, "b": b})
+        check(program, name, {"t": 3, "n": n, "b": b})
 
 
 def test_nothing(program: Any) -> None:
-    _check(program, "lif", {"t": 3, "n": 0})
-    _check(program, "lif_per_neuron", {"t": 3, "n": 5, "b": 0})
+    check(program, "lif", {"t": 3, "n": 0})
+    check(program, "lif_per_neuron", {"t": 3, "n": 5, "b": 0})
 
 
 def test_extreme_gates(program: Any) -> None:
@@ -334,4 +334,4 @@ def test_extreme_gates(program: Any) -> None:
     gate[0, 2, ::2] = -np.inf
     update = np.ones((1, steps, n), np.float32)
     update[0, 1, 5], update[0, 1, 6] = np.nan, np.inf
-    _check(program, "decay", {"t": steps, "n": n, "b": 1}, c1=gate, c2=update)
+    check(program, "decay", {"t": steps, "n": n, "b": 1}, c1=gate, c2=update)

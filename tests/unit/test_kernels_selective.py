@@ -22,7 +22,7 @@ def _type(letters: str, static: Sizes, element: str) -> str:
     return f"tensor<{'x'.join([*sizes, element])}>"
 
 
-def _linear(name: str, static: Sizes, element: str, log: bool, reverse: bool, state: bool) -> str:
+def linear(name: str, static: Sizes, element: str, log: bool, reverse: bool, state: bool) -> str:
     btc, bc = _type("btc", static, element), _type("bc", static, element)
     extra = f", %s: {bc}" if state else ""
     operands, types = ("%a, %u, %s", f"{btc}, {btc}, {bc}") if state else ("%a, %u", f"{btc}, {btc}")
@@ -34,7 +34,7 @@ func.func @{name}(%a: {btc}, %u: {btc}{extra}) -> ({btc}, {bc}) {{
 }}"""
 
 
-def _selective(name: str, static: Sizes, element: str, reverse: bool, state: bool) -> str:
+def selective(name: str, static: Sizes, element: str, reverse: bool, state: bool) -> str:
     btc, btn, cn, bcn = (_type(letters, static, element) for letters in ("btc", "btn", "cn", "bcn"))
     extra = f", %s: {bcn}" if state else ""
     types = ", ".join([btc, btc, cn, btn, btn, *([bcn] if state else [])])
@@ -71,8 +71,8 @@ SELECTIVE = {
 def program(request: pytest.FixtureRequest) -> Any:
     if not scan_targets.runs_here(request.param):
         pytest.skip(f"this processor is not {request.param.cpu}")
-    text = "\n".join(_linear(name, *case) for name, case in LINEAR.items())
-    text += "\n".join(_selective(name, *case) for name, case in SELECTIVE.items())
+    text = "\n".join(linear(name, *case) for name, case in LINEAR.items())
+    text += "\n".join(selective(name, *case) for name, case in SELECTIVE.items())
     return scan_targets.load(text, request.param)
 
 
@@ -101,9 +101,7 @@ def _close(found: list[Any], expected: tuple[np.ndarray, ...], element: str) -> 
         np.testing.assert_allclose(result, wanted, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", LINEAR)
-@pytest.mark.parametrize("steps", [0, 1, 19])
-def test_linear_scan(program: Any, name: str, steps: int) -> None:
+def check_linear(program: Any, name: str, steps: int) -> None:
     static, element, log, reverse, state = LINEAR[name]
     dtype = np.float32 if element == "f32" else np.float64
     rng = np.random.default_rng(steps)
@@ -120,9 +118,13 @@ def test_linear_scan(program: Any, name: str, steps: int) -> None:
         _close(found, _linear_loop(factors, u, s if state else np.zeros((b, c)), reverse), element)
 
 
-@pytest.mark.parametrize("name", SELECTIVE)
+@pytest.mark.parametrize("name", LINEAR)
 @pytest.mark.parametrize("steps", [0, 1, 19])
-def test_selective_scan(program: Any, name: str, steps: int) -> None:
+def test_linear_scan(program: Any, name: str, steps: int) -> None:
+    check_linear(program, name, steps)
+
+
+def check_selective(program: Any, name: str, steps: int) -> None:
     static, element, reverse, state = SELECTIVE[name]
     dtype = np.float32 if element == "f32" else np.float64
     rng = np.random.default_rng(steps)
@@ -138,6 +140,12 @@ def test_selective_scan(program: Any, name: str, steps: int) -> None:
         expected = _selective_loop(*wide, s if state else np.zeros((b, c, n)), reverse)
         scale = max(1.0, float(np.abs(expected[0]).max(initial=1)))
         _close([r / scale for r in found], tuple(r / scale for r in expected), element)
+
+
+@pytest.mark.parametrize("name", SELECTIVE)
+@pytest.mark.parametrize("steps", [0, 1, 19])
+def test_selective_scan(program: Any, name: str, steps: int) -> None:
+    check_selective(program, name, steps)
 
 
 def test_growing_states(program: Any) -> None:
