@@ -395,6 +395,24 @@ def smallest(x: Tensor) -> Any:
     return aten.amin.default(x, list(range(x.dim())))
 
 
+@_replaces(aten.max.dim)
+def largest_along(x: Tensor, dim: int, keepdim: bool = False) -> Any:
+    return _value_and_index(aten.amax.default, aten.argmax.default, x, dim, keepdim)
+
+
+@_replaces(aten.min.dim)
+def smallest_along(x: Tensor, dim: int, keepdim: bool = False) -> Any:
+    return _value_and_index(aten.amin.default, aten.argmin.default, x, dim, keepdim)
+
+
+def _value_and_index(value: Any, index: Any, x: Tensor, dim: int, keepdim: bool) -> Any:
+    """There is no lowering of both at once. Most read the values alone, and the index falls away."""
+    if not x.dim():
+        return aten.clone.default(x), _constant(0, x, torch.int64)
+    comparable = aten._to_copy.default(x, dtype=torch.int8) if x.dtype is torch.bool else x
+    return value(x, [dim], keepdim), index(comparable, dim, keepdim)
+
+
 @_replaces(aten._to_copy.default)
 def cast(x: Tensor, *, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
     """torch-mlir takes uint8 for int8 when it widens, and ends at 127 when it makes one of a floating number."""
