@@ -312,6 +312,51 @@ _decoder(
         }
     ),
 )
+# Chunks and blocks are shorter than the text, and do not divide it.
+_decoder(
+    "granitemoehybrid",
+    "hybrid",
+    lambda s: (
+        _experts(s)
+        | _mamba_layers(s)
+        | {
+            "mamba_chunk_size": s.length // 3,
+            "shared_intermediate_size": s.width,
+            "layer_types": ["linear_attention", "full_attention"] * (s.layers // 2),
+        }
+    ),
+)
+_decoder(
+    "nemotron_h",
+    "hybrid",
+    lambda s: (
+        _experts(s)
+        | {
+            "num_hidden_layers": None,  # it counts the types
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"] * (s.layers // 2),
+            "ssm_state_size": 16,
+            "mamba_num_heads": 2 * s.heads,
+            "mamba_head_dim": s.head,
+            "n_groups": 2,
+            "chunk_size": s.length // 3,
+            "n_routed_experts": 4,
+            "moe_shared_expert_intermediate_size": s.width,
+        }
+    ),
+)
+_decoder(
+    "minimax",
+    "hybrid",
+    lambda s: (
+        _experts(s)
+        | {
+            "layer_types": ["linear_attention", "full_attention"] * (s.layers // 2),
+            "block_size": s.length // 3,
+            "linear_attn_alpha_factor": 1.1,
+            "linear_attn_beta_factor": 0.9,
+        }
+    ),
+)
 _decoder(
     "lfm2",
     "hybrid",
