@@ -44,6 +44,7 @@ COMPILER = tuple(  # packages whose sources shape code
         ".passes.wave_kernels",
         ".frontend",
         ".frontend.dynamo",
+        ".frontend.masks",
         ".frontend.ops",
         ".frontend.recurrences",
         ".frontend.spikes",

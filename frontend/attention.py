@@ -17,18 +17,9 @@ from torch import Tensor, fx
 
 import spikingbrain.frontend.ops  # noqa: F401  (registers the op)
 from spikingbrain.frontend.checks import user_line
-from spikingbrain.frontend.masks import (
-    BLOCKED,
-    Affine,
-    Condition,
-    NotShown,
-    Number,
-    Reader,
-    Window,
-    is_written,
-    opposite,
-    window_of,
-)
+from spikingbrain.frontend.masks.reader import Reader, is_written
+from spikingbrain.frontend.masks.values import BLOCKED, Affine, Condition, NotShown, Number, opposite
+from spikingbrain.frontend.masks.window import Window, window_of
 from spikingbrain.frontend.recurrences.emit import Emitter
 
 aten = torch.ops.aten
