@@ -33,13 +33,18 @@ def test_values_alone_leave_nothing_to_eager() -> None:
     assert_same(compiled(torch.tensor(ROWS)), values(torch.tensor(ROWS)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, *(pytest.param(t, marks=pytest.mark.slow) for t in (torch.int64, torch.bool))],
+    ids=str,
+)
 def test_indices(dtype: torch.dtype) -> None:
     x = torch.tensor(ROWS)
     x = x if dtype.is_floating_point else x.nan_to_num(0, 4, -4).to(dtype)
     assert_same(torch.compile(pairs, backend="spikingbrain")(x), pairs(x))
 
 
+@pytest.mark.slow
 def test_gradients_go_to_the_first_of_equals() -> None:
     def loss(x: Tensor) -> Tensor:
         return x.max(-1).values.square().sum() + 3 * x.min(0).values.sum()

@@ -47,7 +47,7 @@ def assert_ulps(found: Tensor, wanted: Tensor, ulps: float, zero: float = TINY) 
     assert not wrong.any(), (found[wrong], wanted[wrong])
 
 
-@pytest.mark.parametrize("target", ["cpu", "maca-emulator"])
+@pytest.mark.parametrize("target", ["cpu", pytest.param("maca-emulator", marks=pytest.mark.slow)])
 def test_every_case_of_pow(target: str) -> None:
     x, y = grid()
     with torch.no_grad():

@@ -44,7 +44,11 @@ def compiled(target: str = "cpu") -> Any:
     return torch.compile(Solved(), backend="spikingbrain", options={**OPTIONS, "target": target})
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda f: "-".join(k for k, v in f.items() if v))
+@pytest.mark.parametrize(
+    "form",
+    [pytest.param(f, marks=[pytest.mark.slow] * (i not in (2, 5, 6))) for i, f in enumerate(FORMS)],
+    ids=lambda f: "-".join(k for k, v in f.items() if v),
+)
 def test_every_form_of_the_lowering(form: dict[str, bool]) -> None:
     for size, batch in ((7, (2,)), (131, ())):
         a, b = systems(size, batch=batch)

@@ -54,6 +54,7 @@ def test_a_model_judges_without_a_card(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @needs_cxx
+@pytest.mark.slow
 def test_the_emulator_compares_results(tmp_path: Path) -> None:
     made, expected, given = tuned(tmp_path / "tuned.sbrain", "maca-emulator", ["staged_steps"])
     trial, _ = made.manifest["tuned"]["trials"]  # 4 steps are all, 16 as many

@@ -47,6 +47,7 @@ def test_recurrences() -> None:
     recurrence.check(recurrence.TILES[0], (1, 37))
 
 
+@pytest.mark.slow
 def test_attention_of_many_tokens() -> None:
     rule = (40, 2)
     program = attention.compiled(attention.GROUPED, rule, "?", "?")
@@ -59,7 +60,11 @@ def test_attention_of_one_token_to_many_keys() -> None:
     attention.check(program, arguments(attention.ODD, 1, [690, 5], 700), rule)
 
 
-@pytest.mark.parametrize("names", PRODUCTS, ids="-".join)
+@pytest.mark.parametrize(
+    "names",
+    [pytest.param(n, marks=[pytest.mark.slow] * (i > 0)) for i, n in enumerate(PRODUCTS)],
+    ids="-".join,
+)
 def test_products(names: tuple[str, str]) -> None:
     cases, tuning = {name: products.CASES[name] for name in names}, PRODUCTS[names]
     program = Program(joined(cases), [LowerGroupedLinear(), LowerLinear()], tuning)
@@ -68,6 +73,7 @@ def test_products(names: tuple[str, str]) -> None:
         (products.test_experts if case.experts else products.test_products)(loaded, name)
 
 
+@pytest.mark.slow
 def test_spikes() -> None:
     cases = {name: spikes.CASES[name] for name in ("odd", "groups", "groups_row")}
     loaded = Program(joined(cases), [SpikeToInt()], SPIKES).load({n: spikes.weights(n) for n in cases})
