@@ -7,7 +7,7 @@ what it sees are, by least squares,
 
 where the first x of each product is x, or x^, and the second x^. Rounding errs by as much in each channel, so directions in which
 the channels together say little are mostly error: W' trusts them less (a Wiener filter). It helps where channels depend on each
-other, as they do in language models, and costs nothing at run time.
+other, and costs nothing at run time.
 
 Rounding the weights to few bits errs, too. Channel by channel, the error of each is made good by the channels not yet rounded,
 again by least squares (Hassibi and Stork, "Optimal brain surgeon", 1993; Frantar et al., "GPTQ", arXiv 2210.17323).
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from spikingbrain.models.spiking.calibrate import check_seen, watch_inputs
-from spikingbrain.models.spiking.quantise import quantise_weight, weight_codes, weight_scale
+from spikingbrain.models.spiking.quantise import weight_codes, weight_scale
 from spikingbrain.models.spikingbrain.experts import ExpertLinear
 
 DAMPING = 0.01  # of the mean size of a channel's square, added to each: what few tokens say is uncertain
@@ -114,9 +114,6 @@ class Compensation:
         if channels is not None:
             weight = weight / channels
         shape = weight.shape[:-1]
-        if bits > 4:  # the error of rounding to 8 bits is a hundredth of that of x
-            codes, scale = quantise_weight(weight.flatten(0, -2), group_size, bits)
-            return codes.view(*shape, -1), scale.view(*shape, -1)
         kept = self.unfitted(name)
         scale = weight_scale(weight.flatten(0, -2), group_size, bits).view(*shape, -1)
         stacks = (t.view(-1, *t.shape[-2:]) for t in (weight, scale))

@@ -116,8 +116,9 @@ def spike(
         group_size: inputs that share a weight scale: a number, None for all of a row, a mapping from a layer's inputs to one of
             these, or "auto": the largest divisor of the inputs up to 128 that is a multiple of 8.
         bits: 8 or 4.
-        calibration: arguments for calls of the model, a tuple for each; weights are changed so that they expect the rounding
-            of what the layers see in them (`compensate`). Some thousand tokens are needed. It costs nothing at run time.
+        calibration: arguments for calls of the model, a tuple for each. Channels are scaled before they fire by what layers
+            see in them (`calibrate`); weights of 4 bits are also changed so that they expect the rounding of their inputs, and
+            are rounded together (`compensate`). Some thousand tokens are needed. It costs nothing at run time.
         only: names, with * and ?, of the layers to replace; all by default.
         skip: names of layers to leave as they are.
         types: classes whose instances are replaced.
@@ -193,16 +194,17 @@ def spike(
             }
             calls = list(calibration)
             channels = channel_scales(observe(model, alone, calls), alone)
-            compensation = Compensation(
-                model, alone, calls, lambda name, x: spiking(x * channels[name], k) / channels[name]
-            )
+            if bits == 4:
+                compensation = Compensation(
+                    model, alone, calls, lambda name, x: spiking(x * channels[name], k) / channels[name]
+                )
     made: dict[int, nn.Module] = {}  # one layer may have several names
     for name, linear in chosen.items():
         if id(linear) not in made:
             width = (head_bits or bits) if name in heads else bits
             new: nn.Module
             rounded = None
-            if compensation is not None and name in compensation.layers:
+            if compensation is not None and name in compensation.layers and width == 4:
                 rounded = compensation.rounded(name, sizes[name], width, channels[name])
                 if kept := compensation.unfitted(name):
                     report.unfitted[name] = kept

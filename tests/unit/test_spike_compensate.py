@@ -67,17 +67,16 @@ def test_several_passes_gather_the_same(model: Forked) -> None:
         assert torch.equal(whole.weight(name), pieces.weight(name))
 
 
-@pytest.mark.parametrize(("bits", "share"), [(8, 0.85), (4, 0.75)])
-def test_a_calibrated_model_errs_less(bits: int, share: float) -> None:
+def test_a_calibrated_model_errs_less() -> None:
     @torch.no_grad()
     def error(calibration: list[Tensor] | None) -> float:
         torch.manual_seed(0)
         model = Forked().eval()
         wanted = [model(x) for x in texts(3)]
-        spiking.spike(model, bits=bits, calibration=calibration)
+        spiking.spike(model, bits=4, calibration=calibration)
         return sum(float((model(x) - y).norm() / y.norm()) for x, y in zip(texts(3), wanted, strict=True))
 
-    assert error(texts(20)) < share * error(None)
+    assert error(texts(20)) < 0.75 * error(None)
 
 
 def test_independent_channels_are_rounded_to_nearest() -> None:
