@@ -27,7 +27,13 @@ CASES = {
 
 
 @pytest.mark.qemu
-@pytest.mark.parametrize("features", [frozenset({"dotprod"}), frozenset()], ids=["sdot", "neon"])
+@pytest.mark.parametrize(
+    "features",
+    [
+        pytest.param(frozenset({"dotprod"}), id="sdot"),
+        pytest.param(frozenset(), id="neon", marks=pytest.mark.slow),
+    ],
+)
 def test_kernels(features: frozenset[str], tmp_path: Path) -> None:
     target = Target("aarch64", "cpu", "iree", "aarch64", "generic", features, 128, 32)
     flags = ["--iree-llvmcpu-target-triple=aarch64-unknown-linux-gnu"]

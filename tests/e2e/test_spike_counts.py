@@ -253,6 +253,7 @@ def test_they_are_exported_for_every_length(tmp_path: Path) -> None:
                 close(np.asarray(y), wanted, name)
 
 
+@pytest.mark.slow
 def test_weights_stored_in_another_way(tmp_path: Path) -> None:
     model, x = All(map(Layer, STORED)), rows().clamp(-99, 99)
     artifact = spikingbrain.export(model, {"main": spikingbrain.Entry((x,))}, tmp_path / "m.sbrain")
@@ -325,7 +326,9 @@ def half_weights(m: Layer, x: Tensor) -> Tensor:
     return ((torch.round(h / v) * v) @ (m.codes.float() * m.row.float()).T + m.bias).to(x.dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+)
 @torch.no_grad()
 def test_half_inputs_of_neurons_in_float32(dtype: torch.dtype, tmp_path: Path) -> None:
     linear = nn.Linear(C, N)

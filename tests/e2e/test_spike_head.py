@@ -89,7 +89,7 @@ def test_a_token_outside_the_table_has_no_numbers(tmp_path: Path) -> None:
     assert np.isfinite(x[0, 0]).all() and np.isnan(x[0, 1:]).all() and np.isnan(logits[0, 1:]).all()
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_spikingbrain_model_is_integers_from_end_to_end(tied: bool, tmp_path: Path) -> None:
     torch.manual_seed(1)
     config = replace(

@@ -216,6 +216,7 @@ def test_a_language_model(name: str, tiny: Tiny, status: dict[str, TargetStatus]
         tiny.check(tmp_path / "tiny", [3, 1, 17, 1, 1])
 
 
+@pytest.mark.slow
 @pytest.mark.qemu
 def test_a_language_model_on_aarch64(tiny: Tiny, tmp_path: Path) -> None:
     """The target's own kernels (128-bit vectors) under emulation, with the state passed on from call to call."""

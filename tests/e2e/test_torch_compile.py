@@ -141,6 +141,7 @@ def test_embedding_and_cross_entropy() -> None:
     check(LossOfTokens(), torch.randint(0, 50, (3, 11)))
 
 
+@pytest.mark.slow
 def test_convolutions() -> None:
     model = nn.Sequential(nn.Conv1d(8, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.SiLU(), nn.Conv1d(16, 8, 1))
     check(model, torch.randn(2, 8, 13))
@@ -148,7 +149,10 @@ def test_convolutions() -> None:
     check(images, torch.randn(2, 3, 17, 17))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bfloat16, *(pytest.param(t, marks=pytest.mark.slow) for t in (torch.float64, torch.float16))],
+)
 def test_element_types(dtype: torch.dtype) -> None:
     model = Mlp().to(dtype)
     x = torch.randn(2, 7, 32, dtype=dtype)
@@ -187,6 +191,7 @@ def test_several_dynamic_sizes() -> None:
     assert all(r.count("compiled") for r in reports)
 
 
+@pytest.mark.slow
 def test_dynamic_embedding_gradient() -> None:
     model = LossOfTokens()
     fast = compiled(model, dynamic=True)

@@ -50,8 +50,10 @@ def _mamba2() -> torch.nn.Module:
         pytest.param(
             _qwen, {}, 3, id="a growing cache", marks=pytest.mark.slow
         ),  # the prompt, a first token, tokens of any length
-        pytest.param(_qwen, {"cache_implementation": "static"}, 2, id="a static cache"),
-        pytest.param(_mamba2, {}, 2, id="a state", marks=pytest.mark.slow),
+        pytest.param(
+            _qwen, {"cache_implementation": "static"}, 2, id="a static cache", marks=pytest.mark.slow
+        ),
+        pytest.param(_mamba2, {}, 2, id="a state"),
     ],
 )
 def test_generates_the_same_tokens(make, options, graphs: int, fresh_dynamo: None) -> None:  # type: ignore[no-untyped-def]

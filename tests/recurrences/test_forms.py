@@ -58,7 +58,9 @@ def test_extreme_gates(form: Form) -> None:
     check(form, extreme=True)
 
 
-@pytest.mark.parametrize("name", ["gla_two_layers", "state_in_the_middle"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("gla_two_layers", marks=pytest.mark.slow), "state_in_the_middle"]
+)
 def test_explain_says_what_became_of_it(name: str) -> None:
     form = FORMS[name]
     recurrences = explained(form)

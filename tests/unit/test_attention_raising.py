@@ -210,7 +210,9 @@ def test_what_stays_says_why() -> None:
     assert report.reason == "too wide"
 
 
-@pytest.mark.parametrize(("written", "dynamic"), [("eager", False), ("sdpa", True)])
+@pytest.mark.parametrize(
+    ("written", "dynamic"), [pytest.param("eager", False, marks=pytest.mark.slow), ("sdpa", True)]
+)
 def test_a_model_of_transformers_with_a_window(written: str, dynamic: bool) -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

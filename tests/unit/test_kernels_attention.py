@@ -294,7 +294,11 @@ def narrowed(inputs: list[np.ndarray], element: str) -> tuple[list[np.ndarray], 
 
 @pytest.mark.parametrize(
     ("target", "element"),
-    [("v4", "i8"), ("v3", "f16"), ("v2", "bf16"), ("portable", "i8")],
+    [
+        ("v4", "i8"),
+        ("v3", "f16"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("v2", "bf16"), ("portable", "i8"))),
+    ],
 )
 def test_narrow_caches(compiled: Any, target: str, element: str) -> None:
     heads, rule = (4, 2, 32), (40, 2)

@@ -38,7 +38,7 @@ V4 = _x86("avx512", "x86-64-v4", V4_FEATURES, 512, 32)
 VNNI_256 = _x86("vnni-256", "x86-64-v4", V4_FEATURES | {"avx512vnni"}, 256, 16)
 V3 = _x86("avx2", "x86-64-v3", V3_FEATURES, 256, 16)
 V2 = _x86("sse", "x86-64-v2", frozenset(), 128, 16)
-TARGETS = [PORTABLE, VNNI, V3, *(pytest.param(t, marks=pytest.mark.slow) for t in (V4, VNNI_256, V2))]
+TARGETS = [PORTABLE, VNNI, *(pytest.param(t, marks=pytest.mark.slow) for t in (V3, V4, VNNI_256, V2))]
 
 CASES = {
     "odd": Case(37, 70),

@@ -173,6 +173,7 @@ def test_loops_that_data_ends(loops: Path, tmp_path: Path) -> None:
             np.testing.assert_array_equal(np.load(tmp_path / f"out0.{i}.npy"), wanted)
 
 
+@pytest.mark.slow
 def test_a_loop_may_need_more_memory_in_a_later_round(tmp_path: Path) -> None:
     entry = {
         "inputs": [{"name": "x", "shape": ["n"], "dtype": "float32"}],
@@ -212,6 +213,7 @@ def test_a_program_that_cannot_be_written_changes_nothing(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "old"]
 
 
+@pytest.mark.slow
 def test_long_sizes_have_names(tmp_path: Path) -> None:
     tensor = {"name": "x", "shape": ["n"], "dtype": "float32"}
     entry = {"inputs": [tensor], "outputs": [tensor], "ranges": {}, "uses_state": False}
