@@ -61,11 +61,13 @@ def rounded(new_BTSD: Tensor, kept: Kept) -> Kept:
 
 
 def beside(kept: Kept, new: Kept, dtype: torch.dtype) -> Tensor:
-    """Returns cached and new tokens as numbers, [B, N, S, D]."""
+    """Returns cached and new tokens as numbers, [B, N, S, D], in ``dtype`` if they are kept so, else in float32 or wider."""
+    wide = torch.promote_types(dtype, torch.float32)
     if isinstance(kept, Codes) and isinstance(new, Codes):
-        return torch.cat([_numbers(kept), _numbers(new)], dim=1).to(dtype)
+        return torch.cat([_numbers(kept), _numbers(new)], dim=1).to(wide)
     assert isinstance(kept, Tensor) and isinstance(new, Tensor)
-    return torch.cat([kept, new], dim=1).to(dtype)
+    both = torch.cat([kept, new], dim=1)
+    return both if kept.dtype == dtype else both.to(wide)
 
 
 def put(kept: Kept, new: Kept, slots_BT: Tensor) -> Kept:

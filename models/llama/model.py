@@ -237,14 +237,15 @@ class Attention(nn.Module):
         k_BTKD = rotate(k_BTKD, rotation)
 
         new_keys, new_values = rounded(k_BTKD, keys), rounded(v_BTKD, values)
+        k_BSKD, v_BSKD = beside(keys, new_keys, q_BTHD.dtype), beside(values, new_values, q_BTHD.dtype)
         o_BHTD = F.scaled_dot_product_attention(
-            q_BTHD.transpose(1, 2),
-            beside(keys, new_keys, q_BTHD.dtype).transpose(1, 2),
-            beside(values, new_values, q_BTHD.dtype).transpose(1, 2),
+            q_BTHD.to(k_BSKD.dtype).transpose(1, 2),
+            k_BSKD.transpose(1, 2),
+            v_BSKD.transpose(1, 2),
             attn_mask=mask_B1TS,
             enable_gqa=True,
         )
-        o_BTE = self.output(o_BHTD.transpose(1, 2).reshape(B, T, self.heads * self.head_size))
+        o_BTE = self.output(o_BHTD.transpose(1, 2).to(x_BTE.dtype).reshape(B, T, self.heads * self.head_size))
         return o_BTE, put(keys, new_keys, slots_BT), put(values, new_values, slots_BT)
 
 

@@ -149,14 +149,15 @@ class SoftmaxAttention(nn.Module):
         q_BTHD, k_BTSD = rotate(q_BTHD, moment.rotation), rotate(k_BTSD, moment.rotation)
         keys, values = cache
         new_keys, new_values = rounded(k_BTSD, keys), rounded(v_BTSD, values)
+        k_BNSD, v_BNSD = beside(keys, new_keys, q_BTHD.dtype), beside(values, new_values, q_BTHD.dtype)
         o_BHTD = F.scaled_dot_product_attention(
-            q_BTHD.transpose(1, 2),
-            beside(keys, new_keys, q_BTHD.dtype).transpose(1, 2),
-            beside(values, new_values, q_BTHD.dtype).transpose(1, 2),
+            q_BTHD.to(k_BNSD.dtype).transpose(1, 2),
+            k_BNSD.transpose(1, 2),
+            v_BNSD.transpose(1, 2),
             attn_mask=view.mask_B1TN,
             enable_gqa=True,
         )
-        o_BTHD = o_BHTD.transpose(1, 2)
+        o_BTHD = o_BHTD.transpose(1, 2).to(q_BTHD.dtype)
         if self.norm is not None:
             o_BTHD = self.norm(o_BTHD)
         return o_BTHD, (put(keys, new_keys, view.slots_BT), put(values, new_values, view.slots_BT))
