@@ -85,6 +85,7 @@ def _kinds(found: Forecast) -> dict[str, list[int]]:
 def _place(args: argparse.Namespace) -> Path:
     path = Path(args.model)
     if path.is_file():
+        named_models.no_shaping(args, "--batch")
         return path
     kept = named_models.cached_artifact(args.model, args.target, named_models.model_options(args))
     if not kept.is_file():

@@ -10,6 +10,7 @@ import inspect
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -108,33 +109,71 @@ class NamedModel:
     metadata: dict[str, Any]
 
 
+class Shaping(argparse.Action):
+    """Keeps the value of an option that decides what is compiled, and that it was given."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        namespace.shaping = [*namespace.shaping, option]
+
+
+def no_shaping(args: argparse.Namespace, *besides: str) -> None:
+    """Raises OptionError if an option was given that an artifact, which is compiled already, cannot follow."""
+    if given := [option for option in args.shaping if option not in besides]:
+        raise OptionError(
+            f"{', '.join(given)} with the artifact {args.model}",
+            why="that decides how a model is compiled, and an artifact is compiled already",
+            hint="leave it out, or give the model that the artifact was made of"
+            + ("; --device says where it runs" if "--target" in given and hasattr(args, "device") else ""),
+        )
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(shaping=[])
     parser.add_argument(
         "--target",
+        action=Shaping,
         default="cpu",
         help="target to compile for, or several as maca,cpu (see 'spikingbrain targets')",
     )
     parser.add_argument(
-        "--window", type=int, help="attend to the last N tokens only; memory is then constant"
+        "--window", action=Shaping, type=int, help="attend to the last N tokens only; memory is then constant"
     )
     parser.add_argument(
-        "--sinks", type=int, default=0, help="first tokens that stay visible beyond the window"
+        "--sinks",
+        action=Shaping,
+        type=int,
+        default=0,
+        help="first tokens that stay visible beyond the window",
     )
-    parser.add_argument("--capacity", type=int, default=2048, help="tokens kept when there is no window")
+    parser.add_argument(
+        "--capacity", action=Shaping, type=int, default=2048, help="tokens kept when there is no window"
+    )
     parser.add_argument(
         "--cache",
+        action=Shaping,
         choices=CACHES,
         help="keys and values of earlier tokens: in 16 bits, or as codes of 8 bits with a scale; else as the weights",
     )
     parser.add_argument(
         "--dtype",
+        action=Shaping,
         choices=DTYPES,
         default="float32",
         help="type of weights and activations; 16 bits take half the memory and time of a token",
     )
-    parser.add_argument("--batch", type=int, default=1, help="texts that are read and continued side by side")
+    parser.add_argument(
+        "--batch", action=Shaping, type=int, default=1, help="texts that are read and continued side by side"
+    )
     parser.add_argument(
         "--spike",
+        action=Shaping,
         metavar="k=3[,group_size=N][,bits=4][,head=true]",
         help="linear layers add integers: spike counts times int8 or int4 weights; head=true: head and embedding too",
     )
@@ -257,6 +296,11 @@ def known(name: str) -> None:
     """Raises OptionError unless ``name`` is a named model or a checkpoint's folder."""
     if checkpoint_models.is_checkpoint(name):
         checkpoint_models.sources(name)
+    elif zipfile.is_zipfile(name):
+        raise OptionError(
+            f"{name} is an artifact: it holds code, and not the model that it was made of",
+            hint="the model itself",
+        )
     elif name not in MODELS:
         raise OptionError(
             f"{name!r} is neither an artifact file, nor the folder of a checkpoint, nor a model known by name",

@@ -80,6 +80,7 @@ def obtain(args: argparse.Namespace) -> tuple[Path, float]:
     """Returns the artifact to run and the seconds it took to compile it."""
     path = Path(args.model)
     if path.is_file():
+        named_models.no_shaping(args)
         return path, 0.0
     options = named_models.model_options(args)
     progress = Progress(args.quiet)

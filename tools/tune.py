@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 import spikingbrain
+from spikingbrain.artifact import check_writable
 from spikingbrain.errors import OptionError
 from spikingbrain.tools import named_models
 from spikingbrain.tools.progress import Progress
@@ -27,11 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if zipfile.is_zipfile(args.model):
-        raise OptionError(
-            f"{args.model} is an artifact: it holds code, and not the model that it was made of",
-            hint="spikingbrain tune with the model itself",
-        )
+    named_models.known(args.model)
+    check_writable(args.output)
     options = named_models.model_options(args)
     if options.batch > 1:
         raise OptionError(

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import zipfile
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from spikingbrain.errors import OptionError
-from spikingbrain.tools.named_models import ModelOptions, SpikeOptions, add_model_arguments, model_options
+from spikingbrain.tools import chat, forecast, run
+from spikingbrain.tools.named_models import (
+    ModelOptions,
+    SpikeOptions,
+    add_model_arguments,
+    known,
+    model_options,
+)
 
 
 def parsed(*arguments: str) -> ModelOptions:
@@ -29,3 +39,43 @@ def test_each_option_arrives() -> None:
 def test_spikes_are_float32() -> None:
     with pytest.raises(OptionError, match=r"(?s)--dtype float16 with --spike.*integers"):
         parsed("--dtype", "float16", "--spike", "k=3")
+
+
+@pytest.mark.parametrize(
+    "command, option",
+    [
+        (run, ("--dtype", "float32")),  # the default, asked for, may still not be what the artifact has
+        (run, ("--window", "8")),
+        (chat, ("--cache", "int8")),
+        (forecast, ("--spike", "k=3")),
+    ],
+)
+def test_an_artifact_is_compiled_already(
+    command: ModuleType, option: tuple[str, str], tmp_path: Path
+) -> None:
+    artifact = tmp_path / "model.sbrain"
+    artifact.write_bytes(b"")
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    words = [str(artifact), "text", *option] if command is run else [str(artifact), *option]
+    with pytest.raises(
+        OptionError, match=f"(?s)^{option[0]} with the artifact .*compiled already.*leave it out"
+    ):
+        command.run(parser.parse_args(words))
+
+
+def test_target_and_device_are_told_apart(tmp_path: Path) -> None:
+    artifact = tmp_path / "model.sbrain"
+    artifact.write_bytes(b"")
+    parser = argparse.ArgumentParser()
+    run.add_arguments(parser)
+    with pytest.raises(OptionError, match="--device says where it runs"):
+        run.run(parser.parse_args([str(artifact), "text", "--target", "maca-emulator"]))
+
+
+def test_an_artifact_is_not_compiled_again(tmp_path: Path) -> None:
+    artifact = tmp_path / "model.sbrain"
+    with zipfile.ZipFile(artifact, "w"):
+        pass
+    with pytest.raises(OptionError, match="holds code, and not the model"):
+        known(str(artifact))
