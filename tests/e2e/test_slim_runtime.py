@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import venv
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ def run(*command: str | Path, **options: Any) -> str:
     return done.stdout
 
 
+needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs a C++ compiler")
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 
 
@@ -151,18 +153,54 @@ import importlib.util, sys
 import numpy as np
 import spikingbrain
 
-for name in ("torch", "torch_mlir", "iree"):
+path, inputs, results, version = sys.argv[1:]
+torch_is_there = importlib.util.find_spec("torch") is not None
+assert torch_is_there == (version != "none"), "torch is there against expectation, or is not"
+for name in ("torch_mlir", "iree"):
     assert importlib.util.find_spec(name) is None, f"{name} is installed"
-path, inputs, results = sys.argv[1:]
-given = np.load(inputs)
+given = dict(np.load(inputs))
+if torch_is_there:
+    import torch
+
+    assert torch.__version__.split("+")[0] == version, torch.__version__
+    given = {name: torch.from_numpy(x) for name, x in given.items()}
 program = spikingbrain.load(path, device="maca-emulator")
 state = program.new_state(batch=2)
 np.savez(results, *(program.step(given[name], state=state) for name in sorted(given)), **state.snapshot())
 """
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs a C++ compiler")
+@pytest.fixture(scope="module")
+def python_with_torch_2_6(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Like ``oldest_python``, with the oldest torch that a vendor's stack brings; 5 GB, with its GPU libraries."""
+    folder = tmp_path_factory.mktemp("torch-2.6")
+    run(_python_3_10() or sys.executable, "-m", "venv", "--without-pip", folder)
+    run(
+        *PIP,
+        "--python",
+        folder / "bin" / "python",
+        "install",
+        "--quiet",
+        "--no-cache-dir",
+        "torch==2.6.0",
+        wheel,
+    )
+    yield folder / "bin" / "python"
+    shutil.rmtree(folder)
+
+
+@needs_a_compiler
 def test_code_for_a_card_runs_on_the_emulator_with_numpy_alone(oldest_python: Path, tmp_path: Path) -> None:
+    _code_for_a_card_runs(oldest_python, "none", tmp_path)
+
+
+@needs_a_compiler
+@pytest.mark.skipif("CI" not in os.environ, reason="installs 5 GB; runs where CI is set")
+def test_code_for_a_card_runs_beside_torch_2_6(python_with_torch_2_6: Path, tmp_path: Path) -> None:
+    _code_for_a_card_runs(python_with_torch_2_6, "2.6.0", tmp_path)
+
+
+def _code_for_a_card_runs(python: Path, torch_version: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Running().eval()
     batch, length = Dim("B", min=1, max=8), Dim("T", min=1, max=64)
@@ -175,7 +213,7 @@ def test_code_for_a_card_runs_on_the_emulator_with_numpy_alone(oldest_python: Pa
     np.savez(tmp_path / "inputs.npz", **inputs)
     environment = {**os.environ, "SPIKINGBRAIN_CACHE": str(tmp_path / "cache")}
     files = [path, tmp_path / "inputs.npz", tmp_path / "results.npz"]
-    run(oldest_python, "-I", "-c", ON_A_CARD, *files, env=environment, cwd=tmp_path)
+    run(python, "-I", "-c", ON_A_CARD, *files, torch_version, env=environment, cwd=tmp_path)
     results, here = np.load(files[-1]), spikingbrain.load(path, device="maca-emulator")
     own = here.new_state(batch=2)
     for i, x in enumerate(inputs.values()):
