@@ -6,7 +6,7 @@ import functools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -114,9 +114,9 @@ class Program:
 
         return generate_batch(self, prompts, max_tokens, **options)
 
-    if TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> EntryPoint: ...
+    def __getattr__(self, name: str) -> EntryPoint:
+        known = ", ".join(self.__dict__.get("entries", ()))
+        raise AttributeError(f"the program has no entry point {name!r}; it has {known}", name=name, obj=self)
 
 
 class EntryPoint:
@@ -141,6 +141,11 @@ class EntryPoint:
         if spec.uses_state != (state is not None):
             what = "needs a state" if spec.uses_state else "takes no state"
             raise CallError(f"entry point {spec.name!r} {what}", hint="program.new_state() makes one")
+        if state is not None and not isinstance(state, State):
+            raise CallError(
+                f"entry point {spec.name!r} got a {type(state).__name__} as its state",
+                hint="program.new_state() makes one; its restore() takes arrays",
+            )
         if state is not None and not state.fits(executable, self._state_layout):
             raise CallError(
                 f"entry point {spec.name!r} got a state of another program",
@@ -179,14 +184,21 @@ class EntryPoint:
 def _as_array(argument: Any) -> Array:
     if isinstance(argument, np.ndarray):
         return argument
-    if hasattr(argument, "__dlpack__"):
+    try:
+        if not hasattr(argument, "__dlpack__"):
+            return np.asarray(argument)
         if getattr(argument, "requires_grad", False):
             argument = argument.detach()
         if str(argument.dtype) == "torch.bfloat16":  # numpy's DLPack does not know it: pass the bits
             bits: Array = argument.view(sys.modules["torch"].int16).numpy()
             return bits.view(numpy_dtype("bfloat16"))
         return np.from_dlpack(argument)
-    return np.asarray(argument)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:  # on another device, sparse, ragged
+        raise CallError(
+            f"a {type(argument).__name__} cannot be given to a program",
+            why=str(error),
+            hint="a dense array in the CPU's memory, such as tensor.to_dense().cpu()",
+        ) from error
 
 
 def _check(spec: EntrySpec, arrays: Sequence[Array], state: State | None) -> None:

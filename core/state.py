@@ -141,14 +141,20 @@ class State:
         return copy
 
     def save(self, path: str | Path) -> None:
-        """Writes the state to a safetensors file (bfloat16 as its bits)."""
+        """Writes the state to a safetensors file (bfloat16 as its bits); raises CallError where it cannot be written."""
         from safetensors.numpy import save
 
         bits = {n: a.view(np.uint16) if a.dtype.name == "bfloat16" else a for n, a in self.snapshot().items()}
-        write_atomically(Path(path), save(bits))
+        data = save(bits)
+        try:
+            write_atomically(Path(path), data)
+        except OSError as error:
+            raise CallError(
+                f"the state cannot be saved as {path}", why=error.strerror or str(error)
+            ) from error
 
     def load(self, path: str | Path) -> None:
-        """Reads what ``save`` wrote; raises CallError if it belongs to another layout or batch size."""
+        """Reads what ``save`` wrote; raises CallError if it is not there, or belongs to another layout or batch size."""
         from safetensors import SafetensorError
         from safetensors.numpy import load
 
@@ -156,6 +162,10 @@ class State:
             bits = load(Path(path).read_bytes())
         except SafetensorError as error:
             raise CallError(f"{path} is not a saved state", why=str(error)) from error
+        except OSError as error:
+            raise CallError(
+                f"there is no saved state to read at {path}", why=error.strerror or str(error)
+            ) from error
         for field in self._layout:
             if field["dtype"] == "bfloat16" and (array := bits.get(field["name"])) is not None:
                 bits[field["name"]] = array.view(numpy_dtype("bfloat16"))

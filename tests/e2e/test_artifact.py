@@ -376,6 +376,43 @@ def test_a_file_that_is_no_state(scaling: Path, tmp_path: Path) -> None:
         spikingbrain.load(scaling).new_state().load(tmp_path / "note")
 
 
+def test_states_that_can_be_neither_read_nor_written(scaling: Path, tmp_path: Path) -> None:
+    state = spikingbrain.load(scaling).new_state()
+    with pytest.raises(
+        errors.CallError, match=r"there is no saved state to read at .*gone\n  because: No such file"
+    ):
+        state.load(tmp_path / "gone")
+    with pytest.raises(
+        errors.CallError, match=r"the state cannot be saved as .*gone/it\n  because: No such file"
+    ):
+        state.save(tmp_path / "gone" / "it")
+
+
+@pytest.mark.parametrize(
+    "x, why",
+    [
+        (
+            torch.ones(1, 1, 8, device="meta"),
+            r"(?s)a Tensor cannot be given.*meta.*dense array in the CPU's memory",
+        ),
+        (torch.ones(1, 1, 8).to_sparse(), r"(?s)a Tensor cannot be given.*layout.*dense array"),
+        ([[1.0], [1.0, 2.0]], r"(?s)a list cannot be given.*inhomogeneous"),
+    ],
+)
+def test_arguments_that_are_no_dense_arrays(x: Any, why: str, summing: Path) -> None:
+    program = spikingbrain.load(summing)
+    with pytest.raises(errors.CallError, match=why):
+        program.step(x, state=program.new_state(batch=1))
+
+
+def test_what_is_no_state_and_no_entry_point(summing: Path) -> None:
+    program = spikingbrain.load(summing)
+    with pytest.raises(errors.CallError, match=r"(?s)got a ndarray as its state.*new_state\(\) makes one"):
+        program.step(numbers(1, 1, 8), state=np.zeros(8))
+    with pytest.raises(AttributeError, match="the program has no entry point 'prefill'; it has step"):
+        program.prefill(numbers(1, 1, 8))
+
+
 def test_a_refused_call_leaves_the_state_alone(summing: Path) -> None:
     program = spikingbrain.load(summing)
     state = program.new_state(batch=1)
