@@ -22,7 +22,7 @@ class Provider:
         name: as the option ``providers`` names it.
         takes: which calls it takes.
         proof: what was shown of it, on which machine.
-        package: a Python package of the vendor that it needs.
+        package: a Python package that it needs.
     """
 
     name: str
@@ -68,6 +68,7 @@ TORCH: Mapping[str, tuple[Provider, ...]] = {
             "triton",
             "heads of up to 256 channels (128 in float32); windows, sinks, grouped heads, fewer queries, positions as data",
             _INTERPRETER,
+            "triton",
         ),
         _TORCH,
     ),
@@ -76,6 +77,7 @@ TORCH: Mapping[str, tuple[Provider, ...]] = {
             "triton",
             "gates as logarithms, of heads or keys, or none; delta rules forward, with up to 256 keys; not float64",
             _INTERPRETER,
+            "triton",
         ),
         Provider(
             "fla",
@@ -86,12 +88,13 @@ TORCH: Mapping[str, tuple[Provider, ...]] = {
         ),
         _TORCH,
     ),
-    "linear_scan": (Provider("triton", "not float64", _INTERPRETER), _TORCH),
+    "linear_scan": (Provider("triton", "not float64", _INTERPRETER, "triton"), _TORCH),
     "spike_linear": (
         Provider(
             "triton",
             "codes of 8 bits, up to 65,536 channels",
             "results by Triton's interpreter, exact; compiled for gfx942, sm_80 and sm_90",
+            "triton",
         ),
         _TORCH,
     ),

@@ -41,7 +41,7 @@ PACKAGES = {
     "torch": ("compiles models", "pip install 'spikingbrain[compile]'"),
     "torch-mlir": ("compiles models", "pip install 'spikingbrain[compile]'"),
     "iree-base-compiler": ("compiles models for CPUs and Vulkan", "pip install 'spikingbrain[compile]'"),
-    "triton": ("kernels inside a PyTorch process on a GPU", "pip install 'spikingbrain[triton]'"),
+    "triton": ("runs kernels inside a PyTorch process on a GPU", "pip install 'spikingbrain[triton]'"),
 }
 
 
