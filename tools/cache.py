@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import shutil
 
+from spikingbrain import code_cache
 from spikingbrain.artifact import cache_folder
-from spikingbrain.build import LIMIT_MB, cache_uses, prune_cache
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="MB",
         help="remove the compiled code that was used least recently, until no more is left; "
-        f"done after each compile with $SPIKINGBRAIN_CACHE_LIMIT, default {LIMIT_MB}",
+        f"done after each compile with $SPIKINGBRAIN_CACHE_LIMIT, default {code_cache.LIMIT_MB}",
     )
 
 
@@ -27,12 +27,12 @@ def run(args: argparse.Namespace) -> int:
         print(f"removed {folder}")
         return 0
     if args.limit is not None:
-        prune_cache(int(args.limit * 1e6))
+        code_cache.prune(int(args.limit * 1e6))
     print(folder)
     for part in sorted(folder.iterdir()) if folder.is_dir() else []:
         files = [part] if part.is_file() else [f for f in part.rglob("*") if f.is_file()]
         print(f"  {part.name:28}{len(files):6} files {sum(f.stat().st_size for f in files) / 1e6:10.1f} MB")
-    if uses := cache_uses():
+    if uses := code_cache.uses():
         since, hits, misses = uses
         print(f"  compile: {hits} hits and {misses} misses since {since}")
     return 0

@@ -352,7 +352,8 @@ def cached_artifact(name: str, target: str, options: ModelOptions) -> Path:
     """Returns where the artifact of a named model is kept; the name changes with everything that shapes its content."""
     from spikingbrain.artifact import cache_folder
     from spikingbrain.backend import resolve_target
-    from spikingbrain.build import options_by_target, source_hash, versions
+    from spikingbrain.build import options_by_target
+    from spikingbrain.code_cache import source_hash, versions
 
     known(name)
     codes = []

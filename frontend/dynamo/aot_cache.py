@@ -21,7 +21,7 @@ from torch._functorch._aot_autograd.schemas import SerializableAOTDispatchCompil
 from torch._inductor.output_code import OutputCode
 
 from spikingbrain.backend import resolve_target
-from spikingbrain.build import code_parts
+from spikingbrain.code_cache import code_parts
 from spikingbrain.frontend.dynamo import report
 from spikingbrain.frontend.dynamo.on_device import kernels_of
 from spikingbrain.frontend.dynamo.options import CompileOptions

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from spikingbrain.build import versions
+from spikingbrain.code_cache import versions
 from spikingbrain.frontend.dynamo.compare import Finding, Trial
 
 _SCRIPT = '''"""{title}

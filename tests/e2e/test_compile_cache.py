@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
 
-from spikingbrain import build, errors
+from spikingbrain import build, code_cache, errors
 from spikingbrain.backend_iree import cpu
 from spikingbrain.frontend.dynamo import aot_cache, lowering
 from spikingbrain.frontend.dynamo.options import CompileOptions
@@ -181,11 +181,11 @@ def test_what_decides_about_a_graph_is_in_its_key(monkeypatch: pytest.MonkeyPatc
         torch.set_num_threads(threads)
     assert check(wave, x) == "hit"
     with monkeypatch.context() as patch:
-        patch.setattr(build, "source_hash", lambda: "edited")
+        patch.setattr(code_cache, "source_hash", lambda: "edited")
         assert check(wave, x) == "saved"
     with monkeypatch.context() as patch:
-        installed = build.versions()
-        patch.setattr(build, "versions", lambda: {**installed, "torch-mlir": "1"})
+        installed = code_cache.versions()
+        patch.setattr(code_cache, "versions", lambda: {**installed, "torch-mlir": "1"})
         assert check(wave, x) == "saved"
 
 
@@ -207,7 +207,7 @@ def test_the_compile_cache_knows_source_lines_apart_from_code(compiles: list[str
         with functorch_config.patch(enable_autograd_cache=False):
             assert check(scope["wave"], torch.randn(4)) == ""
         texts.append(compiles[-1])
-    keys = [build._Key.of(text, {}) for text in texts]
+    keys = [code_cache.Key.of(text, {}) for text in texts]
     assert "/models/one.py" in texts[0] and "/models/two.py" in texts[1]
     assert keys[0].module == keys[1].module and keys[0].lines != keys[1].lines
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spikingbrain import artifact, build
+from spikingbrain import artifact
+from spikingbrain.code_cache import versions
 
 
 def aarch64_runner(folder: Path) -> list[str]:
@@ -20,7 +21,7 @@ def aarch64_runner(folder: Path) -> list[str]:
     emulator, libraries = shutil.which("qemu-aarch64-static"), Path("/usr/aarch64-linux-gnu")
     if emulator is None or not (libraries / "lib/libstdc++.so.6").exists():
         pytest.skip("needs qemu-user-static, libc6-arm64-cross and libstdc++6-arm64-cross")
-    version = build.versions()["iree-base-compiler"]
+    version = versions()["iree-base-compiler"]
     wanted = ["--platform", "manylinux_2_28_aarch64", "--only-binary=:all:", "--no-deps"]
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--retries", "0", "--timeout", "10"]
     try:

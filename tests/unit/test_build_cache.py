@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from spikingbrain import build, errors, workers
+from spikingbrain import build, code_cache, errors, workers
 from spikingbrain.backend_iree import cpu
 from spikingbrain.tools import cli
 
@@ -142,11 +142,11 @@ def test_a_miss_says_what_differs(monkeypatch: pytest.MonkeyPatch, caplog: pytes
     assert "target: cpu -> x86-64-v3; CPU features: " in differs(target="x86-64-v3")
     assert differs(flags="--a-flag").endswith("other flags and options: nothing -> --a-flag")
     with monkeypatch.context() as patch:
-        installed = build.versions()
-        patch.setattr(build, "versions", lambda: {**installed, "torch": "0.1"})
+        installed = code_cache.versions()
+        patch.setattr(code_cache, "versions", lambda: {**installed, "torch": "0.1"})
         assert differs().endswith(f"with other versions: torch=={installed['torch']} -> torch==0.1")
     with monkeypatch.context() as patch:
-        patch.setattr(build, "source_hash", lambda: "edited")
+        patch.setattr(code_cache, "source_hash", lambda: "edited")
         assert differs().endswith("-> edited") and "with other compiler sources: " in caplog.text
     with monkeypatch.context() as patch:
         features = cpu.features() ^ {"avx512f"}
@@ -159,7 +159,7 @@ def test_every_package_of_the_compiler_counts() -> None:
     """An edited compiler never serves old code."""
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     aside = ("spikingbrain.compat", "spikingbrain.models", "spikingbrain.tools")
-    assert set(build.COMPILER) == {p for p in packages if not p.startswith(aside)}
+    assert set(code_cache.COMPILER) == {p for p in packages if not p.startswith(aside)}
 
 
 def test_without_the_cache_nothing_is_read_or_written(player: Player, folder: Path) -> None:
@@ -232,7 +232,7 @@ def test_a_full_disk_costs_one_warning(
     def full(path: Path, data: bytes) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(build, "write_atomically", full)
+    monkeypatch.setattr(code_cache, "write_atomically", full)
     compiled(), compiled(module("g"))
     (warning,) = warnings(caplog)
     assert "No space left on device" in warning and entries(folder) == []
@@ -240,11 +240,13 @@ def test_a_full_disk_costs_one_warning(
 
 WRITER = """
 import sys
-from spikingbrain import build
-key = build._Key.of("module {}", {"target": "t"})
+from spikingbrain import code_cache
+from spikingbrain.compile_process import Outcome
+
+key = code_cache.Key.of("module {}", {"target": "t"})
 for i in range(150):
-    build._write_cache(key, build._Entry({"code": bytes([i]) * 50000}, {"i": i}))
-    found = build._read_cache(key)
+    code_cache.write(key, Outcome({"code": bytes([i]) * 50000}, {"i": i}))
+    found = code_cache.find(key)
     assert found is not None and found.members["code"] == bytes([found.report["i"]]) * 50000
 """
 
