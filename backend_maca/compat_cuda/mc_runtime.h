@@ -2,6 +2,7 @@
 // named barrier and exchange values through shared memory; there are 15 such barriers, so blocks hold at most 15 waves.
 // Compile with -fmad=false.
 #pragma once
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <stdint.h>
 #include <string.h>
@@ -26,9 +27,8 @@ __device__ __forceinline__ int thread_in_block() {
 }
 __device__ __forceinline__ int lane() { return thread_in_block() & 63; }
 
-__device__ __forceinline__ void wave_barrier() {
-  asm volatile("bar.sync %0, 64;" ::"r"((thread_in_block() >> 6) + 1) : "memory");
-}
+// Barrier 0 is that of __syncthreads. Lanes may come one by one: those of a warp need not have met before.
+__device__ __forceinline__ void wave_barrier() { __barrier_sync_count((thread_in_block() >> 6) + 1, 64); }
 
 // Eight bytes for each lane of the wave.
 __device__ __forceinline__ unsigned long long* scratch() {
@@ -83,9 +83,7 @@ __device__ __forceinline__ T add_products(unsigned long long x, unsigned long lo
 struct ByF16 {
   static constexpr int held = 4, bytes = 8;
   static __device__ float element(unsigned long long bits, int k) {
-    float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"((unsigned short)(bits >> (16 * k))));
-    return value;
+    return __half2float(__ushort_as_half((unsigned short)(bits >> (16 * k))));
   }
   static __device__ float add(unsigned long long x, unsigned long long y, float sum) {
     return add_products<ByF16>(x, y, sum);

@@ -15,7 +15,7 @@ from spikingbrain.backend_maca.plan.plan import every_step
 from spikingbrain.backend_maca.plan.steps import Launch, Product, Steps
 from spikingbrain.backend_maca.run import dlpack
 from spikingbrain.backend_maca.run.blas import Blas
-from spikingbrain.backend_maca.run.driver import CudaDriver, DeviceError, Driver, blas_library, open_driver
+from spikingbrain.backend_maca.run.driver import DeviceError, Driver, blas_library, open_driver
 from spikingbrain.backend_maca.run.images import convention, image_of
 from spikingbrain.backend_maca.run.machine import ALIGNMENT
 from spikingbrain.errors import CallError, OutOfMemory, SpikingBrainError
@@ -23,7 +23,6 @@ from spikingbrain.errors import CallError, OutOfMemory, SpikingBrainError
 log = logging.getLogger(__name__)
 GRANULE = 512  # bytes: sizes of blocks are multiples of it, and blocks begin at multiples of 256 or more
 KEPT_GRAPHS = 8  # recorded sequences of one entry point and shape
-MOST_SHARED = 48 << 10  # bytes of dynamic shared memory that NVIDIA's cards give unasked
 
 Array = np.ndarray[Any, Any]
 
@@ -354,8 +353,6 @@ class Card:
 
     def _function(self, step: Launch) -> int:
         function = self.driver.function(self._module.handle, step.kernel)
-        if step.shared_bytes > MOST_SHARED and isinstance(self.driver, CudaDriver):
-            self.driver.allow_shared(function, step.shared_bytes)
         self._functions[step.kernel] = function
         return function
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import importlib.util
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,8 @@ _NON_BLOCKING = 1  # a stream that does not wait for the default one
 _THREAD_LOCAL_CAPTURE = 1  # other threads, such as torch's, may ask for memory meanwhile
 _END, _BUFFER, _SIZE = 0, 1, 2  # of packed arguments, as CUDA's
 _OTHER_END = 3  # as HIP's
+MOST_SHARED = 64 << 10  # bytes of shared memory that a launch may ask for
+OLDEST = 8  # of NVIDIA's architectures: blocks of smaller cards have too little shared memory
 
 
 class DeviceError(SpikingBrainError):
@@ -419,6 +422,12 @@ class CudaDriver(Driver):
             value = ctypes.c_int()
             self.call("attribute", ctypes.byref(value), attribute, self.ordinal)
             found.append(value.value)
+        if found[0] < OLDEST:
+            raise DeviceError(
+                f"{self.device_name()} is too old for these kernels",
+                why=f"it is of architecture sm_{found[0]}{found[1]}",
+                hint=f"a card of sm_{OLDEST}0 or later, or --device maca-emulator",
+            )
         return f"sm_{found[0]}{found[1]}"
 
     def upload(self, target: int, source: int, size: int, stream: int) -> None:
@@ -432,9 +441,11 @@ class CudaDriver(Driver):
     def copy(self, target: int, source: int, size: int, stream: int) -> None:
         self.call("copy", target, source, size, stream)
 
-    def allow_shared(self, function: int, size: int) -> None:
-        """Lets a kernel have more dynamic shared memory than NVIDIA's cards give without being asked."""
-        self.call("function_attribute", function, self._DYNAMIC_SHARED, size)
+    def function(self, module: int, name: str) -> int:
+        """Returns a kernel that may ask for 64 KiB: without being asked, these cards give 48, static memory included."""
+        function = super().function(module, name)
+        self.call("function_attribute", function, self._DYNAMIC_SHARED, MOST_SHARED)
+        return function
 
     def _instantiate(self, graph: int) -> int:
         return self._made("instantiate", graph, 0)
@@ -461,9 +472,18 @@ def maca_library() -> tuple[str, str]:
 def blas_library(driver: Driver) -> tuple[str, str]:
     """Returns the path of the matrix library that belongs to a runtime, and the prefix of its names."""
     if isinstance(driver, CudaDriver):
-        return "libcublas.so", "cublas"
+        return _cublas(), "cublas"
     library, prefix = maca_library()
     return str(Path(library).with_name(f"lib{prefix}blas.so")), f"{prefix}blas"
+
+
+def _cublas() -> str:
+    """Returns NVIDIA's library: that of the packages which torch brings, else the system's."""
+    found = importlib.util.find_spec("nvidia")
+    for folder in (found.submodule_search_locations or ()) if found else ():
+        for library in sorted(Path(folder).glob("*/lib/libcublas.so.*"), reverse=True):
+            return str(library)
+    return "libcublas.so"
 
 
 @functools.cache

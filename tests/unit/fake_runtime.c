@@ -88,6 +88,7 @@ typedef struct {
   Launcher run;
   void (*set_buffers)(const Extent*, unsigned);
   int count;
+  unsigned most_shared;  // that a launch may ask for
 } Function;
 typedef struct {
   const Function* function;
@@ -127,6 +128,11 @@ static int find(void** place, Module* module, const char* name) {
   function->set_buffers = dlsym(module->library, "sb_buffers");
   if (!function->run || !count) return NOT_FOUND;
   function->count = *count;
+#ifdef CUDA
+  function->most_shared = 48 << 10;
+#else
+  function->most_shared = 64 << 10;
+#endif
   *place = function;
   return OK;
 }
@@ -150,7 +156,7 @@ static int run_node(const Node* node) {
 
 static int launch(const Function* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
                   unsigned bz, unsigned shared, void* stream, void** addresses, void** extra) {
-  if (settings[CURRENT] || !gx || !gy || !gz || bx * by * bz > 1024 || shared > 65536) return INVALID_VALUE;
+  if (settings[CURRENT] || !gx || !gy || !gz || bx * by * bz > 1024 || shared > function->most_shared) return INVALID_VALUE;
   Node node = {function, {gx, gy, gz}, {bx, by, bz}, shared, {0}};
   if (addresses) {
     if (!settings[TAKES_ADDRESSES]) return INVALID_VALUE;
@@ -231,7 +237,10 @@ int F(StreamCreate)(void** place, unsigned flags) { return ++counts[5], made(pla
 int F(StreamDestroy_v2)(void* stream) { return --counts[5], free(stream), OK; }
 int F(CtxSynchronize)(void) { return synchronize(); }
 int F(EventCreate)(void** place, unsigned flags) { return made(place); }
-int F(FuncSetAttribute)(void* function, int attribute, int value) { return attribute == 8 ? OK : INVALID_VALUE; }
+int F(FuncSetAttribute)(Function* function, int attribute, int value) {
+  if (attribute != 8 || value > 227 << 10) return INVALID_VALUE;
+  return function->most_shared = value, OK;
+}
 int F(LaunchKernel)(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned n,
                     void* s, void** a, void** e) {
   return launch(f, gx, gy, gz, bx, by, bz, n, s, a, e);

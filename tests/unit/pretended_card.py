@@ -28,6 +28,21 @@ sys.path.insert(0, {str(SOURCE.parent)!r})
 from pretended_card import native
 open("kernels.mcbin", "wb").write(native(open("kernels.maca").read()))
 """
+NVCC = f"""#!{sys.executable}
+import sys
+if sys.argv[1:] == ["--version"]:
+    print("nvcc, pretended")
+    sys.exit(0)
+assert "-arch=sm_90" in sys.argv and "-fmad=false" in sys.argv, sys.argv
+sys.path.insert(0, {str(SOURCE.parent)!r})
+from pretended_card import native
+from spikingbrain.errors import SpikingBrainError
+try:
+    code = native(open("kernels.cu").read())
+except SpikingBrainError as error:
+    sys.exit(str(error))
+open("kernels.cubin", "wb").write(code)
+"""
 
 
 def native(source: str) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import shutil
+import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spikingbrain.backend_maca import backend
+from spikingbrain.backend_maca import backend, toolchains
 from spikingbrain.backend_maca.run import emulate, probe
 from spikingbrain.backend_maca.run.driver import DeviceError
 from spikingbrain.tools import cli, doctor
@@ -32,6 +33,32 @@ def test_the_emulator_does_what_is_assumed() -> None:
     findings = probe.run(probe.emulated())
     assert [f.name for f in findings] == list(probe.PROBES)
     assert all(f.passed and not f.found for f in findings)
+
+
+def by_two_warps(folder: Path) -> probe.Launcher:
+    """Returns a launcher of the probe as nvcc sees it, on threads of the CPU that form warps of 32 lanes."""
+    include = [f"-I{toolchains.ROOT / toolchains.CUDA}", f"-I{Path(__file__).parent / 'stand_ins' / 'cuda'}"]
+    launchers = "".join(
+        f'extern "C" void run_{name}(unsigned threads, void** arguments) {{ cuda::launch({name}, threads, arguments); }}\n'
+        for name in probe.KERNELS
+    )
+    (folder / "probe.cpp").write_text(probe.SOURCE.read_text() + launchers)
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-ffp-contract=off", "-pthread"]
+    command = [emulate.compiler(), *flags, *include, folder / "probe.cpp", "-o", folder / "probe.so"]
+    subprocess.run(command, check=True)
+    library = ctypes.CDLL(str(folder / "probe.so"))
+
+    def launch(kernel: str, threads: int, shared_bytes: int, arguments: Sequence[Any]) -> None:
+        values = [ctypes.c_int64(a if isinstance(a, int) else a.ctypes.data) for a in arguments]
+        addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        library[f"run_{kernel}"](ctypes.c_uint(threads), addresses)
+
+    return launch
+
+
+def test_waves_that_are_made_of_two_warps_do_what_is_assumed(tmp_path: Path) -> None:
+    findings = probe.run(by_two_warps(tmp_path))
+    assert [f.found for f in findings] == [""] * len(probe.PROBES)
 
 
 # What a device might do instead: probe that notices -> text and replacement, what is found.
