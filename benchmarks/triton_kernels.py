@@ -2,12 +2,13 @@
 
     python benchmarks/triton_kernels.py                      # on the GPU that torch has
     python benchmarks/triton_kernels.py --check              # small sizes, values only; TRITON_INTERPRET=1 needs no GPU
+    python benchmarks/triton_kernels.py --seconds 240 -o triton.json   # begins no problem later; the file is whole at any time
 
 Candidates take turns, round by round; a time is the median over rounds of the mean of some calls, by the device's events, and a
-ratio the median over rounds of one round's ratio to eager. The share of peak is that of the arithmetic that the problem asks
-for, by the maker's figure for dense matrix products in the type of the operands, or of the bytes that it has to read and write
-by the maker's bandwidth, whichever is larger. (No peak is known of MetaX GPUs: the rates stand alone there.) Times on an NVIDIA
-GPU say nothing about a MetaX GPU.
+ratio the median over rounds of one round's ratio to eager. A candidate that raises is named and left out. The share of peak is
+that of the arithmetic that the problem asks for, by the maker's figure for dense matrix products in the type of the operands, or
+of the bytes that it has to read and write by the maker's bandwidth, whichever is larger. (No peak is known of MetaX GPUs: the
+rates stand alone there.) Times on an NVIDIA GPU say nothing about a MetaX GPU.
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
+import itertools
+import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,11 +31,12 @@ import torch.nn.functional as F
 from timing import interleave, ratio
 from torch import Tensor
 
+from spikingbrain import files
 from spikingbrain.models import spiking
 from spikingbrain.models.recurrences.gated import gla, simple_gla
 
 Results = tuple[Tensor, ...]
-ROUNDS, CALLS = 15, 10
+ROUNDS, ROUND_SECONDS, MOST_CALLS = 15, 0.05, 100  # of a candidate: its calls fill a round
 
 # TFLOP/s of float32, of 16-bit floats, TOP/s of int8, GB/s; the makers' data sheets, without sparsity.
 PEAKS = {
@@ -58,8 +64,8 @@ class Problem:
 
 def recurrences(device: str, small: bool) -> Iterator[Problem]:
     batch, steps, heads, size = (1, 37, 2, 16) if small else (4, 4096, 16, 128)
-    for axis in ("key", "head"):
-        for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.bfloat16, torch.float32):
+        for axis in ("key", "head"):
             for training in (False, True):
                 yield _recurrence(device, axis, dtype, training, batch, steps, heads, size)
 
@@ -234,73 +240,128 @@ def _bound(dtype: torch.dtype) -> float:
     return 5e-6 if dtype == torch.float32 else 3e-2
 
 
-def check(problem: Problem) -> None:
-    """Exits unless ours is as near to eager as it should be."""
+def error_of(problem: Problem) -> float:
+    """Returns how far ours is from eager, over the largest value."""
     wanted, found = problem.candidates["eager"](), problem.candidates["ours"]()
-    for x, y in zip(found, wanted, strict=True):
-        error = float((x.double() - y.double()).abs().max() / y.double().abs().max())
-        if not error < problem.bound:
-            sys.exit(f"{problem.name}: ours is {error:.1e} from eager, more than {problem.bound:.0e}")
+    errors = [
+        float((x.double() - y.double()).abs().max() / y.double().abs().max())
+        for x, y in zip(found, wanted, strict=True)
+    ]
+    return max(errors, key=lambda error: error if error == error else float("inf"))
 
 
-def seconds(call: Callable[[], object]) -> float:
+def seconds(call: Callable[[], object], calls: int) -> float:
     """Returns the mean time of some calls by the device's own clock."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
-    for _ in range(CALLS):
+    for _ in range(calls):
         call()
     end.record()
     end.synchronize()
-    return float(start.elapsed_time(end)) / 1e3 / CALLS
+    return float(start.elapsed_time(end)) / 1e3 / calls
 
 
-def measure(problem: Problem, device_name: str) -> None:
+def measure(problem: Problem, device_name: str) -> dict[str, Any]:
+    """Returns of each candidate its time, its ratio to eager, its rates and its share of peak, or why it has none."""
+    able: dict[str, Callable[[], Results]] = {}
+    calls: dict[Any, int] = {}
+    found: dict[str, Any] = {}
+    for name, call in problem.candidates.items():
+        try:
+            call()
+            calls[call] = min(MOST_CALLS, max(1, int(ROUND_SECONDS / seconds(call, 1))))
+            able[name] = call
+        except Exception as error:  # of torch, inductor or another's package: the others are timed
+            found[name] = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
+    times = interleave(able, ROUNDS, lambda call: seconds(call, calls[call]))
     peaks = next((p for name, p in PEAKS.items() if name in device_name), None)
-    times = interleave(problem.candidates, ROUNDS, seconds)
-    print(f"\n{problem.name}")
     for name, taken in times.items():
         middle = float(np.median(taken))
-        line = f"  {name:<26}{middle * 1e6:>10.0f} us   {ratio(times['eager'], taken):>6.2f} x eager"
-        line += (
-            f"   {problem.operations / middle / 1e12:>7.1f} T/s   {problem.moved / middle / 1e9:>7.0f} GB/s"
-        )
+        found[name] = {
+            "microseconds": middle * 1e6,
+            "to_eager": ratio(times["eager"], taken) if "eager" in times else None,
+            "tera_operations": problem.operations / middle / 1e12,
+            "gigabytes": problem.moved / middle / 1e9,
+        }
         if peaks:
-            share = max(
-                problem.operations / middle / 1e12 / peaks[_COLUMN[problem.dtype]],
-                problem.moved / middle / 1e9 / peaks[3],
+            found[name]["share_of_peak"] = max(
+                found[name]["tera_operations"] / peaks[_COLUMN[problem.dtype]],
+                found[name]["gigabytes"] / peaks[3],
             )
-            line += f"   {share:>5.0%} of peak"
-        print(line)
+    return found
 
 
-def main() -> None:
+def lines(found: dict[str, Any]) -> Iterator[str]:
+    """Returns the rows of one problem's table."""
+    for name, row in found.items():
+        if "failed" in row:
+            yield f"  {name:<26}{row['failed']}\n"
+            continue
+        line = f"  {name:<26}{row['microseconds']:>10.0f} us"
+        line += f"   {row['to_eager']:>6.2f} x eager" if row["to_eager"] else ""
+        line += f"   {row['tera_operations']:>7.1f} T/s   {row['gigabytes']:>7.0f} GB/s"
+        line += f"   {row['share_of_peak']:>5.0%} of peak" if "share_of_peak" in row else ""
+        yield line + "\n"
+
+
+def problems(device: str, small: bool) -> Iterator[Problem]:
+    """Returns one problem of each kind, then the next of each."""
+    kinds = [kind(device, small) for kind in (recurrences, attentions, projections)]
+    for turn in itertools.zip_longest(*kinds):
+        yield from (problem for problem in turn if problem)
+
+
+def main() -> bool:
+    """Returns whether a value was wrong."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="compare values at small sizes, without times")
-    arguments = parser.parse_args()
+    parser.add_argument("--seconds", type=float, default=1e9, help="after these no problem is begun")
+    parser.add_argument("-o", "--output", type=Path, help="a file for what was found, in JSON")
+    given = parser.parse_args()
     from spikingbrain.backend_maca.triton import device
     from spikingbrain.errors import SpikingBrainError
 
+    until = time.monotonic() + given.seconds
     try:
         found = device.find()
     except SpikingBrainError as error:
         print(f"nothing is measured: this benchmark needs a GPU\n{error}")
-        return
-    if found.kind == "interpreter" and not arguments.check:
+        return False
+    if found.kind == "interpreter" and not given.check:
         print("nothing is measured: Triton's interpreter has no speed to speak of; --check compares values")
-        return
+        return False
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = False
+    results: dict[str, Any] = {
+        "device": found.name,
+        "torch": torch.__version__,
+        "problems": {},
+        "complete": False,
+    }
     print(f"{found.name} ({found.kind}), torch {torch.__version__}")
-    for kind in (recurrences, attentions, projections):
-        for problem in kind(found.torch_type, arguments.check):
-            check(problem)
-            if arguments.check:
-                print(f"{problem.name}: within {problem.bound:.0e} of eager")
-            else:
-                measure(problem, found.name)
+    for problem in problems(found.torch_type, given.check):
+        if time.monotonic() > until:
+            print("the time is over: further problems are not run")
+            break
+        try:
+            error = error_of(problem)
+            wrong = "" if error < problem.bound else f"{error:.1e} from eager, more than {problem.bound:.0e}"
+            row = {"error": error, "times": {} if given.check else measure(problem, found.name)}
+        except Exception as failure:
+            wrong, row = f"{type(failure).__name__}: {failure}"[:500], {"times": {}}
+        results["problems"][problem.name] = {**row, "wrong": wrong}
+        print(f"{problem.name}: {wrong or f'within {problem.bound:.0e} of eager'}")
+        print(*lines(row["times"]), sep="", end="", flush=True)
+        if given.output:
+            files.write_atomically(given.output, json.dumps(results, indent=1).encode())
+    else:
+        results["complete"] = True
+    if given.output:
+        files.write_atomically(given.output, json.dumps(results, indent=1).encode())
+    return any(problem["wrong"] for problem in results["problems"].values())
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__" and main():
+    sys.exit(1)
