@@ -75,6 +75,14 @@ def stack(arrays: list[Array], block: int) -> list[Array]:
     return [padded.reshape(-1, k)]
 
 
+def pad_groups(arrays: list[Array], size: int, to: int) -> list[Array]:
+    """Puts zeros behind every ``size`` channels of ``[N, K]``, up to ``to`` of them: ``[N, K / size * to]``."""
+    (array,) = arrays
+    padded = np.zeros((len(array), array.shape[1] // size, to), array.dtype)
+    padded[:, :, :size] = array.reshape(len(array), -1, size)
+    return [padded.reshape(len(array), -1)]
+
+
 def pack_columns(arrays: list[Array], block: int) -> list[Array]:
     """Packs ``[..., N, K]`` as ``[..., ceil(N / block), K, block]``: one column block is read front to back by a kernel.
 
@@ -199,6 +207,7 @@ STEPS: dict[str, Callable[..., list[Array]]] = {
         float32,
         transpose,
         stack,
+        pad_groups,
         pack_columns,
         pack_dot,
         pack_nibbles,

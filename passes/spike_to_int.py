@@ -28,16 +28,16 @@ from spikingbrain.passes.kernels.spike_linear import Shape, emit_spike_linear, s
 from spikingbrain.passes.kernels.spike_rows import emit_rows, emit_rows_of_words
 from spikingbrain.passes.residuals import sum_with
 from spikingbrain.passes.spike_forms import form
-from spikingbrain.passes.wave_kernels import row_values
-from spikingbrain.passes.wave_kernels import spike_encode as wave_encode
+from spikingbrain.passes.wave_kernels import row_values, spike_counts
 from spikingbrain.passes.wave_kernels import spike_grouped_linear as wave_grouped
 from spikingbrain.passes.wave_kernels import spike_linear as wave
 from spikingbrain.passes.wave_kernels.group_rows import Tiles
 from spikingbrain.passes.wave_kernels.grouped_linear import refusal as refusal_of_experts
 from spikingbrain.passes.wave_kernels.spike_codes import Codes
+from spikingbrain.passes.wave_kernels.spike_encode import emit_spike_encode as emit_wave_encode
 from spikingbrain.target import Target
 
-_Encoded = dict[tuple[int, Encoding | wave_encode.Encoding], Spikes | wave_encode.Counts]
+_Encoded = dict[tuple[int, "Encoding | spike_counts.Encoding"], "Spikes | _WaveEncoder"]
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,8 @@ class SpikeToInt:
         encoded: _Encoded = {}
         packed: dict[str, Dot | Codes] = {}  # weights and scales, by what they were before
         for op in torch_ir.operations(module, "spikingbrain.spike_linear"):
-            bits = op.attributes["bits"].value
             by_channel = form(silent_share(op)) == "events" and not context.target.wave_kernels
-            dot = _choose(context.target, bits, by_channel)
+            dot = _choose(context.target, op, by_channel)
             reason = _refusal(op, dot)
             total, addend = sum_with(op) if isinstance(dot, Codes) and not reason else (op, None)
             with ir.InsertionPoint(total), op.location:
@@ -85,7 +84,7 @@ class SpikeToInt:
         tiles: dict[int, Tiles] = {}
         for op in torch_ir.operations(module, "spikingbrain.spike_grouped_linear"):
             by_channel = form(silent_share(op)) == "events" and not context.target.wave_kernels
-            dot = _choose(context.target, op.attributes["bits"].value, by_channel)
+            dot = _choose(context.target, op, by_channel)
             reason = _refusal(op, dot)
             if isinstance(dot, Codes) and not reason:
                 reason = refusal_of_experts(ir.RankedTensorType(op.operands[2].type).shape[0])
@@ -113,10 +112,10 @@ class SpikeToInt:
                 with ir.InsertionPoint(op), op.location:
                     _share(op, dot)
         for op in torch_ir.operations(module, "spikingbrain.spike_encode"):
-            made = [spikes for (encode, _), spikes in encoded.items() if encode == hash(op)]
-            if made:
-                with ir.InsertionPoint.after(made[0].threshold.owner), op.location:
-                    _replace_threshold(op, made[0].threshold)
+            made = [_threshold(spikes) for (encode, _), spikes in encoded.items() if encode == hash(op)]
+            if made and made[0] is not None:
+                with ir.InsertionPoint.after(made[0].owner), op.location:
+                    _replace_threshold(op, made[0])
             if any(list(result.uses) for result in op.results):
                 with ir.InsertionPoint(op), op.location:
                     _counts(op)
@@ -124,10 +123,18 @@ class SpikeToInt:
             op.erase()
 
 
-def _choose(target: Target, bits: int, by_channel: bool = False) -> Dot | Codes | None:
-    """Returns how the target multiplies counts with codes of ``bits`` bits; None where it has no kernels for it."""
+def _threshold(spikes: Spikes | _WaveEncoder) -> ir.Value | None:
+    """Returns the thresholds of an encoder in memory, if they are there."""
+    counts = spikes.made if isinstance(spikes, _WaveEncoder) else spikes
+    return None if counts is None else counts.threshold
+
+
+def _choose(target: Target, op: ir.Operation, by_channel: bool) -> Dot | Codes | None:
+    """Returns how the target multiplies counts with the codes of a projection; None where it has no kernels for it."""
+    bits = op.attributes["bits"].value
     if target.wave_kernels:
-        return Codes(bits)
+        channels, groups = (ir.RankedTensorType(op.operands[i].type).shape[-1] for i in (2, 3))
+        return Codes(bits, channels, groups)
     return (choose_by_channel if by_channel else choose)(target, bits)
 
 
@@ -151,7 +158,7 @@ def _share(op: ir.Operation, dot: Dot | Codes) -> None:
         step = dot.scale_recipe() if isinstance(dot, Codes) else scale_recipe(dot)
         op.operands[1] = _with_steps(table, [step], type_)
     elif isinstance(dot, Codes):
-        packed = _with_steps(table, dot.recipe(), dot.stored_type(rows, channels))
+        packed = _with_steps(table, dot.recipe(), dot.stored_type(rows))
         value = emit_rows_of_words(ids, packed, rows, op.results[0].type, dot)
         op.results[0].replace_all_uses_with(value)
         op.erase()
@@ -163,9 +170,12 @@ def _share(op: ir.Operation, dot: Dot | Codes) -> None:
 
 
 def _merge_encoders(module: ir.Module) -> None:
-    """Lets encoders of one value, one for each projection in the model's code, be one."""
+    """Lets encoders of one value, one for each projection in the model's code, be one; nothing asks them for sizes."""
     first: dict[tuple[int, ...], ir.Operation] = {}
     for op in torch_ir.operations(module, "spikingbrain.spike_encode"):
+        for user in [use.owner.operation for result in op.results for use in result.uses]:
+            if user.name == "tensor.dim":  # sizes are those of x
+                user.operands[0] = op.operands[0]
         settings = [hash(op.attributes[name]) for name in ("k", "lower", "upper")]
         kept = first.setdefault((hash(op.operands[0]), hash(op.block), *settings), op)
         if kept != op:
@@ -186,7 +196,10 @@ def _refusal(op: ir.Operation, dot: Dot | Codes | None) -> str:
         return "weight and scale are computed by the model, not stored"
     channels = ir.RankedTensorType(weight.type).shape[-1]
     groups = ir.RankedTensorType(scale.type).shape[-1]
-    if groups > 1 and channels // groups % dot.chunk:
+    if isinstance(dot, Codes):
+        if reason := wave.refusal(dot):
+            return reason
+    elif groups > 1 and channels // groups % dot.chunk:
         return f"groups of {channels // groups} channels; a step takes {dot.chunk}"
     if channels > LARGEST_CHANNELS:
         return f"{channels} channels; sums may exceed 32 bits"
@@ -215,55 +228,101 @@ def _kernel(op: ir.Operation, dot: Dot, target: Target, encoded: _Encoded) -> ir
 def _wave_kernel(
     op: ir.Operation, codes: Codes, target: Target, encoded: _Encoded, addend: ir.Value | None
 ) -> ir.Value:
-    counts, _, weight, scale, *bias = op.operands
-    columns, channels = ir.RankedTensorType(weight.type).shape
-    encode = torch_ir.defining(counts)
-    assert encode is not None
-    rows, cut = _wave_encoded(encode, codes, channels, encoded)
-    m = ir.RankedTensorType(rows.x.type).shape[0]
-    groups = ir.RankedTensorType(scale.type).shape[1]
-    known = None if m == ir.ShapedType.get_dynamic_size() else m
-    shape = wave.Shape(cut, groups, columns, known, bool(bias), addend is not None, tuning=target.tuning)
-    residual = None if addend is None else build.flatten_leading(addend)
-    packed = _with_steps(weight, codes.recipe(), codes.stored_type(columns, channels))
+    _, _, weight, scale, *bias = op.operands
+    encoder = _WaveEncoder.of(op, codes, encoded)
+    columns = ir.RankedTensorType(weight.type).shape[0]
+    shape = wave.Shape(
+        encoder.cut, codes.groups, columns, encoder.rows, bool(bias), addend is not None, target.tuning
+    )
+    packed = _with_steps(weight, codes.recipe(), codes.stored_type(columns))
     scales = _with_steps(scale, [codes.scale_recipe()], shape.scale_type())
-    y = wave.emit_spike_linear(rows, packed, scales, bias[0] if bias else None, codes, shape, residual)
-    return build.unflatten_leading(y, op.results[0].type, encode.operands[0])
+    residual = None if addend is None else build.flatten_leading(addend)
+    stored = wave.Stack(packed, scales, bias[0] if bias else None, residual)
+    y = wave.emit_spike_linear(
+        encoder.flat, encoder.counts, stored, codes, shape, encoder.computed, encoder.is_private
+    )
+    return build.unflatten_leading(y, op.results[0].type, encoder.x)
 
 
 def _wave_grouped_kernel(
     op: ir.Operation, codes: Codes, target: Target, encoded: _Encoded, tiles: Tiles
 ) -> ir.Value:
-    counts, _, weight, scale, expert = op.operands
-    experts, columns, channels = ir.RankedTensorType(weight.type).shape
-    encode = torch_ir.defining(counts)
-    assert encode is not None
-    rows, cut = _wave_encoded(encode, codes, channels, encoded)
-    m = ir.RankedTensorType(rows.x.type).shape[0]
-    groups = ir.RankedTensorType(scale.type).shape[2]
-    known = None if m == ir.ShapedType.get_dynamic_size() else m
-    shape = wave_grouped.Shape(experts, wave.Shape(cut, groups, columns, known, tuning=target.tuning))
-    stored = zip((weight, scale), wave_grouped.recipes(codes), shape.stored(codes), strict=True)
-    packed, scales = (_with_steps(value, steps, type_) for value, steps, type_ in stored)
-    return wave_grouped.emit_spike_grouped_linear(rows, packed, scales, expert, codes, shape, tiles)
+    _, _, weight, scale, expert = op.operands
+    encoder = _WaveEncoder.of(op, codes, encoded)
+    experts, columns, _ = ir.RankedTensorType(weight.type).shape
+    each = wave.Shape(encoder.cut, codes.groups, columns, encoder.rows, tuning=target.tuning)
+    shape = wave_grouped.Shape(experts, each)
+    kept = zip((weight, scale), wave_grouped.recipes(codes), shape.stored(codes), strict=True)
+    stored = wave.Stack(*(_with_steps(value, steps, type_) for value, steps, type_ in kept))
+    return wave_grouped.emit_spike_grouped_linear(
+        encoder.flat,
+        encoder.counts,
+        stored,
+        expert,
+        codes,
+        shape,
+        tiles,
+        encoder.computed,
+        encoder.is_private,
+    )
 
 
-def _wave_encoded(
-    encode: ir.Operation, codes: Codes, channels: int, encoded: _Encoded
-) -> tuple[wave_encode.Counts, wave_encode.Encoding]:
-    """The same as ``_encoded`` for wave kernels."""
-    settings = (encode.attributes[name].value for name in ("k", "lower", "upper"))
-    cut = wave_encode.Encoding(channels, codes.largest_code, *settings)
-    key = (hash(encode), cut)
-    if key not in encoded:
-        x = encode.operands[0]
-        users = [use.owner.operation for use in x.uses if use.owner.operation.name != "tensor.dim"]
-        computed = row_values.find(x, users) if all(user == encode for user in users) else None
-        with ir.InsertionPoint(encode), encode.location:
-            encoded[key] = wave_encode.emit_spike_encode(build.flatten_leading(x), cut, computed)
-    counts = encoded[key]
-    assert isinstance(counts, wave_encode.Counts)
-    return counts, cut
+@dataclass
+class _WaveEncoder:
+    """The encoder of projections, for wave kernels: its counts are emitted where something needs them in memory.
+
+    Attributes:
+        x: what it encodes, before that is flattened to ``flat``.
+        computed: how x is computed, if nothing else reads it.
+        is_private: whether nothing but projections reads its counts and thresholds.
+    """
+
+    op: ir.Operation
+    cut: spike_counts.Encoding
+    x: ir.Value
+    computed: row_values.RowValues | None
+    is_private: bool
+    made: spike_counts.Counts | None = None
+
+    @staticmethod
+    def of(op: ir.Operation, codes: Codes, encoded: _Encoded) -> _WaveEncoder:
+        encode = torch_ir.defining(op.operands[0])
+        assert encode is not None
+        k, lower, upper = (encode.attributes[name].value for name in ("k", "lower", "upper"))
+        cut = spike_counts.Encoding(codes.channels, codes.largest_code, k, lower, upper, codes.gaps)
+        key = (hash(encode), cut)
+        if key not in encoded:
+            others = [e for (made, _), e in encoded.items() if made == hash(encode)]
+            x = encode.operands[0]
+            if others and isinstance(others[0], _WaveEncoder):
+                computed = others[0].computed
+            else:
+                users = [use.owner.operation for use in x.uses if use.owner.operation.name != "tensor.dim"]
+                computed = row_values.find(x, users) if all(user == encode for user in users) else None
+            readers = {use.owner.operation.name for result in encode.results for use in result.uses}
+            is_private = readers <= {"spikingbrain.spike_linear", "spikingbrain.spike_grouped_linear"}
+            encoded[key] = _WaveEncoder(encode, cut, x, computed, is_private)
+        found = encoded[key]
+        assert isinstance(found, _WaveEncoder)
+        return found
+
+    @property
+    def rows(self) -> int | None:
+        """Returns the number of rows; None for any."""
+        shape = ir.RankedTensorType(self.x.type)
+        return math.prod(shape.shape[:-1]) if all(n >= 0 for n in shape.shape[:-1]) else None
+
+    @property
+    def flat(self) -> ir.Value:
+        """Emits x as ``[M, K]``."""
+        return build.flatten_leading(self.x)
+
+    def counts(self) -> spike_counts.Counts:
+        """Returns counts in memory, emitted behind x."""
+        if self.made is None:
+            with ir.InsertionPoint(self.op), self.op.location:
+                self.made = emit_wave_encode(self.flat, self.cut, self.computed)
+        return self.made
 
 
 def _grouped_kernel(

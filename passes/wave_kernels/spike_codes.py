@@ -4,6 +4,10 @@ A chunk is what a wave multiplies at a time: 16 columns and 64 channels, 128 of 
 one column, as 4 words of 4 bytes; which channels meet in one instruction does not matter, as long as both operands agree. A
 packed weight holds the words of a chunk in the order of the lanes, so that a wave reads 1 KiB without gaps.
 
+Each group of channels that share a scale begins with a chunk of its own. Counts have zeros behind a group, up to whole chunks. Of
+a weight only whole steps are stored, of 16 channels, 32 of nibbles: lanes beyond the last one of a group read that again, for
+counts of 0.
+
 * 8 bits: a word is an operand.
 * 4 bits: stored with 8 added, two channels 16 apart in a byte. A nibble becomes a byte of 16 times the code, in two or three
   instructions for four of them; sums are divided by 16 at the end.
@@ -29,6 +33,7 @@ from spikingbrain.passes.kernels.builders import (
     i32,
     i32_type,
     load,
+    minimum,
     mul,
     rem,
 )
@@ -36,6 +41,7 @@ from spikingbrain.passes.wave_kernels.builders import TILE, element_at, matrix_m
 
 NIBBLE_OFFSET = 8
 LANE_CHANNELS = 16  # of one stored vector
+STEPS = 4  # of a chunk: one for each 16 lanes
 _EVERY_ONE = 0x01010101
 _EVERY_SIGN = -0x7F7F7F80  # 0x80808080
 _HIGH_NIBBLES = -0x0F0F0F10  # 0xF0F0F0F0
@@ -43,9 +49,11 @@ _HIGH_NIBBLES = -0x0F0F0F10  # 0xF0F0F0F0
 
 @dataclass(frozen=True)
 class Codes:
-    """How codes of ``bits`` bits (4, 8 or 16) are stored and multiplied."""
+    """How codes of ``bits`` bits (4, 8 or 16) of ``channels`` in ``groups`` are stored and multiplied."""
 
     bits: int
+    channels: int
+    groups: int = 1
 
     @property
     def block(self) -> int:
@@ -53,9 +61,40 @@ class Codes:
         return TILE
 
     @property
+    def step(self) -> int:
+        """Returns the channels of one column that a lane reads at a time."""
+        return LANE_CHANNELS * self.count_vectors
+
+    @property
     def chunk(self) -> int:
         """Returns the channels that a wave multiplies at a time."""
-        return 128 if self.bits == 4 else 64
+        return self.step * STEPS
+
+    @property
+    def group(self) -> int:
+        """Returns the channels that share a scale."""
+        return self.channels // self.groups
+
+    @property
+    def group_steps(self) -> int:
+        """Returns the steps of a group, the last one with zeros."""
+        return -(-self.group // self.step)
+
+    @property
+    def group_chunks(self) -> int:
+        """Returns the chunks of a group's counts."""
+        return -(-self.group_steps // STEPS)
+
+    @property
+    def chunks(self) -> int:
+        """Returns the chunks of a row's counts."""
+        return self.groups * self.group_chunks
+
+    @property
+    def gaps(self) -> tuple[int, int]:
+        """Returns the channels of a group and the places for their counts, 0 and 0 where channels lie beside each other."""
+        places = self.group_chunks * self.chunk
+        return (0, 0) if self.groups == 1 or places == self.group else (self.group, places)
 
     @property
     def count_vectors(self) -> int:
@@ -72,20 +111,19 @@ class Codes:
         """Returns the magnitude that bounds codes, of nibbles that of their bytes."""
         return 32768 if self.bits == 16 else 128
 
-    def chunks(self, channels: int) -> int:
-        return -(-channels // self.chunk)
-
-    def stored_type(self, columns: int, channels: int) -> ir.RankedTensorType:
-        """Returns the type of a packed weight, ``[panels, 4 * chunks, words]``; the words of the 16 lanes beside each other."""
-        shape = [-(-columns // TILE), 4 * self.chunks(channels), TILE * 4 * self.code_vectors]
+    def stored_type(self, columns: int) -> ir.RankedTensorType:
+        """Returns the type of a packed weight, ``[panels, steps, words]``; the words of the 16 lanes beside each other."""
+        shape = [-(-columns // TILE), self.groups * self.group_steps, TILE * 4 * self.code_vectors]
         return ir.RankedTensorType.get(shape, i32_type())
 
     def recipe(self) -> list[str]:
         """Returns the steps that pack a weight so; see ``passes/recipes.py``."""
         tile = f"lanes={TILE} vectors=1 width={LANE_CHANNELS}"
+        whole = self.group_steps * self.step
+        gaps = [f"pad_groups size={self.group} to={whole}"] if self.groups > 1 and whole > self.group else []
         if self.bits == 4:
-            return [f"pack_nibbles {tile} offset={NIBBLE_OFFSET} multiple=8", "words"]
-        return [f"pack_dot {tile} offset=0 multiple=4", "words"]
+            return [*gaps, f"pack_nibbles {tile} offset={NIBBLE_OFFSET} multiple=2", "words"]
+        return [*gaps, f"pack_dot {tile} offset=0", "words"]
 
     def scale_recipe(self) -> str:
         """Returns the step that packs ``[N, G]`` scales as ``[panels, G, 16]``."""
@@ -99,10 +137,13 @@ class Codes:
         return [add(first, 4 * i) for i in range(self.count_vectors)]
 
     def code_vectors_at(
-        self, weight: ir.Value, panel: ir.Value, chunk: Index, lane: ir.Value
+        self, weight: ir.Value, panel: ir.Value, group: Index, chunk: Index, lane: ir.Value
     ) -> list[ir.Value]:
-        """Returns a lane's vectors of codes."""
-        step = add(mul(chunk, 4), floor_div(lane, TILE))
+        """Returns a lane's vectors of codes of a chunk of a group."""
+        step = add(mul(chunk, STEPS), floor_div(lane, TILE))
+        if self.group_steps % STEPS:
+            step = minimum(step, self.group_steps - 1)
+        step = add(mul(group, self.group_steps), step)
         first = mul(rem(lane, TILE), 4 * self.code_vectors)
         return [load(weight, [panel, step, add(first, 4 * i)], 4) for i in range(self.code_vectors)]
 
@@ -110,6 +151,9 @@ class Codes:
         self, read: Callable[[list[ir.Value]], ir.Value], panel: ir.Value, channel: ir.Value, column: ir.Value
     ) -> ir.Value:
         """Returns one code as an i32; ``read`` returns a word of the packed weight, ``column`` is that of the panel."""
+        if self.group_steps * self.step > self.group:
+            group, at = floor_div(channel, self.group), rem(channel, self.group)
+            channel = add(mul(group, self.group_steps * self.step), at)
         step, part = floor_div(channel, LANE_CHANNELS), rem(channel, LANE_CHANNELS)
         half = None
         if self.bits == 4:

@@ -6,6 +6,7 @@ as in ``grouped_linear.py``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch_mlir import ir
@@ -16,8 +17,10 @@ from spikingbrain.passes.wave_kernels.builders import TILE, kernel, memref_of
 from spikingbrain.passes.wave_kernels.group_rows import Routing, Tiles
 from spikingbrain.passes.wave_kernels.grouped_linear import fill
 from spikingbrain.passes.wave_kernels.row_tiles import Rows
+from spikingbrain.passes.wave_kernels.row_values import RowValues, flat_sources
 from spikingbrain.passes.wave_kernels.spike_codes import Codes
-from spikingbrain.passes.wave_kernels.spike_encode import Counts
+from spikingbrain.passes.wave_kernels.spike_counts import Counts
+from spikingbrain.passes.wave_kernels.spike_few import THREADS, Encoded, rows_that_pay
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Shape:
         """Returns the types of the packed weight and its scales, of all experts together."""
         panels = self.experts * self.each.panels
         scales = ir.RankedTensorType.get([panels, self.each.groups, TILE], ir.F32Type.get())
-        return codes.stored_type(panels * TILE, self.each.cut.channels), scales
+        return codes.stored_type(panels * TILE), scales
 
 
 def recipes(codes: Codes) -> tuple[list[str], list[str]]:
@@ -48,41 +51,55 @@ def recipes(codes: Codes) -> tuple[list[str], list[str]]:
 
 
 def emit_spike_grouped_linear(
-    counts: Counts,
-    weight: ir.Value,
-    scale: ir.Value,
+    x: ir.Value,
+    encode: Callable[[], Counts],
+    stored: one.Stack,
     expert: ir.Value,
     codes: Codes,
     shape: Shape,
     tiles: Tiles,
+    computed: RowValues | None = None,
+    may_encode: bool = True,
 ) -> ir.Value:
     """Emits launches at the insertion point; returns y, ``[M, O]`` f32. Weight and scale are packed by ``recipes``.
 
-    ``expert`` is ``[M]`` i64. Rows that are sorted once are kept in ``tiles``, which serves one block of operations.
+    ``expert`` is ``[M]`` i64. Rows that are sorted once are kept in ``tiles``, which serves one block of operations. ``x``,
+    ``encode``, ``computed`` and ``may_encode`` are those of ``emit_spike_linear``: a few rows are not sorted, each has blocks of
+    its own, which encode it.
     """
     each, routing = shape.each, shape.routing
+    encodes = may_encode and routing.has_few_rows and rows_that_pay(codes, computed) > 0
     taken, blocks = routing.emit(expert, tiles)
+    if encodes:
+        given = [x] if computed is None else flat_sources(computed)
+    else:
+        given = encode().values()
+    count, width = len(given), len(stored.values())
 
     def body(block: list[ir.Value], buffers: list[ir.Value]) -> None:
-        parts, (weight, scale, *taken, y) = Counts(*buffers[:6]), buffers[6:]
+        parts, own, y = buffers[:count], stored.of(buffers[count : count + width]), buffers[-1]
 
         def rows_of(expert: ir.Value, rows: Rows) -> None:
             def product() -> None:
-                product = one.SpikeKernel(codes, each, parts, weight, scale, None, y)
+                product = one.SpikeKernel(codes, each, own, y)
                 product.first_panel = mul(expert, each.panels)
-                product.emit(block[0], rows)
+                if encodes:
+                    source = Encoded(codes, each.tuning, each.cut, computed, parts, rows, 1)
+                    product.few(block[0], rows, source)
+                else:
+                    product.emit(block[0], rows, Counts(*parts))
 
             exists = compare("slt", expert, index(shape.experts))
             when(exists, product, lambda: fill(block[0], rows, y))
 
-        routing.place(block[1], taken, rows_of)
+        routing.place(block[1], buffers[count + width : -1], rows_of)
 
-    inputs = [*counts.values(), weight, scale, *taken]
-    m = ir.RankedTensorType(counts.x.type).shape[0]
-    result = ir.RankedTensorType.get([m, each.columns], ir.F32Type.get())
+    inputs = [*given, *stored.values(), *taken]
     name = shape.name(codes)
-    kernel(name, [memref_of(v.type) for v in inputs] + [memref_of(result)], one.THREADS, body)
-    rows = size(counts.x, 0)
+    if encodes:
+        name += f"_{each.cut.settings}_{'x' if computed is None else computed.digest}"
+    kernel(name, [memref_of(v.type) for v in inputs] + [memref_of(each.result)], THREADS, body)
+    rows = index(each.rows) if each.rows is not None else size(given[0], 0)
     grid = [one.column_blocks(codes, each, rows), blocks, index(1)]
     sizes = [rows] if each.rows is None else []
-    return launch(name, result, grid, inputs, sizes).result
+    return launch(name, each.result, grid, inputs, sizes).result

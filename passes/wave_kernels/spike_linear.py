@@ -3,8 +3,11 @@
 Up to 16 rows, a block computes 16 columns: its waves share the channels, and the weight, read once, streams from memory to the
 instruction. With more rows, a block computes a tile of 64 rows whose operands its waves share. A kernel for any number of rows
 holds both. A sum runs over one group of channels in i32, then enters the result by its scale, group by group. The high bytes of
-counts are multiplied where the encoder has seen any (``spike_encode.py``). Rows that it marked are computed again from x, in f64:
+counts are multiplied where there are any (``spike_counts.py``). Rows that are marked are computed again from x, in f64:
 exact there too as far as 2**53, NaN and infinity included.
+
+A few rows are encoded by the blocks that read them (``spike_few.py``). For any number of rows that is a kernel of its own, beside
+one for more, of which one has no blocks.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from torch_mlir import ir
-from torch_mlir.dialects import arith, math
+from torch_mlir.dialects import arith
 
 from spikingbrain.passes.kernels.builders import (
     add,
@@ -49,12 +52,14 @@ from spikingbrain.passes.wave_kernels.builders import (
     thread,
 )
 from spikingbrain.passes.wave_kernels.row_tiles import Rows
+from spikingbrain.passes.wave_kernels.row_values import RowValues, flat_sources
 from spikingbrain.passes.wave_kernels.spike_codes import Codes
-from spikingbrain.passes.wave_kernels.spike_encode import FEW_ROWS, FLAG_CHANNELS, Counts, Encoding
+from spikingbrain.passes.wave_kernels.spike_counts import Counts, Encoding, count_of
+from spikingbrain.passes.wave_kernels.spike_few import THREADS, WAVES, Encoded, Stored, flags, rows_that_pay
 from spikingbrain.tuning import USUAL, Tuning
 
-WAVES = 4  # of a block
-THREADS = WAVES * WAVE
+FEW_ROWS = 16
+MOST_PADDING = 2  # times as many channels may be stored as there are
 
 
 @dataclass(frozen=True)
@@ -88,14 +93,21 @@ class Shape:
         sizes = f"k{self.cut.channels}_g{self.groups}_n{self.columns}_m{m}"
         return f"spike_linear_i{codes.bits}_l{self.cut.largest_code}_{sizes}{'_bias' * self.bias}{'_sum' * self.addend}"
 
+    @property
+    def result(self) -> ir.RankedTensorType:
+        """Returns the type of y."""
+        m = ir.ShapedType.get_dynamic_size() if self.rows is None else self.rows
+        return ir.RankedTensorType.get([m, self.columns], ir.F32Type.get())
+
     def scale_type(self) -> ir.RankedTensorType:
         return ir.RankedTensorType.get([self.panels, self.groups, TILE], ir.F32Type.get())
 
 
-def refusal(codes: Codes, channels: int, groups: int) -> str:
+def refusal(codes: Codes) -> str:
     """Returns why a projection has no kernel, or an empty text."""
-    if groups > 1 and channels // groups % codes.chunk:
-        return f"groups of {channels // groups} channels; a wave takes {codes.chunk}"
+    stored = codes.group_steps * codes.step
+    if codes.groups > 1 and stored > MOST_PADDING * codes.group:
+        return f"groups of {codes.group} channels; {stored} would be stored for each"
     return ""
 
 
@@ -104,37 +116,118 @@ def column_tiles(codes: Codes) -> int:
     return 2 if codes.bits == 16 else 4
 
 
+@dataclass(frozen=True)
+class Stack:
+    """What is stored for a projection, and what is added: the weight is packed by ``codes.recipe()``, ``scale`` by its own."""
+
+    weight: ir.Value
+    scale: ir.Value
+    bias: ir.Value | None = None  # [N]
+    addend: ir.Value | None = None  # [M, N]
+
+    def values(self) -> list[ir.Value]:
+        return [v for v in (self.weight, self.scale, self.bias, self.addend) if v is not None]
+
+    def of(self, values: Sequence[ir.Value]) -> Stack:
+        """Returns other values in the same places."""
+        weight, scale, *more = values
+        bias = more.pop(0) if self.bias is not None else None
+        return Stack(weight, scale, bias, more[0] if more else None)
+
+
 def emit_spike_linear(
-    counts: Counts,
-    weight: ir.Value,
-    scale: ir.Value,
-    bias: ir.Value | None,
+    x: ir.Value,
+    encode: Callable[[], Counts],
+    stored: Stack,
     codes: Codes,
     shape: Shape,
-    addend: ir.Value | None = None,
+    computed: RowValues | None = None,
+    may_encode: bool = True,
 ) -> ir.Value:
-    """Emits a launch of the kernel at the insertion point; returns y, ``[M, N]`` f32.
+    """Emits launches at the insertion point; returns y, ``[M, N]`` f32.
 
-    ``weight`` is packed by ``codes.recipe()``, ``scale`` by ``codes.scale_recipe()``, ``bias`` is ``[N]``, the
-    addend ``[M, N]``.
+    ``x`` is ``[M, K]``, ``computed`` how it is computed, if the kernel is to do that. ``encode`` emits its counts, where they are
+    needed; ``may_encode``: they are not, for few rows.
     """
-    m = ir.ShapedType.get_dynamic_size() if shape.rows is None else shape.rows
-    result = ir.RankedTensorType.get([m, shape.columns], ir.F32Type.get())
-    more = [value for value in (bias, addend) if value is not None]
-    inputs = [*counts.values(), weight, scale, *more]
-    rows = size(counts.x, 0)
+    few_rows = rows_that_pay(codes, computed) if may_encode else 0
+    sources = [x] if computed is None else flat_sources(computed)
+    if shape.rows is not None and shape.rows > few_rows:
+        few_rows = 0
+    if not few_rows:
+        counts = encode()
+        return _emit_both(counts, stored, codes, shape, size(counts.x, 0))
+    rows = _rows(shape, sources, computed)
+    few = _emit_few(sources, computed, stored, codes, shape, few_rows, rows)
+    if shape.rows is not None:
+        return few
+    return _emit_both(encode(), stored, codes, shape, rows, few, few_rows)
+
+
+def _rows(shape: Shape, sources: list[ir.Value], computed: RowValues | None) -> ir.Value:
+    if shape.rows is not None:
+        return index(shape.rows)
+    return size(sources[0 if computed is None else computed.source_of_rows], 0)
+
+
+def _emit_few(
+    sources: list[ir.Value],
+    computed: RowValues | None,
+    stored: Stack,
+    codes: Codes,
+    shape: Shape,
+    few_rows: int,
+    rows: ir.Value,
+) -> ir.Value:
+    """Emits the launch of the kernel that encodes few rows itself; it has no blocks where there are more."""
+    most, count = few_rows if shape.rows is None else max(1, shape.rows), len(sources)
 
     def body(block: list[ir.Value], buffers: list[ir.Value]) -> None:
-        parts, (weight, scale, *more, y) = Counts(*buffers[:6]), buffers[6:]
-        bias = more[0] if shape.bias else None
-        kernel = SpikeKernel(codes, shape, parts, weight, scale, bias, y, more[-1] if shape.addend else None)
-        first, count = mul(block[1], shape.tile_rows), size(parts.x, 0)
-        kernel.emit(block[0], Rows(first, minimum(add(first, shape.tile_rows), count)))
+        own, y = stored.of(buffers[count:-1]), buffers[-1]
+        block_rows = Rows(index(0), size(y, 0))
+        source = Encoded(codes, shape.tuning, shape.cut, computed, buffers[:count], block_rows, most)
+        SpikeKernel(codes, shape, own, y).few(block[0], block_rows, source)
 
-    kernel(shape.name(codes), [memref_of(v.type) for v in inputs] + [memref_of(result)], THREADS, body)
-    grid = [column_blocks(codes, shape, rows), ceil_div(rows, shape.tile_rows), index(1)]
-    sizes = [rows] if shape.rows is None else []
-    return launch(shape.name(codes), result, grid, inputs, sizes).result
+    columns, sizes = index(shape.panels), []
+    if shape.rows is None:
+        are_few = compare("sle", rows, index(few_rows))
+        columns, sizes = arith.select(are_few, columns, index(0)), [rows]
+    # of no rows at all there is nothing to compute
+    grid = [columns, minimum(rows, 1), index(1)]
+    name = f"{shape.name(codes)}_{shape.cut.settings}_{'x' if computed is None else computed.digest}"
+    inputs = [*sources, *stored.values()]
+    kernel(name, [memref_of(v.type) for v in inputs] + [memref_of(shape.result)], THREADS, body)
+    return launch(name, shape.result, grid, inputs, sizes).result
+
+
+def _emit_both(
+    counts: Counts,
+    stored: Stack,
+    codes: Codes,
+    shape: Shape,
+    rows: ir.Value,
+    few: ir.Value | None = None,
+    few_rows: int = 0,
+) -> ir.Value:
+    """Emits the launch of the kernel on counts in memory, for few rows and for many, as far as ``shape`` has both.
+
+    ``few`` is the result for up to ``few_rows`` rows: this one goes to its memory, and has no blocks there.
+    """
+
+    def body(block: list[ir.Value], buffers: list[ir.Value]) -> None:
+        parts, y = Counts(*buffers[:6]), buffers[-1]
+        first, count = mul(block[1], shape.tile_rows), size(parts.x, 0)
+        block_rows = Rows(first, minimum(add(first, shape.tile_rows), count))
+        SpikeKernel(codes, shape, stored.of(buffers[6:-1]), y).emit(block[0], block_rows, parts)
+
+    columns = column_blocks(codes, shape, rows)
+    if few is not None:
+        columns = arith.select(compare("sle", rows, index(few_rows)), index(0), columns)
+    grid = [columns, ceil_div(rows, shape.tile_rows), index(1)]
+    inputs, name = [*counts.values(), *stored.values()], shape.name(codes)
+    kernel(name, [memref_of(v.type) for v in inputs] + [memref_of(shape.result)], THREADS, body)
+    if few is not None:
+        return launch(name, shape.result, grid, [*inputs, few], [], len(inputs)).result
+    return launch(name, shape.result, grid, inputs, [rows] if shape.rows is None else []).result
 
 
 def column_blocks(codes: Codes, shape: Shape, rows: ir.Value) -> ir.Value:
@@ -148,47 +241,45 @@ def column_blocks(codes: Codes, shape: Shape, rows: ir.Value) -> ir.Value:
 class SpikeKernel:
     """Emits what a block does at the insertion point; ``first_panel`` is where the weight begins among those of all experts."""
 
-    def __init__(
-        self,
-        codes: Codes,
-        shape: Shape,
-        counts: Counts,
-        weight: ir.Value,
-        scale: ir.Value,
-        bias: ir.Value | None,
-        y: ir.Value,
-        addend: ir.Value | None = None,
-    ) -> None:
-        self.codes, self.shape, self.counts = codes, shape, counts
-        self.weight, self.scale, self.bias, self.y, self.addend = weight, scale, bias, y, addend
+    def __init__(self, codes: Codes, shape: Shape, stored: Stack, y: ir.Value) -> None:
+        self.codes, self.shape, self.y = codes, shape, y
+        self.weight, self.scale, self.bias, self.addend = (
+            stored.weight,
+            stored.scale,
+            stored.bias,
+            stored.addend,
+        )
         self.first_panel: ir.Value = index(0)
         self.thread = thread()
         self.wave, self.lane = floor_div(self.thread, WAVE), rem(self.thread, WAVE)
-        self.chunks = codes.chunks(shape.cut.channels)  # of a row
-        self.group_chunks = self.chunks // shape.groups if shape.groups > 1 else self.chunks
 
-    def emit(self, block: ir.Value, rows: Rows) -> None:
+    def emit(self, block: ir.Value, rows: Rows, counts: Counts) -> None:
         """Computes a block of columns for some rows."""
+
+        def few() -> None:
+            source = Stored(self.codes, self.shape.tuning, self.shape.cut, counts, rows)
+            self.few(block, rows, source)
+
+        def many() -> None:
+            self.tiles(block, rows, counts)
+
         if self.shape.rows is not None:
-            (self.few if self.shape.rows <= FEW_ROWS else self.tiles)(block, rows)
+            (few if self.shape.rows <= FEW_ROWS else many)()
             return
-        are_few = compare("sle", size(self.counts.x, 0), index(FEW_ROWS))
-        when(are_few, lambda: self.few(block, rows), lambda: self.tiles(block, rows))
+        when(compare("sle", size(counts.x, 0), index(FEW_ROWS)), few, many)
 
     # Few rows
 
-    def few(self, panel: ir.Value, rows: Rows) -> None:
+    def few(self, panel: ir.Value, rows: Rows, source: Stored | Encoded) -> None:
         """Computes 16 columns of up to 16 rows. A part is a group, or what one wave has added of the only one."""
-        groups = self.shape.groups
+        groups, steps = self.codes.groups, source.steps
         column, i = (
             rem(self.thread, TILE),
             floor_div(self.thread, TILE),
         )  # of the element that a thread writes
         # and where the instruction leaves it
         element = add(mul(add(mul(floor_div(i, 4), TILE), column), 4), rem(i, 4))
-        row = rows.number(rem(self.lane, TILE))
-        ahead = min(self.shape.tuning.spike_chunks_ahead, -(-groups // WAVES))
-        parts = WAVES * ahead if groups > 1 else WAVES
+        parts = steps.each if groups > 1 else WAVES
         sums = shared([parts, WAVE * 4], i32_type())
 
         def write(part: ir.Value, totals: list[ir.Value]) -> None:
@@ -196,7 +287,7 @@ class SpikeKernel:
                 put(total, sums, [part, add(mul(self.lane, 4), v)])
 
         if groups == 1:
-            write(self.wave, self.codes.totals(self.shared_channels(panel, row, rows)))
+            write(self.wave, self.codes.totals(self.shared_channels(panel, source)))
             barrier()
             (whole,) = loop(
                 0, WAVES, 1, lambda part, t: [arith.addi(t, get(sums, [part, element]))], [i32(0)]
@@ -205,10 +296,10 @@ class SpikeKernel:
         else:
 
             def some(step: ir.Value, total: ir.Value) -> list[ir.Value]:
-                for u in range(ahead):
+                for u in range(steps.ahead):
                     part = add(self.wave, u * WAVES)
                     group = minimum(add(mul(step, parts), part), groups - 1)
-                    write(part, self.codes.totals(self.group_sums(panel, group, row, flags, step)))
+                    write(part, self.codes.totals(self.group_sums(panel, group, source, step)))
                 barrier()
 
                 def one(part: ir.Value, total: ir.Value) -> list[ir.Value]:
@@ -221,58 +312,66 @@ class SpikeKernel:
                 barrier()
                 return [total]
 
-            steps = -(-groups // parts)
-            flags = self.flags(rows, steps, parts * self.group_chunks, TILE)
-            (total,) = loop(0, steps, 1, some, [f32(0.0)])
+            def piece(first: ir.Value, end: ir.Value, total: ir.Value) -> list[ir.Value]:
+                return loop(first, end, 1, some, [total])
+
+            (total,) = source.pieces(piece, [f32(0.0)])
         number, column_of_y = rows.number(i), add(mul(panel, TILE), column)
         inside = arith.andi(rows.has(i), compare("slt", column_of_y, index(self.shape.columns)))
 
         def finish() -> None:
-            marked = compare("ne", get(self.counts.marked, [number]), i32(0))
-            (value,) = choose(marked, lambda: [self.exact(number, panel, column)], [total])
-            self.finish(value, number, column_of_y)
+            threshold = source.threshold(i)
+
+            def again() -> list[ir.Value]:
+                return [self.exact(lambda k: source.count(i, k, threshold), panel, column)]
+
+            (value,) = choose(source.marked(i), again, [total])
+            self.finish(value, threshold, number, column_of_y)
 
         when(inside, finish)
 
-    def shared_channels(self, panel: ir.Value, row: ir.Value, rows: Rows) -> list[ir.Value]:
+    def shared_channels(self, panel: ir.Value, source: Stored | Encoded) -> list[ir.Value]:
         """Returns the sums of one wave over its share of the channels."""
-        ahead = max(1, min(self.shape.tuning.spike_chunks_ahead, self.chunks // WAVES))
-        steps = -(-self.chunks // (WAVES * ahead))
-        flags = self.flags(rows, steps, WAVES * ahead, TILE)
+        steps, chunks = source.steps, self.codes.chunks
 
         def some(step: ir.Value, *sums: ir.Value) -> list[ir.Value]:
-            places = [add(mul(step, WAVES * ahead), add(self.wave, u * WAVES)) for u in range(ahead)]
-            places = [minimum(at, self.chunks) for at in places]
-            return self.products(panel, places, row, get(flags, [step]), sums)
+            places = [add(mul(step, steps.each), add(self.wave, u * WAVES)) for u in range(steps.ahead)]
+            places = [minimum(at, chunks) for at in places]
+            return self.products(panel, index(0), places, source, step, sums)
 
-        return loop(0, steps, 1, some, self.codes.zeros())
+        def piece(first: ir.Value, end: ir.Value, *sums: ir.Value) -> list[ir.Value]:
+            return loop(first, end, 1, some, sums)
+
+        return source.pieces(piece, self.codes.zeros())
 
     def group_sums(
-        self, panel: ir.Value, group: ir.Value, row: ir.Value, flags: ir.Value, step: ir.Value
+        self, panel: ir.Value, group: ir.Value, source: Stored | Encoded, step: ir.Value
     ) -> list[ir.Value]:
-        first = mul(group, self.group_chunks)
-
         def some(at: ir.Value, *sums: ir.Value) -> list[ir.Value]:
-            return self.products(panel, [add(first, at)], row, get(flags, [step]), sums)
+            return self.products(panel, group, [at], source, step, sums)
 
-        return loop(0, self.group_chunks, 1, some, self.codes.zeros())
+        return loop(0, self.codes.group_chunks, 1, some, self.codes.zeros())
 
     def products(
         self,
         panel: ir.Value,
+        group: ir.Value,
         chunks: Sequence[ir.Value],
-        row: ir.Value,
-        is_wide: ir.Value,
+        source: Stored | Encoded,
+        step: ir.Value,
         sums: Sequence[ir.Value],
     ) -> list[ir.Value]:
-        """Returns the sums with the products of some chunks; the one behind the last has counts of zero."""
+        """Returns the sums with the products of some chunks of a group; the one behind the last has counts of zero."""
         codes, panel = self.codes, add(panel, self.first_panel)
-        places = [codes.count_places(chunk, self.lane) for chunk in chunks]
+        of_row = [add(mul(group, codes.group_chunks), chunk) for chunk in chunks]
+        places = [codes.count_places(chunk, self.lane) for chunk in of_row]
         weights = [
-            codes.code_vectors_at(self.weight, panel, minimum(chunk, self.chunks - 1), self.lane)
+            codes.code_vectors_at(
+                self.weight, panel, group, minimum(chunk, codes.group_chunks - 1), self.lane
+            )
             for chunk in chunks
         ]
-        low = [self.words(self.counts.low, row, place) for place in places]
+        low = [source.words(source.low, place) for place in places]
         operands = [codes.operands(vectors) for vectors in weights]
         for counts, operand in zip(low, operands, strict=True):
             sums = codes.add_low(sums, counts, operand)
@@ -280,19 +379,16 @@ class SpikeKernel:
         def wide() -> list[ir.Value]:
             result = list(sums)
             for place, operand in zip(places, operands, strict=True):
-                result = codes.add_high(result, self.words(self.counts.high, row, place), operand)
+                result = codes.add_high(result, source.words(source.high, place), operand)
             return result
 
-        return choose(compare("ne", is_wide, i32(0)), wide, list(sums))
-
-    def words(self, plane: ir.Value, row: ir.Value, places: Sequence[ir.Value]) -> list[ir.Value]:
-        return self.codes.words([load(plane, [row, place], 4) for place in places])
+        return choose(source.is_wide(step, of_row), wide, list(sums))
 
     # Many rows
 
-    def tiles(self, block: ir.Value, rows: Rows) -> None:
+    def tiles(self, block: ir.Value, rows: Rows, counts: Counts) -> None:
         """Computes a tile of rows and columns; waves 0 and 1 have its first rows, waves 0 and 2 its first columns."""
-        codes, groups = self.codes, self.shape.groups
+        codes, groups = self.codes, self.codes.groups
         across = column_tiles(codes)
         first_panel = mul(block, 2 * across)
         row_tile, column_tile = (
@@ -302,15 +398,16 @@ class SpikeKernel:
         panels = [
             minimum(add(first_panel, add(column_tile, c)), self.shape.panels - 1) for c in range(across)
         ]
-        flags = self.flags(rows, self.chunks, 1, self.shape.tile_rows)
-        stage = _Stage(self, rows, first_panel, row_tile, column_tile)
+        wide = flags(codes, self.shape.cut, counts, rows, codes.chunks, 1, self.shape.tile_rows)
+        stage = _Stage(self, counts, rows, first_panel, row_tile, column_tile)
 
-        def chunk(at: ir.Value, *sums: ir.Value) -> list[ir.Value]:
-            return stage.products(at, get(flags, [at]), sums)
+        def totals_of(group: ir.Value) -> list[list[ir.Value]]:
+            def chunk(at: ir.Value, *sums: ir.Value) -> list[ir.Value]:
+                of_row = add(mul(group, codes.group_chunks), at)
+                return stage.products(group, at, of_row, get(wide, [of_row]), sums)
 
-        def totals_of(first: ir.Value, count: int) -> list[list[ir.Value]]:
             zeros = codes.zeros() * (self.shape.row_tiles * across)
-            sums = loop(first, add(first, count), 1, chunk, zeros)
+            sums = loop(0, codes.group_chunks, 1, chunk, zeros)
             each = len(codes.zeros())
             return [codes.totals(sums[at : at + each]) for at in range(0, len(sums), each)]
 
@@ -326,11 +423,11 @@ class SpikeKernel:
             ]
 
         if groups == 1:
-            totals = scaled(index(0), totals_of(index(0), self.chunks))
+            totals = scaled(index(0), totals_of(index(0)))
         else:
 
             def group(g: ir.Value, *totals: ir.Value) -> list[ir.Value]:
-                values = scaled(g, totals_of(mul(g, self.group_chunks), self.group_chunks))
+                values = scaled(g, totals_of(g))
                 return [arith.addf(total, value) for total, value in zip(totals, values, strict=True)]
 
             totals = loop(0, groups, 1, group, [f32(0.0)] * (4 * len(places)))
@@ -340,18 +437,19 @@ class SpikeKernel:
         for r, v in itertools.product(range(self.shape.row_tiles), range(4)):
             i = add(add(mul(add(row_tile, r), TILE), quarter), v)
             number = rows.number(i)
-            kept = arith.andi(rows.has(i), compare("eq", get(self.counts.marked, [number]), i32(0)))
+            kept = arith.andi(rows.has(i), compare("eq", get(counts.marked, [number]), i32(0)))
 
             def write(r: int = r, v: int = v, number: ir.Value = number) -> None:
+                threshold = get(counts.threshold, [number])
                 for c in range(across):
                     at = add(mul(add(first_panel, add(column_tile, c)), TILE), column)
                     inside = compare("slt", at, index(self.shape.columns))
-                    when(inside, partial(self.finish, by_place[r, c][v], number, at))
+                    when(inside, partial(self.finish, by_place[r, c][v], threshold, number, at))
 
             when(kept, write)
-        self.again(rows, first_panel, 2 * across)
+        self.again(rows, counts, first_panel, 2 * across)
 
-    def again(self, rows: Rows, first_panel: ir.Value, panels: int) -> None:
+    def again(self, rows: Rows, counts: Counts, first_panel: ir.Value, panels: int) -> None:
         """Computes the marked rows of a tile, a column in each thread."""
         column = add(mul(first_panel, TILE), self.thread)
         is_mine = compare("slt", self.thread, index(panels * TILE))
@@ -359,11 +457,16 @@ class SpikeKernel:
 
         def row(i: ir.Value) -> None:
             number = rows.number(i)
-            marked = arith.andi(rows.has(i), compare("ne", get(self.counts.marked, [number]), i32(0)))
+            marked = arith.andi(rows.has(i), compare("ne", get(counts.marked, [number]), i32(0)))
 
             def compute() -> None:
-                value = self.exact(number, floor_div(column, TILE), rem(column, TILE))
-                self.finish(value, number, column)
+                threshold = get(counts.threshold, [number])
+
+                def count(k: ir.Value) -> ir.Value:
+                    return count_of(get(counts.x, [number, k]), threshold)
+
+                value = self.exact(count, floor_div(column, TILE), rem(column, TILE))
+                self.finish(value, threshold, number, column)
 
             when(arith.andi(marked, inside), compute)
 
@@ -371,60 +474,36 @@ class SpikeKernel:
 
     # Both
 
-    def flags(self, rows: Rows, steps: int, chunks: int, most: int) -> ir.Value:
-        """Returns, in shared memory, for each step of ``chunks`` chunks whether a row has a high byte there."""
-        flags = shared([steps], i32_type())
-        each = chunks * self.codes.chunk // FLAG_CHANNELS
-
-        def one(step: ir.Value) -> None:
-            first = mul(step, each)
-            end = minimum(add(first, each), self.shape.cut.flags)
-
-            def row(i: ir.Value, so_far: ir.Value) -> list[ir.Value]:
-                number = rows.number(i)
-                return loop(
-                    first, end, 1, lambda at, f: [arith.ori(f, get(self.counts.wide, [number, at]))], [so_far]
-                )
-
-            count = minimum(arith.subi(rows.end, rows.first), most)
-            put(loop(0, count, 1, row, [i32(0)])[0], flags, [step])
-
-        loop(self.thread, steps, THREADS, one)
-        barrier()
-        return flags
-
     def scaled(self, whole: ir.Value, panel: ir.Value, group: ir.Value, column: ir.Value) -> ir.Value:
         scale = get(self.scale, [add(panel, self.first_panel), group, column])
         return arith.mulf(arith.sitofp(ir.F32Type.get(), whole), scale)
 
-    def finish(self, total: ir.Value, row: ir.Value, column: ir.Value) -> None:
+    def finish(self, total: ir.Value, threshold: ir.Value, row: ir.Value, column: ir.Value) -> None:
         """Writes ``threshold * total + bias``, and adds what is to be added."""
-        value = arith.mulf(total, get(self.counts.threshold, [row]))
+        value = arith.mulf(total, threshold)
         if self.bias is not None:
             value = arith.addf(value, get(self.bias, [column]))
         if self.addend is not None:
             value = arith.addf(value, get(self.addend, [row, column]))
         put(value, self.y, [row, column])
 
-    def exact(self, row: ir.Value, panel: ir.Value, column: ir.Value) -> ir.Value:
-        """Returns the sum of a marked row and one column, from x and in f64, channel by channel."""
+    def exact(self, count: Callable[[ir.Value], ir.Value], panel: ir.Value, column: ir.Value) -> ir.Value:
+        """Returns the sum of a marked row and one column in f64, channel by channel; ``count`` returns the row's counts."""
         number, f64 = ir.F32Type.get(), ir.F64Type.get()
-        groups, width = self.shape.groups, self.shape.cut.channels // self.shape.groups
-        threshold, panel = get(self.counts.threshold, [row]), add(panel, self.first_panel)
+        width, panel = self.codes.group, add(panel, self.first_panel)
 
         def group(g: ir.Value, total: ir.Value) -> list[ir.Value]:
             def channel(at: ir.Value, so_far: ir.Value) -> list[ir.Value]:
                 k = add(mul(g, width), at)
-                count = math.roundeven(arith.divf(get(self.counts.x, [row, k]), threshold))
                 word = partial(get, self.weight)
                 code = arith.sitofp(f64, self.codes.code_at(word, panel, k, column))
-                return [arith.addf(so_far, arith.mulf(arith.extf(f64, count), code))]
+                return [arith.addf(so_far, arith.mulf(arith.extf(f64, count(k)), code))]
 
             (whole,) = loop(0, width, 1, channel, [arith.constant(f64, 0.0)])
             value = arith.mulf(arith.truncf(number, whole), get(self.scale, [panel, g, column]))
             return [arith.addf(total, value)]
 
-        (total,) = loop(0, groups, 1, group, [f32(0.0)])
+        (total,) = loop(0, self.codes.groups, 1, group, [f32(0.0)])
         return total
 
 
@@ -434,12 +513,13 @@ class _Stage:
     def __init__(
         self,
         kernel: SpikeKernel,
+        counts: Counts,
         rows: Rows,
         first_panel: ir.Value,
         row_tile: ir.Value,
         column_tile: ir.Value,
     ) -> None:
-        self.kernel, self.codes = kernel, kernel.codes
+        self.kernel, self.codes, self.counts = kernel, kernel.codes, counts
         self.row_tile, self.column_tile = row_tile, column_tile
         self.row_tiles = kernel.shape.row_tiles
         self.across = column_tiles(self.codes)
@@ -454,16 +534,23 @@ class _Stage:
         self.panel_numbers = [minimum(add(first_panel, p), last) for p in self.panels_read]
         self.own_rows = [rows.number(add(mul(add(row_tile, r), TILE), lane)) for r in range(self.row_tiles)]
 
-    def products(self, chunk: ir.Value, is_wide: ir.Value, sums: Sequence[ir.Value]) -> list[ir.Value]:
-        """Returns the sums with the products of a chunk; high bytes, which are rare, are not shared."""
+    def products(
+        self,
+        group: ir.Value,
+        chunk: ir.Value,
+        of_row: ir.Value,
+        is_wide: ir.Value,
+        sums: Sequence[ir.Value],
+    ) -> list[ir.Value]:
+        """Returns the sums with the products of a chunk of a group; high bytes, which are rare, are not shared."""
         kernel, codes = self.kernel, self.codes
-        places = codes.count_places(chunk, kernel.lane)
+        places = codes.count_places(of_row, kernel.lane)
         for tile, row in zip(self.counts_read, self.rows_read, strict=True):
             for h, place in enumerate(places):
-                self.put(load(kernel.counts.low, [row, place], 4), self.low, tile, codes.count_vectors, h)
+                self.put(load(self.counts.low, [row, place], 4), self.low, tile, codes.count_vectors, h)
         for tile, panel in zip(self.panels_read, self.panel_numbers, strict=True):
             number = add(panel, kernel.first_panel)
-            vectors = codes.code_vectors_at(kernel.weight, number, chunk, kernel.lane)
+            vectors = codes.code_vectors_at(kernel.weight, number, group, chunk, kernel.lane)
             for h, vector in enumerate(vectors):
                 self.put(vector, self.weights, tile, codes.code_vectors, h)
         barrier()
@@ -476,7 +563,10 @@ class _Stage:
         sums = self.each(sums, words, operands, codes.add_low)
 
         def wide() -> list[ir.Value]:
-            words = [kernel.words(kernel.counts.high, row, places) for row in self.own_rows]
+            words = [
+                codes.words([load(self.counts.high, [row, place], 4) for place in places])
+                for row in self.own_rows
+            ]
             return self.each(sums, words, operands, codes.add_high)
 
         sums = choose(compare("ne", is_wide, i32(0)), wide, list(sums))

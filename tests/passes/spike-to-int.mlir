@@ -57,13 +57,16 @@ func.func @vector(%x: tensor<8xf32>) -> (tensor<8xf32>, tensor<f32>) {
 // WORDS-NOT:     linalg.generic
 // WORDS:         return {{.*}}, %[[V]]
 //
-// Waves multiply bytes by the matrix instruction; one encoder serves both, and groups of 32 channels are too small for them.
+// Waves multiply bytes by the matrix instruction. The model asks for the threshold, so the encoder is a launch; nibbles in groups of
+// 32 channels, which are no whole chunks, get counts with gaps.
 // WAVES:         __builtin_mxc_mma_16x16x16i8
 // WAVES-LABEL: func.func @stored(
 // WAVES:         %[[C:[0-9]+]]:5 = "spikingbrain_control.launch"({{.*}}callee = @spike_encode_k64_128_
-// WAVES:         %[[W:.+]] = "spikingbrain.parameter"() {recipe = ["pack_dot lanes=16 vectors=1 width=16 offset=0 multiple=4", "words"], sources = ["w"]} : () -> tensor<3x4x64xi32>
+// WAVES:         %[[C2:[0-9]+]]:5 = "spikingbrain_control.launch"({{.*}}callee = @spike_encode_k64_by32_128_128_
+// WAVES:         %[[W:.+]] = "spikingbrain.parameter"() {recipe = ["pack_dot lanes=16 vectors=1 width=16 offset=0", "words"], sources = ["w"]} : () -> tensor<3x4x64xi32>
 // WAVES:         "spikingbrain_control.launch"({{.*}}%[[C]]#0, %[[C]]#1, %[[C]]#2, %[[C]]#3, %[[C]]#4, %[[W]], {{.*}}callee = @spike_linear_i8_l128_k64_g1_n40_m_bias
-// WAVES:         linalg.generic
+// WAVES:         "spikingbrain_control.launch"({{.*}}%[[C2]]#0, {{.*}}callee = @spike_linear_i4_l128_k64_g2_n20_m,
+// WAVES-NOT:     linalg.generic
 // WAVES:         return
 func.func @stored(%x: tensor<1x?x64xf32>) -> (tensor<1x?x40xf32>, tensor<1x?x20xf32>, tensor<1x?xf32>) {
   %counts, %threshold = "spikingbrain.spike_encode"(%x) {k = 3.0 : f64, lower = 1.0e-5 : f64, upper = 1.0e4 : f64}
@@ -144,4 +147,25 @@ func.func @events(%x: tensor<1x?x64xf32>) -> tensor<1x?x40xf32> {
   %y = "spikingbrain.spike_linear"(%counts, %threshold, %w, %s) {bits = 8 : i64, silent = 0.9 : f64}
       : (tensor<1x?x64xf32>, tensor<1x?xf32>, tensor<40x64xi8>, tensor<40x1xf32>) -> tensor<1x?x40xf32>
   return %y : tensor<1x?x40xf32>
+}
+
+// Waves encode a few rows where they multiply them; for more there is a launch, and a kernel that goes on in the same memory. Groups of
+// 24 channels are stored as 32.
+// WAVES-LABEL: func.func @few_rows(
+// WAVES-SAME:      %[[X:[a-z0-9]+]]: tensor<?x48xf32>
+// WAVES:         %[[C:[0-9]+]]:5 = "spikingbrain_control.launch"({{.*}}callee = @spike_encode_k48_by24_64_
+// WAVES:         %[[W:.+]] = "spikingbrain.parameter"() {recipe = ["pad_groups size=24 to=32", "pack_dot lanes=16 vectors=1 width=16 offset=0", "words"], sources = ["w"]} : () -> tensor<2x4x64xi32>
+// WAVES:         %[[S:.+]] = "spikingbrain.parameter"
+// WAVES:         %[[ARE_FEW:.+]] = arith.cmpi sle, %{{.+}}, %c2
+// WAVES:         %[[FEW:.+]] = "spikingbrain_control.launch"({{.*}}%[[X]], %[[W]], %[[S]]{{.*}}callee = @spike_linear_i8_l128_k48_g2_n20_m_128_3p0_1em05_10000p0_x, tied = [-1]}
+// WAVES:         "spikingbrain_control.launch"({{.*}}%[[C]]#4, %[[W]], %[[S]], %[[FEW]]) {callee = @spike_linear_i8_l128_k48_g2_n20_m, tied = [8]}
+// WAVES:         return
+func.func @few_rows(%x: tensor<?x48xf32>) -> tensor<?x20xf32> {
+  %counts, %threshold = "spikingbrain.spike_encode"(%x) {k = 3.0 : f64, lower = 1.0e-5 : f64, upper = 1.0e4 : f64}
+      : (tensor<?x48xf32>) -> (tensor<?x48xf32>, tensor<?xf32>)
+  %w = "spikingbrain.parameter"() {sources = ["w"], recipe = []} : () -> tensor<20x48xi8>
+  %s = "spikingbrain.parameter"() {sources = ["s"], recipe = []} : () -> tensor<20x2xf32>
+  %y = "spikingbrain.spike_linear"(%counts, %threshold, %w, %s) {bits = 8 : i64}
+      : (tensor<?x48xf32>, tensor<?xf32>, tensor<20x48xi8>, tensor<20x2xf32>) -> tensor<?x20xf32>
+  return %y : tensor<?x20xf32>
 }

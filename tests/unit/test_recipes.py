@@ -32,6 +32,12 @@ def test_stacked_matrices_begin_with_whole_blocks() -> None:
         assert not rows[5:].any()
 
 
+def test_groups_of_channels_are_padded() -> None:
+    w = np.arange(12, dtype=np.int8).reshape(2, 6)
+    padded = recipes.apply(["pad_groups size=3 to=4"], [w])
+    np.testing.assert_array_equal(padded, [[0, 1, 2, 0, 3, 4, 5, 0], [6, 7, 8, 0, 9, 10, 11, 0]])
+
+
 def test_each_matrix_of_a_stack_is_packed() -> None:
     stack = np.random.default_rng(0).random((3, 6, 5), np.float32)
     packed = recipes.apply(["transpose", "pack_columns block=4"], [stack])

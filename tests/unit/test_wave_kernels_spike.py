@@ -17,6 +17,8 @@ import test_wave_kernels_computed_rows as computed
 from spike_cases import Array, Case
 from wave_programs import Program, joined, run
 
+from spikingbrain.backend_maca.plan.resolve import resolve
+from spikingbrain.backend_maca.plan.steps import Launch
 from spikingbrain.backend_maca.run import emulate
 from spikingbrain.passes.lower_grouped_linear import LowerGroupedLinear
 from spikingbrain.passes.spike_to_int import SpikeToInt
@@ -31,6 +33,12 @@ CASES = {
     "groups": Case(512, 33, groups=4, bias=True),
     "groups_row": Case(1280, 17, groups=20, rows=1),
     "groups_of_3": Case(12, 20, groups=4),  # no kernel takes them
+    "groups_of_80": Case(240, 19, groups=3),
+    "groups_of_24_row": Case(168, 17, groups=7, rows=1, bias=True),
+    "nibbles_of_80_rows": Case(400, 18, groups=5, bits=4, rows=2),
+    "wide_codes_of_10": Case(70, 20, groups=7, bits=16),
+    "pieces": Case(20000, 3, rows=1),
+    "pieces_of_groups": Case(18120, 3, groups=151, rows=1),  # of 120 channels
     "nibbles": Case(256, 20, groups=2, bits=4),
     "nibbles_row": Case(333, 17, bits=4, rows=2, bias=True),
     "wide_codes": Case(100, 40, bits=16, bias=True),
@@ -61,13 +69,20 @@ def check(loaded: Any, name: str, *x: Array) -> None:
         np.testing.assert_array_equal(run(loaded, name, rows), expected)
 
 
+def launched(program: Program, name: str, *shapes: tuple[int, ...]) -> list[str]:
+    """Returns the kinds of kernels that run for inputs of some shapes."""
+    plan = json.loads(bytes(program.code["plan.json"]))
+    steps = resolve(plan, name, dict(enumerate(shapes))).steps
+    return [step.kernel[:12] for step in steps if isinstance(step, Launch)]
+
+
 def rows_of(case: Case) -> tuple[int, ...]:
     return ROWS if case.rows is None else (case.rows,)
 
 
 def test_what_has_a_kernel(program: Program) -> None:
     refused = [r.reason for r in program.records if r.reason.startswith("linalg:")]
-    assert refused == ["linalg: groups of 3 channels; a step takes 64"]
+    assert refused == ["linalg: groups of 3 channels; 16 would be stored for each"]
     assert "__builtin_mxc_mma_16x16x16i8" in program.source
 
 
@@ -113,9 +128,8 @@ def test_projections_of_one_input_share_its_counts() -> None:
     again = line.replace("%y", "%z") + text[text.index(line) + len(line) : text.index("  return")]
     text = text.replace(f"-> {y} {{", f"-> ({y}, {y}) {{").replace("  return", f"{again}  return")
     program = Program(text.replace(f"return %y : {y}", f"return %y, %z : {y}, {y}"), [SpikeToInt()])
-    (entry,) = json.loads(bytes(program.code["plan.json"]))["entries"].values()
-    kernels = [launch["kernel"] for launch in entry["launches"]]
-    assert [name[:12] for name in kernels] == ["spike_encode", "spike_linear", "spike_linear"]
+    assert launched(program, "main", (17, 64)) == ["spike_encode", "spike_linear", "spike_linear"]
+    assert launched(program, "main", (1, 64)) == ["spike_linear", "spike_linear"]
 
 
 @pytest.mark.parametrize("m", [None, 3])
@@ -148,8 +162,10 @@ def test_a_norm_before_and_a_sum_behind_are_no_launches(m: int | None) -> None:
         joined({"main": case}).replace(f"%x: {x}", f"%z: {x}, %residual: {y}").replace("%counts,", before, 1)
     )
     program = Program(computed.MAPS + text.replace("  return %y", behind), [SpikeToInt()])
-    (entry,) = json.loads(bytes(program.code["plan.json"]))["entries"].values()
-    assert [step["kernel"][:12] for step in entry["launches"]] == ["spike_encode", "spike_linear"]
+    for rows in (1, 20) if m is None else (m,):
+        encoded = ["spike_encode"] if rows > 1 else []
+        shapes = (rows, 70), (rows, 19)
+        assert launched(program, "main", *shapes) == [*encoded, "spike_linear"]
     rng, stored = np.random.default_rng(4), case.weights(np.random.default_rng(0))
     gain = rng.standard_normal(70).astype(np.float32)
     loaded = program.load({"main": {**stored, "g": gain}})
