@@ -318,6 +318,9 @@ def main() -> bool:
     )
     parser.add_argument("--check", action="store_true", help="compare values at small sizes, without times")
     parser.add_argument("--seconds", type=float, default=1e9, help="after these no problem is begun")
+    parser.add_argument(
+        "--without", default="", help="names of problems to leave out, with semicolons between"
+    )
     parser.add_argument("-o", "--output", type=Path, help="a file for what was found, in JSON")
     given = parser.parse_args()
     from spikingbrain.backend_maca.triton import device
@@ -342,6 +345,8 @@ def main() -> bool:
     }
     print(f"{found.name} ({found.kind}), torch {torch.__version__}")
     for problem in problems(found.torch_type, given.check):
+        if problem.name in given.without.split(";"):
+            continue
         if time.monotonic() > until:
             print("the time is over: further problems are not run")
             break

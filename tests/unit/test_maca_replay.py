@@ -1,4 +1,4 @@
-"""Launches that tests kept, run again on a pretended card: equal, different, faulty and hanging ones; time that is over."""
+"""Launches that tests kept, run again on a pretended card: equal, different, faulty, hanging; a whole day with a card."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from pretended_card import NVCC, Runtime
 
-from spikingbrain.backend_maca.run import emulate, replay
+from spikingbrain.backend_maca.run import emulate, probe, replay
 from spikingbrain.backend_maca.run.launches import Launches, Writer
 
 pytestmark = pytest.mark.skipif(shutil.which(emulate.compiler()) is None, reason="no C++ compiler")
@@ -55,9 +56,13 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One launch of each source, in a file; what they should leave is written by hand."""
-    path = tmp_path_factory.mktemp("kept") / "launches.zip"
+    return write(tmp_path_factory.mktemp("kept") / "launches.zip", range(len(SOURCES)))
+
+
+def write(path: Path, sources: Iterable[int]) -> Path:
     writer = Writer(path)
-    for i, source in enumerate(SOURCES):
+    for i in sources:
+        source = SOURCES[i]
         x, y, n = np.arange(64, dtype=np.float32), np.zeros(64, np.float32), ctypes.c_int64(3)
         after = [x, x * (3 if i != 4 else 4), n]  # of the last a wrong result is expected
         kernel = source.partition("(64)\n")[2].partition("(")[0]
@@ -102,6 +107,7 @@ def test_a_machine_without_a_card_says_so_in_one_line(kept: Path) -> None:
     assert done.stderr.startswith("the runtime libcuda.so.1 does not load")
 
 
+@pytest.mark.slow
 def test_tests_run_on_a_card_and_keep_what_they_launch(environment: dict[str, str], tmp_path: Path) -> None:
     name = f"{Path(__file__).with_name('test_maca.py')}::test_short_rows_stay_in_one_thread"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", name]
@@ -126,3 +132,56 @@ def test_tests_run_on_a_card_and_keep_what_they_launch(environment: dict[str, st
 )
 def test_differences(found: Any, wanted: Any, error: float) -> None:
     assert replay.difference(found, wanted) == error
+
+
+# benchmarks/on_a_card.py
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "on_a_card.py"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("carried")
+    write(folder / "launches" / "launches.zip", (0, 4))
+    return folder
+
+
+def run_all(environment: dict[str, str], *words: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), "run", *map(str, words)]
+    environment = {**environment, "CUDA_VISIBLE_DEVICES": "", "SPIKINGBRAIN_PATIENCE": "2"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+
+
+def test_what_a_card_does_is_told_in_numbers_and_on_a_page(
+    environment: dict[str, str],
+    folder: Path,
+    tmp_path: Path,
+) -> None:
+    done = run_all(environment, folder, "-o", tmp_path, "--minutes", "0.7")
+    assert done.returncode == 1, done.stderr
+    steps = json.loads((tmp_path / "results.json").read_text())["steps"]
+    assert (steps["probe"]["card"], steps["probe"]["bad"]) == ("pretended card", [])
+    assert len(steps["probe"]["found"]) == len(probe.PROBES)
+    assert steps["model"]["models"] == {}
+    assert steps["launches"]["counts"]["equal"] == 1
+    assert "nothing is measured: this benchmark needs a GPU" in steps["triton"]["note"]
+    page = (tmp_path / "page.html").read_text()
+    for text in ("pretended card: 9 of 9 probes pass", "different: last of test_4.py::test"):
+        assert text in page
+    again = run_all(environment, folder, "-o", tmp_path / "more", "--minutes", "0.7", "--after", tmp_path)
+    found = json.loads((tmp_path / "more" / "results.json").read_text())
+    assert found["steps"]["launches"]["counts"] == {}, again.stderr  # all were run before
+    assert found["earlier"]["steps"]["launches"]["counts"]["equal"] == 1
+
+
+def test_without_a_card_there_is_one_line(folder: Path, tmp_path: Path) -> None:
+    done = run_all({**os.environ, "LD_LIBRARY_PATH": ""}, folder, "-o", tmp_path)
+    assert done.returncode == 2
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("nothing was run: this needs a card; the runtime libcuda.so.1 does not load")
+
+
+def test_what_there_was_no_time_for_is_said(folder: Path, tmp_path: Path) -> None:
+    assert run_all(dict(os.environ), folder, "-o", tmp_path, "--minutes", "0.1").returncode == 1
+    steps = json.loads((tmp_path / "results.json").read_text())["steps"]
+    assert {found["note"] for found in steps.values()} == {"no time was left"}
