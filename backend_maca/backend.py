@@ -182,7 +182,7 @@ def _print(module: str, context: StageContext) -> dict[str, bytes]:
     from torch_mlir import ir
 
     from spikingbrain.backend_maca.lower import mlir as modules
-    from spikingbrain.backend_maca.plan import figures, plan, unread, work
+    from spikingbrain.backend_maca.plan import figures, plan, streams, unread, work
     from spikingbrain.backend_maca.source import printer
     from spikingbrain.passes import dialect
 
@@ -191,10 +191,12 @@ def _print(module: str, context: StageContext) -> dict[str, bytes]:
         source, printed = printer.print_kernels(parsed)
         launches = plan.build_plan(parsed, printed, context.target.name)
         unread.skip_unread(launches, printed)
+        if context.options.streams > 1:
+            streams.use_streams(launches, printed, context.options.streams)
         scattered = figures.scattered_parameters(parsed, printed)
     context.report["kernels"] = len(launches["kernels"])
     context.report["steps"] = plan.providers(launches)
-    context.report["one_token"] = figures.figures(launches, scattered)
+    context.report["one_token"] = figures.figures(launches, scattered, printed)
     if context.options.work:
         context.report["work"] = work.work_of(parsed, printed)
     if context.options.resources:

@@ -1,5 +1,8 @@
 """What a call costs, told from the plan: launches, bytes that kernels touch, workspace; for one token of one sequence.
 
+``chain`` is how many of the launches wait for each other whatever streams there are, ``waits`` how often a stream waits
+for another one.
+
 Every size that is known at run time only counts as 1. A kernel touches its buffers whole, each once; of a buffer that it
 reaches only at places that depend on data, such as the table of an embedding, it touches as much as of the largest
 other one. ``least`` is what must be touched: every weight and all state, once.
@@ -16,7 +19,8 @@ from torch_mlir import ir
 
 from spikingbrain.backend_maca.lower.mlir import nested
 from spikingbrain.backend_maca.plan.resolve import resolve, storage, used_by
-from spikingbrain.backend_maca.plan.steps import Product
+from spikingbrain.backend_maca.plan.steps import Launch, Product
+from spikingbrain.backend_maca.plan.streams import Access, dependencies, longest
 from spikingbrain.errors import CallError
 
 if TYPE_CHECKING:
@@ -30,17 +34,23 @@ _ACCESSES = {
 }  # which operand is the buffer
 
 
-def figures(plan: Mapping[str, Any], scattered: Mapping[str, set[int]]) -> dict[str, dict[str, Any]]:
+def figures(
+    plan: Mapping[str, Any], scattered: Mapping[str, set[int]], kernels: Mapping[str, Kernel]
+) -> dict[str, dict[str, Any]]:
     """Returns the figures of every entry point whose launches depend on sizes alone, and that takes sizes of 1.
 
     ``scattered`` has, for each kernel, the numbers of the parameters that it reaches at places that depend on data.
     """
     found = {}
+    written = {
+        k.name: {n for n, (number, axis) in enumerate(k.arguments) if axis is None and number in k.written}
+        for k in kernels.values()
+    }
     for name, entry in plan["entries"].items():
         # one size may have to be the double of another
         with contextlib.suppress(CallError):
             if entry["static"]:
-                found[name] = _of_entry(plan, name, scattered)
+                found[name] = _of_entry(plan, name, scattered, written)
     return found
 
 
@@ -84,7 +94,9 @@ def _sources(op: ir.Operation) -> list[ir.Value]:
     return [*op.operands, *(v for o in yields if o.name == "scf.yield" for v in o.operands)]
 
 
-def _of_entry(plan: Mapping[str, Any], entry: str, scattered: Mapping[str, set[int]]) -> dict[str, Any]:
+def _of_entry(
+    plan: Mapping[str, Any], entry: str, scattered: Mapping[str, set[int]], written: Mapping[str, set[int]]
+) -> dict[str, Any]:
     records = plan["entries"][entry]["buffers"]
     inputs = {i: _smallest(b["shape"]) for i, b in enumerate(records) if b["role"] == "input"}
     steps = resolve(plan, entry, inputs)
@@ -93,12 +105,13 @@ def _of_entry(plan: Mapping[str, Any], entry: str, scattered: Mapping[str, set[i
     def size(buffer: int) -> int:
         return math.prod(shapes[buffer]) * storage(records[buffer]["dtype"]).itemsize
 
-    launches = touched = 0
+    touched = 0
+    accesses: dict[int, Access | None] = {}  # of the launches
     weights: dict[int, int] = {}
-    for step in steps.steps:
+    for place, step in enumerate(steps.steps):
         if isinstance(step, Product) and not math.prod(step.step["sizes"]):
             continue  # its kernel is taken for these sizes
-        launches += 1
+        accesses[place] = set(used_by(step)), _written(step, written)
         used, few = set(used_by(step)), set()
         if not isinstance(step, Product):
             few = {
@@ -113,13 +126,25 @@ def _of_entry(plan: Mapping[str, Any], entry: str, scattered: Mapping[str, set[i
     state = sum(size(i) for i in inputs if records[i].get("donated"))
     least = sum(weights.values()) + state
     space = steps.workspace
+    order = steps.order
     return {
-        "launches": launches,
+        "launches": len(accesses),
+        "chain": len(longest(dependencies(accesses))),
+        "streams": order.count if order else 1,
+        "waits": sum(map(len, order.waits)) + len(order.forks) + order.count - 1 if order else 0,
         "bytes": touched,
         "least": least,
         "workspace": space.size if space else 0,
         "workspace_least": space.least if space else 0,
     }
+
+
+def _written(step: Launch | Product, written: Mapping[str, set[int]]) -> set[int]:
+    """Returns the buffers that a step writes."""
+    if isinstance(step, Product):
+        return {step.buffers[-1]}
+    places = written[step.kernel]
+    return {i for n, (i, _) in enumerate(step.arguments) if i is not None and n in places}
 
 
 def _smallest(shape: Sequence[Any]) -> tuple[int, ...]:

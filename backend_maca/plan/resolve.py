@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from spikingbrain.backend_maca.plan.order import Order, Walk, streams_of
 from spikingbrain.backend_maca.plan.plan import evaluate, has_value
 from spikingbrain.backend_maca.plan.steps import Launch, Product, Steps
 from spikingbrain.backend_maca.plan.workspace import Lifetime, pack
@@ -49,6 +50,7 @@ class Resolver:
         for formula in self.host["sizes"]:
             self.named.append(self.value(formula))
         self.largest: dict[int, tuple[int, ...]] = {}  # temporary buffer -> its largest shape so far
+        self.order = Walk(streams_of(self.host["launches"]))
         for formula, message in self.host["checks"]:
             self._check(formula, message)
 
@@ -94,7 +96,10 @@ class Resolver:
 
     def steps(self) -> Resolved:
         """Yields launches and products in order, and reads, to which the caller sends the element."""
-        yield from self._walk(self.host["launches"])
+        for place, step in enumerate(self.host["launches"]):
+            self.order.enter(step)
+            yield from self._walk([step])
+            self.order.leave(place)
 
     def _walk(self, steps: Sequence[Mapping[str, Any]]) -> Resolved:
         for step in steps:
@@ -169,22 +174,39 @@ def resolve(plan: Mapping[str, Any], entry: str, shapes: Mapping[int, tuple[int,
     steps: list[Launch | Product] = []
     for step in cast("Iterator[Launch | Product]", resolver.steps()):
         resolver.note(step)
+        resolver.order.add()
         steps.append(step)
+    order = resolver.order.order()
     made = some_steps(resolver, steps, set(), last=True)
     kept = {i for i, _ in made.outputs}
-    lives: dict[int, Lifetime] = {}
+    uses: dict[int, list[int]] = {}  # of a temporary, the steps
     for place, step in enumerate(steps):
         for i in used_by(step):
             if i in made.temporaries and i not in kept:
-                first = lives[i].first if i in lives else place
-                size = math.prod(made.temporaries[i]) * storage(resolver.host["buffers"][i]["dtype"]).itemsize
-                lives[i] = Lifetime(size, first, place)
+                uses.setdefault(i, []).append(place)
+    lives = {}
+    for i, places in uses.items():
+        size = math.prod(made.temporaries[i]) * storage(resolver.host["buffers"][i]["dtype"]).itemsize
+        lives[i] = _lifetime(size, places, order)
+    if order.count > 1:
+        made = dataclasses.replace(made, order=order)
     if not lives:
         return made
     born: dict[int, list[int]] = {}
     for i, life in lives.items():
         born.setdefault(life.first, []).append(i)
     return dataclasses.replace(made, workspace=pack(lives), born=born)
+
+
+def _lifetime(size: int, places: Sequence[int], order: Order) -> Lifetime:
+    """Returns the life of a buffer that the steps at ``places`` use."""
+    if order.count == 1:
+        return Lifetime(size, places[0], places[-1])
+    begins = tuple(map(min, zip(*map(order.begins, places), strict=True)))
+    ends = [0] * len(begins)
+    for place in places:
+        ends[order.streams[place]] = order.place(place)
+    return Lifetime(size, places[0], places[-1], begins, ends)
 
 
 def some_steps(

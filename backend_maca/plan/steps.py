@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from spikingbrain.backend_maca.plan.order import Order
 from spikingbrain.backend_maca.plan.workspace import Workspace
 
 
@@ -44,6 +45,7 @@ class Steps:
         outputs: (number of a buffer, shape), one for each result.
         workspace: where the temporaries lie that are no results, if they share memory.
         born: number of a step -> the buffers of the workspace that it is the first to use.
+        order: which steps run on which stream and wait for which; None where all run on one, as they stand.
     """
 
     entry: str
@@ -52,4 +54,5 @@ class Steps:
     outputs: Sequence[tuple[int, tuple[int, ...]]]
     workspace: Workspace | None = None
     born: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    order: Order | None = None
     graphs: dict[Any, Any] = field(default_factory=dict)  # a machine's own: recordings of the steps

@@ -37,15 +37,15 @@ def _skip(steps: Sequence[dict[str, Any]], kept: set[int], kernels: Mapping[str,
     for step in reversed(steps):
         if "kernel" not in step and "library" not in step:
             for inner in every_step([step]):
-                for buffer in _buffers(inner):
+                for buffer in buffers_of(inner):
                     reads(buffer, ALWAYS)
             continue
-        written = _written(step, kernels)
+        written = written_by(step, kernels)
         when = _wanted(written, read, kept)
         if "kernel" in step and when != ALWAYS:
             step["grid"] = [["select", when, step["grid"][0], 0], *step["grid"][1:]]
-        runs = _runs(step)
-        for buffer in _buffers(step):
+        runs = runs_when(step)
+        for buffer in buffers_of(step):
             reads(buffer, runs)
 
 
@@ -62,7 +62,7 @@ def _wanted(written: set[int], read: Mapping[int, list[Size]], kept: set[int]) -
     return ALWAYS if has_value(total) else total
 
 
-def _runs(step: Mapping[str, Any]) -> Size:
+def runs_when(step: Mapping[str, Any]) -> Size:
     """Returns when a launch has blocks, or a product has rows, as far as a choice of sizes says so."""
     sizes = step["grid"] if "kernel" in step else step["sizes"][:2]
     conditions = [c for size in sizes if (c := _is_some(size)) != ALWAYS]
@@ -87,12 +87,14 @@ def _is_some(size: Size) -> Size:
     return holds if inner == ALWAYS else ["and", holds, inner]
 
 
-def _buffers(step: Mapping[str, Any]) -> list[int]:
+def buffers_of(step: Mapping[str, Any]) -> list[int]:
+    """Returns the buffers that a step reads or writes, without those of steps inside it."""
     found = [a["buffer"] for a in step.get("arguments", ()) if "buffer" in a]
     return [*found, step["buffer"]] if "read" in step else found
 
 
-def _written(step: Mapping[str, Any], kernels: Mapping[str, Kernel]) -> set[int]:
+def written_by(step: Mapping[str, Any], kernels: Mapping[str, Kernel]) -> set[int]:
+    """Returns the buffers that a launch or a product writes; ``kernels`` by their names."""
     if "library" in step:
         return {step["arguments"][-1]["buffer"]}
     kernel = kernels[step["kernel"]]

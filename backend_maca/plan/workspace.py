@@ -1,7 +1,12 @@
-"""One workspace for all temporary buffers of a call: those that never live at the same time share memory."""
+"""One workspace for all temporary buffers of a call: those that never live at the same time share memory.
+
+On several streams two buffers may share it where every use of one is surely done before any use of the other begins: it
+does not help that the steps stand one after the other.
+"""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,11 +15,24 @@ ALIGNMENT = 256  # bytes: a line of every cache, and what libraries ask for
 
 @dataclass(frozen=True)
 class Lifetime:
-    """A buffer from the step that first uses it to the one that last does, both included."""
+    """A buffer from the step that first uses it to the one that last does, both included.
+
+    Attributes:
+        begins: for each stream, how many of its steps are surely done when the first use begins; on one stream not given.
+        ends: for each stream, how many of its steps there are up to the last use.
+    """
 
     size: int
     first: int
     last: int
+    begins: Sequence[int] = ()
+    ends: Sequence[int] = ()
+
+    def before(self, other: Lifetime) -> bool:
+        """Returns whether all uses of this buffer are surely done before any of the other one begins."""
+        if not self.ends:
+            return self.last < other.first
+        return all(map(operator.le, self.ends, other.begins))
 
 
 @dataclass(frozen=True)
@@ -24,7 +42,7 @@ class Workspace:
     Attributes:
         offsets: buffer -> its first byte.
         size: bytes in all.
-        least: bytes that live at once in the fullest step; no plan needs fewer.
+        least: bytes that live at once in the fullest step, as the steps stand; no plan needs fewer.
     """
 
     offsets: Mapping[int, int]
@@ -39,7 +57,7 @@ def pack(buffers: Mapping[int, Lifetime]) -> Workspace:
     order = sorted(buffers.items(), key=lambda item: (-item[1].size, item[1].first, item[0]))
     for number, life in order:
         size, start = aligned(life.size), 0
-        near = [p for p in placed if p[2].first <= life.last and life.first <= p[2].last]  # by start
+        near = [p for p in placed if not (p[2].before(life) or life.before(p[2]))]  # by start
         for low, high, _ in near:
             if start + size <= low:
                 break

@@ -18,6 +18,7 @@ from spikingbrain.backend_maca.run.blas import Blas
 from spikingbrain.backend_maca.run.driver import DeviceError, Driver, blas_library, open_driver
 from spikingbrain.backend_maca.run.images import convention, image_of
 from spikingbrain.backend_maca.run.machine import ALIGNMENT
+from spikingbrain.backend_maca.run.streams import streams_of
 from spikingbrain.errors import CallError, OutOfMemory, SpikingBrainError
 
 log = logging.getLogger(__name__)
@@ -196,7 +197,8 @@ class _Graph:
 class Card:
     """Runs plans on a card.
 
-    Launches go into one stream and return at once; copies to the host wait for them. A sequence that comes again with
+    Launches go into the caller's stream and return at once; copies to the host wait for them. Where a plan has further
+    streams, they begin and end in that one. A sequence that comes again with
     the same memory is recorded and then launched as one graph: its arguments are addresses, so the addresses are its
     key. That is so for a decode step, whose state stays where it is and whose other memory comes back from the pool.
     """
@@ -323,11 +325,18 @@ class Card:
             log.debug("after a failed recording: %s", error)
 
     def _launch_all(self, steps: Steps, buffers: Mapping[int, DeviceArray], stream: int) -> None:
-        for step in steps.steps:
+        def launch(number: int, stream: int) -> None:
+            step = steps.steps[number]
             if isinstance(step, Product):
                 self._multiply(step, buffers, stream)
             else:
                 self._launch(step, buffers, stream)
+
+        if steps.order:
+            streams_of(self.driver).run(steps.order, stream, launch)
+            return
+        for number in range(len(steps.steps)):
+            launch(number, stream)
 
     def _launch(self, step: Launch, buffers: Mapping[int, DeviceArray], stream: int) -> None:
         arguments = [(v or 0) if i is None else buffers[i].address for i, v in step.arguments]

@@ -28,6 +28,7 @@ _LETTERS: dict[str, Any] = {
 }
 _HOST_TO_DEVICE, _DEVICE_TO_HOST, _DEVICE_TO_DEVICE = 1, 2, 3  # as CUDA's; not confirmed for MetaX
 _NON_BLOCKING = 1  # a stream that does not wait for the default one
+_NO_TIMING = 2  # an event that only orders
 _THREAD_LOCAL_CAPTURE = 1  # other threads, such as torch's, may ask for memory meanwhile
 _END, _BUFFER, _SIZE = 0, 1, 2  # of packed arguments, as CUDA's
 _OTHER_END = 3  # as HIP's
@@ -181,8 +182,8 @@ class Driver:
         """Waits for all that was put into the stream; errors of kernels come to light here."""
         self.call("synchronize", stream)
 
-    def new_event(self) -> int:
-        return self._made("new_event", 0)
+    def new_event(self, timed: bool = True) -> int:
+        return self._made("new_event", 0 if timed else _NO_TIMING)
 
     def record(self, event: int, stream: int) -> None:
         self.call("record", event, stream)

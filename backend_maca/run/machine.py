@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from random import Random
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +14,11 @@ from spikingbrain.backend_maca.run import dlpack, library
 from spikingbrain.backend_maca.run.emulate import Kernels, build, poison
 from spikingbrain.errors import OutOfMemory
 
+_CHOICES: dict[str, Callable[[Sequence[int]], int]] = {  # of the steps that may run next
+    "forward": min,
+    "reverse": max,
+    "shuffled": Random(0).choice,
+}
 ALIGNMENT = 16  # bytes: where kernels may assume that buffers begin
 Array = np.ndarray[Any, Any]
 Buffer = Any  # memory of a machine with ``shape``, ``dtype`` and ``reshape``, as a numpy array has them
@@ -71,12 +77,16 @@ class Machine(Protocol):
         ...
 
     def run(self, steps: Steps, buffers: Mapping[int, Buffer]) -> None:
-        """Runs the steps in order."""
+        """Runs the steps as their streams say, after all that was run before."""
         ...
 
 
 class Emulator:
-    """The checking emulator: buffers are numpy arrays in the memory of the process."""
+    """The checking emulator: buffers are numpy arrays in the memory of the process.
+
+    The order of threads is that of streams, too: among the steps that may run next, ``forward`` takes the first,
+    ``reverse`` the last, ``shuffled`` any.
+    """
 
     buffer_type = np.ndarray
     hint = "pass a numpy array"
@@ -122,7 +132,9 @@ class Emulator:
         return start, start + buffer.nbytes
 
     def run(self, steps: Steps, buffers: Mapping[int, Array]) -> None:
-        for number, step in enumerate(steps.steps):
+        numbers = steps.order.run(_CHOICES[self.kernels.order]) if steps.order else range(len(steps.steps))
+        for number in numbers:
+            step = steps.steps[number]
             for i in steps.born.get(number, ()):
                 poison(buffers[i])  # another buffer may have lain here
             if isinstance(step, Product):

@@ -2,6 +2,10 @@
 //
 // Compiled with PREFIX=mc or hc for MetaX's names, with CUDA for NVIDIA's. A module is a shared library, of which
 // sb_launch_NAME runs a kernel and sb_count_NAME tells how many parameters it has. fake_set breaks things on purpose.
+//
+// What is put into a stream runs when somebody waits or copies, as late as can be: of the operations that streams and events
+// let run next the first, the last or any, by ORDER. A stream may only wait for an event that was recorded, and a recording
+// ends only when all streams in it have been waited for.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <elf.h>
@@ -12,10 +16,11 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-enum { OK, INVALID_VALUE, OUT_OF_MEMORY, NOT_FOUND = 500, LAUNCH_FAILED = 719, NOT_PERMITTED = 800 };
+enum { OK, INVALID_VALUE, OUT_OF_MEMORY, NOT_FOUND = 500, LAUNCH_FAILED = 719, NOT_PERMITTED = 800, UNJOINED = 904 };
+static void finish(void);
 enum { DEVICES, MEMORY, TAKES_ADDRESSES, PACKED_END, RECORDS, ORDER, CURRENT };
 static int64_t settings[] = {1, 1 << 28, 1, -1, 1, 0, 0};
-static int64_t counts[6];  // launches, launches of graphs, copies, bytes in use, modules in use, streams in use
+static int64_t counts[8];  // launches, launches of graphs, copies, bytes, modules, streams and events in use, waits
 static char fault[2048] = "unspecified launch failure";
 static int failed;
 
@@ -33,6 +38,7 @@ static const char* error_name(int error) {
     case INVALID_VALUE: return "ErrorInvalidValue";
     case LAUNCH_FAILED: return "ErrorLaunchFailure";
     case NOT_PERMITTED: return "ErrorStreamCaptureUnsupported";
+    case UNJOINED: return "ErrorStreamCaptureUnjoined";
     default: return "ErrorNotFound";
   }
 }
@@ -60,6 +66,7 @@ static int allocate(void** place, size_t size) {
 }
 
 static int release(void* address) {
+  finish();
   for (int i = 0; i < block_count; ++i)
     if (blocks[i].start == address) {
       counts[3] -= blocks[i].bytes;
@@ -95,11 +102,51 @@ typedef struct {
   unsigned grid[3], block[3], shared;
   int64_t arguments[64];
 } Node;
+
+// What waits to run: launches, launches of graphs, and events, which are done when they run. Each waits for what was
+// before it in its stream, and for the event that it names.
+typedef struct Graph Graph;
 typedef struct {
-  Node nodes[256];
+  Node* node;
+  Graph* graph;
+  int before[2], done;  // places, -1 for none
+} Operation;
+typedef struct {
+  Operation operations[4096];
   int count;
-} Graph;
+} Queue;
+struct Graph {
+  Queue queue;
+};
+typedef struct {
+  int last, last_in;  // of what is pending, and of the graph; -1 for none
+  int in;  // the number of the recording that the stream is in, 0 for none
+} Stream;
+typedef struct {
+  int64_t place;  // among all that were pending, or in the graph; -1 before it is recorded
+  int in;
+} Event;
+static Queue pending;
+static int64_t gone;  // operations that were pending before
+static Stream default_stream = {-1};
+static Stream* streams[64];
+static int stream_count, recordings;
 static Graph* recording;
+static Stream* origin;
+
+static Stream* stream_of(void* stream) { return stream ? stream : &default_stream; }
+
+static int put(Queue* queue, Operation operation) {
+  if (queue->count == 4096) abort();  // more than a test launches without waiting
+  queue->operations[queue->count] = operation;
+  return queue->count++;
+}
+
+// Adds an operation to a stream, or to what records it.
+static void append(Stream* stream, Node* node, Graph* graph, int event) {
+  int* last = stream->in ? &stream->last_in : &stream->last;
+  *last = put(stream->in ? &recording->queue : &pending, (Operation){node, graph, {*last, event}, 0});
+}
 
 static int load(void** place, const void* image) {
   if (settings[CURRENT]) return INVALID_VALUE;
@@ -167,44 +214,131 @@ static int launch(const Function* function, unsigned gx, unsigned gy, unsigned g
     memcpy(node.arguments, extra[1], *(size_t*)extra[3]);
   }
   ++counts[0];
-  if (recording && stream) {
-    recording->nodes[recording->count++] = node;
-    return OK;
-  }
-  return run_node(&node);
+  append(stream_of(stream), memcpy(malloc(sizeof node), &node, sizeof node), NULL, -1);
+  return OK;
 }
 
-static int begin(void* stream, int mode) {
+// Runs operations, those that may run next in the order that is asked for.
+static void run_all(Queue* queue) {
+  static unsigned random = 1;
+  for (;;) {
+    int ready[4096], count = 0;
+    for (int i = 0; i < queue->count; ++i) {
+      const Operation* o = &queue->operations[i];
+      int can = !o->done;
+      for (int j = 0; j < 2; ++j) can = can && (o->before[j] < 0 || queue->operations[o->before[j]].done);
+      if (can) ready[count++] = i;
+    }
+    if (!count) return;
+    random = random * 1103515245 + 12345;
+    Operation* next = &queue->operations[ready[settings[ORDER] == 0 ? 0 : settings[ORDER] == 1 ? count - 1 : (random >> 16) % count]];
+    if (next->node) run_node(next->node);
+    if (next->graph) {
+      for (int i = 0; i < next->graph->queue.count; ++i) next->graph->queue.operations[i].done = 0;
+      run_all(&next->graph->queue);
+    }
+    next->done = 1;
+  }
+}
+
+static void finish(void) {
+  run_all(&pending);
+  for (int i = 0; i < pending.count; ++i) free(pending.operations[i].node);
+  for (int i = 0; i < stream_count; ++i) streams[i]->last = -1;
+  default_stream.last = -1;
+  gone += pending.count;
+  pending.count = 0;
+}
+
+static int new_stream(void** place) {
+  if (settings[CURRENT] || stream_count == 64) return INVALID_VALUE;
+  Stream* stream = malloc(sizeof(Stream));
+  *stream = (Stream){-1, -1, 0};
+  *place = streams[stream_count++] = stream;
+  ++counts[5];
+  return OK;
+}
+static int destroy_stream(Stream* stream) {
+  finish();
+  for (int i = 0; i < stream_count; ++i)
+    if (streams[i] == stream) streams[i] = streams[--stream_count];
+  --counts[5];
+  free(stream);
+  return OK;
+}
+static int new_event(void** place) {
+  if (settings[CURRENT]) return INVALID_VALUE;
+  Event* event = malloc(sizeof(Event));
+  *event = (Event){-1, 0};
+  *place = event;
+  ++counts[6];
+  return OK;
+}
+static int record(Event* event, Stream* stream) {
+  append(stream, NULL, NULL, -1);
+  *event = (Event){stream->in ? stream->last_in : gone + stream->last, stream->in};
+  return OK;
+}
+static int wait_for(Stream* stream, Event* event) {
+  ++counts[7];
+  if (recording && event->in == recordings && !stream->in) *stream = (Stream){stream->last, -1, recordings};
+  if (event->place == -1 || event->in != stream->in) return INVALID_VALUE;  // not recorded, or elsewhere
+  const int64_t place = stream->in ? event->place : event->place - gone;
+  append(stream, NULL, NULL, place < 0 ? -1 : (int)place);
+  return OK;
+}
+
+static int begin(Stream* stream, int mode) {
   if (mode != 1) return INVALID_VALUE;  // other modes stop other threads, or allow too much
   if (!stream || !settings[RECORDS]) return NOT_PERMITTED;
   recording = calloc(1, sizeof(Graph));
+  *stream = (Stream){stream->last, -1, ++recordings};
+  origin = stream;
   return OK;
+}
+static int is_before(const Queue* queue, int first, int second) {
+  char reached[4097] = {0};  // by place + 1
+  reached[second + 1] = 1;
+  for (int i = second; i > first; --i)
+    for (int j = 0; j < 2; ++j)
+      if (reached[i + 1]) reached[queue->operations[i].before[j] + 1] = 1;
+  return reached[first + 1];
 }
 static int end(void** graph) {
   *graph = recording;
+  if (!recording) return INVALID_VALUE;
+  int joined = 1;
+  for (int i = 0; i < stream_count; ++i)
+    if (streams[i]->in) {
+      joined = joined && is_before(&recording->queue, streams[i]->last_in, origin->last_in);
+      streams[i]->in = 0;
+    }
   recording = NULL;
-  return *graph ? OK : INVALID_VALUE;
+  return joined ? OK : UNJOINED;
 }
 static int instantiate(void** executable, const Graph* graph) {
   *executable = memcpy(malloc(sizeof(Graph)), graph, sizeof(Graph));
   return OK;
 }
-static int launch_graph(const Graph* graph) {
+static int launch_graph(Graph* graph, Stream* stream) {
   ++counts[1];
-  for (int i = 0; i < graph->count; ++i) run_node(&graph->nodes[i]);
+  append(stream, NULL, graph, -1);
   return OK;
 }
-static int synchronize(void) { return failed ? LAUNCH_FAILED : OK; }
+static int destroy_executable(Graph* graph) {
+  finish();
+  return free(graph), OK;
+}
+static int synchronize(void) {
+  finish();
+  return failed ? LAUNCH_FAILED : OK;
+}
 static int device_count(int* count) {
   *count = (int)settings[DEVICES];
   return OK;
 }
-static int made(void** place) {
-  if (settings[CURRENT]) return INVALID_VALUE;
-  *place = malloc(1);
-  return OK;
-}
 static int copied(void* target, const void* source, size_t size) {
+  finish();
   if (failed) return LAUNCH_FAILED;
   if (settings[CURRENT]) return INVALID_VALUE;
   memmove(target, source, size);
@@ -232,11 +366,11 @@ int F(MemFree_v2)(void* address) { return release(address); }
 int ASYNC(HtoD)(void* to, void* from, size_t n, void* s) { return inside(to, n) ? copied(to, from, n) : INVALID_VALUE; }
 int ASYNC(DtoH)(void* to, void* from, size_t n, void* s) { return inside(from, n) ? copied(to, from, n) : INVALID_VALUE; }
 int ASYNC(DtoD)(void* to, void* from, size_t n, void* s) { return copied(to, from, n); }
-int F(MemsetD8Async)(void* to, unsigned char byte, size_t n, void* s) { return memset(to, byte, n), OK; }
-int F(StreamCreate)(void** place, unsigned flags) { return ++counts[5], made(place); }
-int F(StreamDestroy_v2)(void* stream) { return --counts[5], free(stream), OK; }
+int F(MemsetD8Async)(void* to, unsigned char byte, size_t n, void* s) { return finish(), memset(to, byte, n), OK; }
+int F(StreamCreate)(void** place, unsigned flags) { return new_stream(place); }
+int F(StreamDestroy_v2)(void* stream) { return destroy_stream(stream); }
 int F(CtxSynchronize)(void) { return synchronize(); }
-int F(EventCreate)(void** place, unsigned flags) { return made(place); }
+int F(EventCreate)(void** place, unsigned flags) { return new_event(place); }
 int F(FuncSetAttribute)(Function* function, int attribute, int value) {
   if (attribute != 8 || value > 227 << 10) return INVALID_VALUE;
   return function->most_shared = value, OK;
@@ -265,11 +399,11 @@ int F(MemcpyAsync)(void* to, void* from, size_t n, int kind, void* s) {
   const int fits = kind == 1 ? inside(to, n) : kind == 2 ? inside(from, n) : inside(to, n) && inside(from, n);
   return fits ? copied(to, from, n) : INVALID_VALUE;
 }
-int F(MemsetAsync)(void* to, int byte, size_t n, void* s) { return memset(to, byte, n), OK; }
-int F(StreamCreateWithFlags)(void** place, unsigned flags) { return ++counts[5], made(place); }
-int F(StreamDestroy)(void* stream) { return --counts[5], free(stream), OK; }
+int F(MemsetAsync)(void* to, int byte, size_t n, void* s) { return finish(), memset(to, byte, n), OK; }
+int F(StreamCreateWithFlags)(void** place, unsigned flags) { return new_stream(place); }
+int F(StreamDestroy)(void* stream) { return destroy_stream(stream); }
 int F(DeviceSynchronize)(void) { return synchronize(); }
-int F(EventCreateWithFlags)(void** place, unsigned flags) { return made(place); }
+int F(EventCreateWithFlags)(void** place, unsigned flags) { return new_event(place); }
 #ifndef OLD
 int F(ModuleLaunchKernel)(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                           unsigned n, void* s, void** a, void** e) {
@@ -282,14 +416,14 @@ int F(GraphInstantiate)(void** out, void* graph, void** node, char* log, size_t 
 int F(Init)(unsigned flags) { return OK; }
 int F(DeviceGetName)(char* text, int size, int device) { return snprintf(text, size, "pretended card"), OK; }
 int F(StreamSynchronize)(void* stream) { return synchronize(); }
-int F(StreamWaitEvent)(void* stream, void* event, unsigned flags) { return OK; }
-int F(EventRecord)(void* event, void* stream) { return OK; }
+int F(StreamWaitEvent)(void* stream, void* event, unsigned flags) { return wait_for(stream_of(stream), event); }
+int F(EventRecord)(void* event, void* stream) { return record(event, stream_of(stream)); }
 int F(EventSynchronize)(void* event) { return synchronize(); }
 int F(EventElapsedTime)(float* found, void* start, void* end) { return *found = 0.5f, OK; }
 int F(ModuleLoadData)(void** place, const void* image) { return load(place, image); }
 int F(ModuleUnload)(void* module) { return --counts[4], OK; }  // what it loaded stays: numbers stay what they were
 int F(ModuleGetFunction)(void** place, void* module, const char* name) { return find(place, module, name); }
 int F(StreamEndCapture)(void* stream, void** graph) { return end(graph); }
-int F(GraphLaunch)(void* graph, void* stream) { return launch_graph(graph); }
-int F(GraphExecDestroy)(void* graph) { return free(graph), OK; }
+int F(GraphLaunch)(void* graph, void* stream) { return launch_graph(graph, stream_of(stream)); }
+int F(GraphExecDestroy)(void* graph) { return destroy_executable(graph); }
 int F(GraphDestroy)(void* graph) { return free(graph), OK; }

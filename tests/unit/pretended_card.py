@@ -92,6 +92,15 @@ class Runtime:
         return int(self._library.fake_count(5))
 
     @property
+    def events(self) -> int:
+        return int(self._library.fake_count(6))
+
+    @property
+    def waits(self) -> int:
+        """Returns how often a stream was told to wait for an event."""
+        return int(self._library.fake_count(7))
+
+    @property
     def bytes(self) -> int:
         return int(self._library.fake_count(3))
 

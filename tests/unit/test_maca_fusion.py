@@ -216,6 +216,9 @@ def test_figures_of_one_token_count_what_is_touched() -> None:
     found = report(STEP.replace("DONATED", "attributes {spikingbrain.donated = [1]}"))["one_token"]
     assert found["main"] == {
         "launches": 2,
+        "chain": 2,
+        "streams": 1,
+        "waits": 0,
         "bytes": 16,
         "least": 4,
         "workspace": 0,
