@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,7 +19,8 @@ from spikingbrain.passes.base import PassContext
 class FuseSharedInput:
     """Joins ``spikingbrain.linear`` ops that read one value (query, key and value; gate and up).
 
-    Where the target has wave kernels, each launch costs: there it joins projections of spikes and by experts, too.
+    Where the target has wave kernels, each launch costs: there it joins projections of spikes and by experts, too. Where only
+    some of spikes have a bias, the others get one that changes nothing.
     In and out: our dialect on builtin tensors. The weights must be whole model tensors, or codes of them; each result
     becomes a slice of the joint one. Projections in different blocks stay apart. Not handled: a weight that other ops read
     too, in its own form, is then stored twice.
@@ -46,7 +48,7 @@ class FuseSharedInput:
         for op in torch_ir.walk(module):
             if op.name in _STORED and (key := _key(op)) is not None:
                 groups[key].append(op)
-        for group in groups.values():
+        for group in itertools.chain.from_iterable(map(_by_bias, groups.values())):
             if len(group) > 1:
                 context.record(self, "fused", group[0], f"{len(group)} projections of one input")
                 _fuse_stored(group)
@@ -79,9 +81,10 @@ def _fuse(group: list[ir.Operation]) -> None:
         _cut(joint, x, group)
 
 
-# Where projections have what is stored for them, and its axis of columns.
+# Where projections have what is stored for them, and its axis of columns; a bias, which may be absent, is the last one.
+_BIAS = 4
 _STORED = {
-    "spikingbrain.spike_linear": ((2, 3, 4), 0),
+    "spikingbrain.spike_linear": ((2, 3, _BIAS), 0),
     "spikingbrain.grouped_linear": ((1,), 1),
     "spikingbrain.spike_grouped_linear": ((2, 3), 1),
 }
@@ -92,7 +95,7 @@ _STEPS = {"matrix", "column", "ones", "float32", "codes bits=4", "codes bits=8",
 def _key(op: ir.Operation) -> tuple[object, ...] | None:
     """Returns what projections that can be joined have in common; None for one that cannot be."""
     numbers, axis = _STORED[op.name]
-    key: list[object] = [op.name, hash(op.block), len(op.operands)]
+    key: list[object] = [op.name, hash(op.block)]
     for i, value in enumerate(op.operands):
         encode = torch_ir.defining(value, "spikingbrain.spike_encode")
         if encode is not None:  # each projection in the model's code has a neuron of its own
@@ -105,15 +108,34 @@ def _key(op: ir.Operation) -> tuple[object, ...] | None:
         owner, type_ = parameters.parameter(value), ir.RankedTensorType(value.type)
         if owner is None or not set(parameters.stored(owner).recipe) <= _STEPS:
             return None
+        if i == _BIAS:
+            continue
         sizes = [n for d, n in enumerate(type_.shape) if d != axis]
         key += [parameters.stored(owner).recipe, str(type_.element_type), *sizes]
     key += [str(op.attributes[name]) for name in op.attributes if name != "columns"]
     return tuple(key)
 
 
+def _bias(op: ir.Operation) -> ir.Value | None:
+    return op.operands[_BIAS] if op.name == "spikingbrain.spike_linear" and len(op.operands) > _BIAS else None
+
+
+def _by_bias(group: list[ir.Operation]) -> list[list[ir.Operation]]:
+    """Returns groups whose biases are made in one way; those without a bias are in the first."""
+
+    def way(op: ir.Operation) -> tuple[str, ...] | None:
+        bias = _bias(op)
+        return None if bias is None else tuple(parameters.stored(bias.owner.operation).recipe)
+
+    ways = list(dict.fromkeys(w for op in group if (w := way(op)) is not None)) or [()]
+    return [[op for op in group if way(op) == w or (w == ways[0] and way(op) is None)] for w in ways]
+
+
 def _fuse_stored(group: list[ir.Operation]) -> None:
     first = group[0]
     numbers, axis = _STORED[first.name]
+    group = sorted(group, key=lambda op: -len(op.operands))  # biases lie beside each other
+    biases = [bias for op in group if (bias := _bias(op)) is not None]
     columns = sum(ir.RankedTensorType(op.results[0].type).shape[-1] for op in group)
     attributes = {name: first.attributes[name] for name in first.attributes}
     if "columns" in attributes:
@@ -122,7 +144,10 @@ def _fuse_stored(group: list[ir.Operation]) -> None:
         operands = [
             _joined([op.operands[i] for op in group], axis) if i in numbers else value
             for i, value in enumerate(first.operands)
+            if i != _BIAS or not biases
         ]
+        if biases:
+            operands.append(_lengthened(_joined(biases), columns))
         type_ = _wider(first.results[0].type, columns)
         joint = ir.Operation.create(first.name, [type_], operands, attributes).result
         _cut(joint, first.operands[0], group)
@@ -136,6 +161,15 @@ def _joined(values: list[ir.Value], axis: int = 0) -> ir.Value:
     type_ = ir.RankedTensorType.get(shape, ir.RankedTensorType(values[0].type).element_type)
     sources = [source for stored in all_stored for source in stored.sources]
     return parameters.create(sources, [*all_stored[0].recipe, f"concat axis={axis}"], type_)
+
+
+def _lengthened(bias: ir.Value, columns: int) -> ir.Value:
+    """Returns a stored bias with numbers behind it that change nothing."""
+    stored, type_ = parameters.stored(bias.owner.operation), ir.RankedTensorType(bias.type)
+    if type_.shape[0] == columns:
+        return bias
+    recipe = [*stored.recipe, f"lengthen to={columns}"]
+    return parameters.create(stored.sources, recipe, _wider(type_, columns))
 
 
 def _wider(type_: ir.Type, columns: int) -> ir.RankedTensorType:

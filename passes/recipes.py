@@ -75,6 +75,12 @@ def stack(arrays: list[Array], block: int) -> list[Array]:
     return [padded.reshape(-1, k)]
 
 
+def lengthen(arrays: list[Array], to: int) -> list[Array]:
+    """Puts -0.0 behind a bias ``[N]``, up to ``to`` of them: what every number stays the same with, 0.0 and -0.0 too."""
+    (bias,) = arrays
+    return [np.concatenate([bias, np.full(to - len(bias), -0.0, bias.dtype)])]
+
+
 def pad_groups(arrays: list[Array], size: int, to: int) -> list[Array]:
     """Puts zeros behind every ``size`` channels of ``[N, K]``, up to ``to`` of them: ``[N, K / size * to]``."""
     (array,) = arrays
@@ -207,6 +213,7 @@ STEPS: dict[str, Callable[..., list[Array]]] = {
         float32,
         transpose,
         stack,
+        lengthen,
         pad_groups,
         pack_columns,
         pack_dot,

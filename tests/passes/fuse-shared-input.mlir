@@ -106,6 +106,25 @@ func.func @spikes(%x: tensor<3x4xf32>) -> (tensor<3x3xf32>, tensor<3x2xf32>, ten
   return %p, %q, %r : tensor<3x3xf32>, tensor<3x2xf32>, tensor<3x2xf32>
 }
 
+// One with a bias and one without: the biases are the first columns.
+// WAVES-LABEL: func.func @a_bias(
+// WAVES:         %[[W:.+]] = "spikingbrain.parameter"() {recipe = ["concat axis=0"], sources = ["b", "a"]} : () -> tensor<5x4xi8>
+// WAVES:         %[[B:.+]] = "spikingbrain.parameter"() {recipe = ["concat axis=0", "lengthen to=5"], sources = ["bias"]} : () -> tensor<5xf32>
+// WAVES:         %[[Y:.+]] = "spikingbrain.spike_linear"(%{{.+}}, %{{.+}}, %[[W]], %{{.+}}, %[[B]]) {bits = 8 : i64}
+// WAVES:         tensor.extract_slice %[[Y]][0, 0] [3, 2] [1, 1]
+// WAVES:         tensor.extract_slice %[[Y]][0, 2] [3, 3] [1, 1]
+func.func @a_bias(%x: tensor<3x4xf32>) -> (tensor<3x3xf32>, tensor<3x2xf32>) {
+  %a = "spikingbrain.parameter"() {sources = ["a"], recipe = []} : () -> tensor<3x4xi8>
+  %as = "spikingbrain.parameter"() {sources = ["as"], recipe = []} : () -> tensor<3x1xf32>
+  %b = "spikingbrain.parameter"() {sources = ["b"], recipe = []} : () -> tensor<2x4xi8>
+  %bs = "spikingbrain.parameter"() {sources = ["bs"], recipe = []} : () -> tensor<2x1xf32>
+  %bias = "spikingbrain.parameter"() {sources = ["bias"], recipe = []} : () -> tensor<2xf32>
+  %c, %v = "spikingbrain.spike_encode"(%x) {k = 3.0 : f64, lower = 1.0e-5 : f64, upper = 1.0e4 : f64} : (tensor<3x4xf32>) -> (tensor<3x4xf32>, tensor<3xf32>)
+  %p = "spikingbrain.spike_linear"(%c, %v, %a, %as) {bits = 8 : i64} : (tensor<3x4xf32>, tensor<3xf32>, tensor<3x4xi8>, tensor<3x1xf32>) -> tensor<3x3xf32>
+  %q = "spikingbrain.spike_linear"(%c, %v, %b, %bs, %bias) {bits = 8 : i64} : (tensor<3x4xf32>, tensor<3xf32>, tensor<2x4xi8>, tensor<2x1xf32>, tensor<2xf32>) -> tensor<3x2xf32>
+  return %p, %q : tensor<3x3xf32>, tensor<3x2xf32>
+}
+
 // Projections by experts: joined for waves by the columns of each expert; not those of rows that go other ways.
 // CHECK-LABEL: func.func @experts(
 // CHECK-COUNT-3: "spikingbrain.grouped_linear"

@@ -38,6 +38,13 @@ def test_groups_of_channels_are_padded() -> None:
     np.testing.assert_array_equal(padded, [[0, 1, 2, 0, 3, 4, 5, 0], [6, 7, 8, 0, 9, 10, 11, 0]])
 
 
+def test_a_longer_bias_changes_no_number() -> None:
+    bias = recipes.apply(["lengthen to=4"], [np.float32([1, 2])])
+    numbers = np.float32([0.0, -0.0, 0.0, -0.0])
+    np.testing.assert_array_equal(numbers + bias, [1, 2, 0, 0])
+    np.testing.assert_array_equal(np.signbit(numbers + bias), [False, False, False, True])
+
+
 def test_each_matrix_of_a_stack_is_packed() -> None:
     stack = np.random.default_rng(0).random((3, 6, 5), np.float32)
     packed = recipes.apply(["transpose", "pack_columns block=4"], [stack])
