@@ -141,7 +141,7 @@ def write(
         os.replace(temporary, path)
     except OSError as error:
         Path(temporary).unlink(missing_ok=True)
-        raise ArtifactError(f"cannot write {path}", why=str(error)) from error
+        raise cannot_write(path, error) from error
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -153,6 +153,12 @@ def pack(arrays: Mapping[str, Array]) -> bytes:
     sink = io.BytesIO()
     _write_safetensors(sink, headers, lambda header: arrays[header.key], None)
     return sink.getvalue()
+
+
+def cannot_write(path: Path, error: OSError) -> ArtifactError:
+    """Returns the error to raise where writing ``path`` failed, on a full disk for one."""
+    hint = "set SPIKINGBRAIN_CACHE to another folder" if cache_folder() in path.parents else ""
+    return ArtifactError(f"cannot write {path}", why=error.strerror or str(error), hint=hint)
 
 
 def check_writable(path: Path) -> None:

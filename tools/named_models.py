@@ -190,6 +190,8 @@ def model_options(args: argparse.Namespace) -> ModelOptions:
     spike = None if args.spike is None else SpikeOptions.parse(args.spike)
     if args.batch < 1:
         raise OptionError(f"--batch {args.batch}: a call takes one text at the least")
+    if args.capacity < 1:
+        raise OptionError(f"--capacity {args.capacity}: a cache holds one token at the least")
     if spike is not None and args.dtype != "float32":
         raise OptionError(
             f"--dtype {args.dtype} with --spike",
@@ -384,11 +386,16 @@ def cached_artifact(name: str, target: str, options: ModelOptions) -> Path:
 
 def obtain(name: str, target: str, options: ModelOptions, progress: Callable[[str], None]) -> Path:
     """Returns the artifact of a named model from the cache, compiled if it is not there yet."""
+    from spikingbrain.artifact import cannot_write
+
     place = cached_artifact(name, target, options)
     if place.is_file():
         progress(f"found {place}")
         return place
-    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(place, error) from error
     compile_named(name, place, target, options, progress)
     prune()
     size = place.stat().st_size / 1e6
@@ -401,7 +408,7 @@ def hand_out(kept: Path, path: Path) -> None:
 
     Artifacts are only ever replaced, never written into, so that sharing the file is safe.
     """
-    from spikingbrain.artifact import check_writable
+    from spikingbrain.artifact import cannot_write, check_writable
 
     check_writable(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -411,6 +418,8 @@ def hand_out(kept: Path, path: Path) -> None:
         except OSError:
             shutil.copyfile(kept, temporary)
         os.replace(temporary, path)
+    except OSError as error:
+        raise cannot_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
