@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import fx
 
+from spikingbrain.frontend.choices import compare_with_choices, sort_choices
 from spikingbrain.frontend.grouped_mm import read_weights_in_place
 from spikingbrain.frontend.while_loops import carry_closed_over
 from spikingbrain.frontend.without_elements import fold_tensors_without_elements
@@ -212,6 +213,8 @@ def normalise(graph: fx.Graph) -> None:
     carry_closed_over(graph)
     fold_tensors_without_elements(graph)
     read_weights_in_place(graph)
+    sort_choices(graph)
+    compare_with_choices(graph)
     make_scatter_dims_positive(graph)
     state_epsilon(graph)
     drop_identities(graph)

@@ -19,7 +19,7 @@ from spikingbrain.backend_maca.lower.generic import BLOCK, WAVE, Generic, fill_b
 from spikingbrain.backend_maca.lower.index import index, negated, product, size
 from spikingbrain.backend_maca.lower.launches import GRID_RANK, LAUNCH, outline_launches
 from spikingbrain.backend_maca.lower.mlir import functions, host_ops, nested, parse, run_passes
-from spikingbrain.backend_maca.lower.row_form import row_form, threads_of
+from spikingbrain.backend_maca.lower.row_form import row_form
 from spikingbrain.passes import dialect
 from spikingbrain.passes.dialect import MULTIPLIES
 
@@ -175,14 +175,15 @@ def _build_group(group: rows.Group, names: dict[str, int]) -> None:
     if len(ops) == 1:
         _build_generic(ops[0], names)
         return
-    last, threads = ops[-1], threads_of(group)
+    last = ops[-1]
     lines = ir.Location.fused([op.location for op in ops])
     with ir.InsertionPoint(last), lines:
         for member in group.members:
             member.generic.check_sizes()
         outer = group.members[0].outer(group.choice)
         count = product(group.members[0].generic.sizes(parallel=True)[:outer])
-        launch(last, "rows", names, count, 1, lambda b, t: row_form(group, b, t, threads), threads=threads)
+        form = lambda b, t: row_form(group, count, b, t)  # noqa: E731
+        launch(last, "rows", names, count, group.each, form, threads=group.threads)
     for op in ops[:-1]:
         op.erase()
 

@@ -1,4 +1,4 @@
-"""The kernel of a group: one block per row, threads spread over what each op does in the row."""
+"""The kernel of a group: a block has a row, or several short ones; threads are spread over what each op does in them."""
 
 from __future__ import annotations
 
@@ -10,45 +10,33 @@ from spikingbrain.backend_maca.lower.generic import WAVE, Generic
 from spikingbrain.backend_maca.lower.index import index, less, product, split
 from spikingbrain.backend_maca.lower.places import Count
 from spikingbrain.backend_maca.lower.rows import Group, Member, needs_barrier
-
-SMALL, LARGE = 256, 1024  # threads
-LONG_ROW = 2048  # elements from which a block has many threads
+from spikingbrain.passes.kernels import builders
 
 
-def threads_of(group: Group) -> int:
-    """Returns the threads of a block: many where rows are long."""
-    longest = 0
-    for member in group.members:
-        total = 1
-        for size in member.loops[member.outer(group.choice) or 0 :]:
-            total *= size.number
-        longest = max(longest, total)
-    return LARGE if longest > LONG_ROW else SMALL
-
-
-def row_form(group: Group, row: ir.Value, thread: ir.Value, threads: int) -> None:
-    """Emits the ops of a group for one row."""
+def row_form(group: Group, rows: ir.Value, block: ir.Value, thread: ir.Value) -> None:
+    """Emits the ops of a group for the rows of a block, of so many rows in all."""
     before: list[Member] = []
     for member in group.members:
         if before and needs_barrier(before, member):
             gpu.barrier()
             before = []
-        if _emit(member, group.choice, row, thread, threads):
+        if _emit(member, group, rows, block, thread):
             before = []
         before.append(member)
 
 
-def _emit(member: Member, rows: Count, row: ir.Value, thread: ir.Value, threads: int) -> bool:
-    """Emits an op for one row; returns whether there was a barrier before its results were written."""
-    generic, outer = member.generic, member.outer(rows)
+def _emit(member: Member, group: Group, rows: ir.Value, block: ir.Value, thread: ir.Value) -> bool:
+    """Emits an op for the rows of a block; returns whether there was a barrier before its results were written."""
+    generic, outer, threads = member.generic, member.outer(group.choice), group.threads
     assert outer is not None  # the group was made for these rows
     sizes = generic.sizes(parallel=True)
-    inner, fixed = sizes[outer:], split(row, sizes[:outer])  # all loops before ``outer`` are parallel
+    inner = sizes[outer:]
     combiner = generic.wave_combiner()
     if combiner is None:
-        _by_thread(generic, fixed, inner, thread, threads)
+        _by_thread(generic, group.each, rows, block, sizes, outer, thread, threads)
         return False
-    if all(size == Count() for n, size in enumerate(member.loops) if n >= outer and generic.parallel[n]):
+    fixed = split(block, sizes[:outer])  # all loops before ``outer`` are parallel
+    if all(size == Count() for size in member.inner(group.choice, parallel=True)):
         _by_block(generic, combiner, [*fixed, *[index(0)] * len(inner)], thread, threads)
         return True
     _by_wave(generic, combiner, fixed, inner, thread, threads)
@@ -56,12 +44,29 @@ def _emit(member: Member, rows: Count, row: ir.Value, thread: ir.Value, threads:
 
 
 def _by_thread(
-    generic: Generic, fixed: list[ir.Value], inner: list[ir.Value], thread: ir.Value, threads: int
+    generic: Generic,
+    each: int,
+    rows: ir.Value,
+    block: ir.Value,
+    sizes: list[ir.Value],
+    outer: int,
+    thread: ir.Value,
+    threads: int,
 ) -> None:
-    """Threads stride over the elements of a row; reduced loops run inside a thread."""
-    loop = scf.ForOp(thread, product(inner), index(threads))
+    """Threads stride over the elements of the rows; reduced loops run inside a thread."""
+    inner = sizes[outer:]
+    loop = scf.ForOp(thread, product([index(each), *inner]), index(threads))
     with ir.InsertionPoint(loop.body):
-        generic.element([*fixed, *split(loop.induction_variable, inner)])
+        number, *at = split(loop.induction_variable, [index(each), *inner])
+        row = arith.addi(arith.muli(block, index(each)), number)
+
+        def element() -> None:
+            generic.element([*split(row, sizes[:outer]), *at])
+
+        if each == 1:
+            element()
+        else:
+            builders.when(less(row, rows), element)
         scf.yield_([])
 
 

@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 
 from torch_mlir import ir
 
-from spikingbrain.backend_maca.lower.generic import Generic
+from spikingbrain.backend_maca.lower.generic import WAVE, Generic
 from spikingbrain.backend_maca.lower.mlir import nested
 from spikingbrain.backend_maca.lower.places import Count, root, size_of, stays_in_row
 
 LONGEST = 16384  # elements of a row; a longer one would keep too few blocks busy
-SHORTEST = 16  # elements of a row for which a block is worth it, unless there are only ...
-FEW = 1024  # ... rows
+MOST_STEPS = 1 << 16  # of the loops of an op in a row
+FEW = 1024  # rows that leave processors idle if a block has several
+SMALL, LARGE = 256, 1024  # threads of a block
+LONG_ROW = 2048  # elements from which a block has many threads
 MOST_BUFFERS = 96  # of the ops of one kernel
 LOOSE = 4096  # elements that one block may do when ops share no loops
 
@@ -54,6 +56,8 @@ class Member:
             for i, value in enumerate(generic.operands)
             if isinstance(value.type, ir.MemRefType)
         ]
+        loads = [inner for inner in nested(op) if inner.name == "memref.load"]
+        accesses += [Access(load.operands[0], _places(load, len(loops)), False) for load in loads]
         return Member(generic, loops, accesses)
 
     def outer(self, rows: Count) -> int | None:
@@ -78,16 +82,35 @@ class Member:
                 found.append(total)
         return found
 
+    def inner(self, rows: Count, parallel: bool = False) -> list[Count]:
+        """Returns the lengths of the loops within a row, all or the parallel ones."""
+        outer = self.outer(rows) or 0
+        kinds = self.generic.parallel[outer:]
+        return [n for n, p in zip(self.loops[outer:], kinds, strict=True) if p or not parallel]
+
     def fits(self, rows: Count) -> bool:
         """Returns whether a row is no more than a block should do."""
         outer = self.outer(rows)
         if outer is None:
             return False
-        inner = [size for size in self.loops[outer:] if size != Count()]
+        inner = [size for size in self.inner(rows) if size != Count()]
+        if _number(inner) > MOST_STEPS or self.touched(outer) > (LOOSE if rows == Count() else LONGEST):
+            return False
         if rows == Count():
-            return all(size.static for size in inner) and _number(inner) <= LOOSE
+            return all(size.static for size in inner)
         open_ = [size for size in inner if not size.static]
-        return _number(inner) <= LONGEST and len(open_) <= 1 and (not open_ or len(inner) == 1)
+        return len(open_) <= 1 and (not open_ or len(inner) == 1)
+
+    def touched(self, outer: int) -> int:
+        """Returns how many elements of a buffer it touches in a row, at most."""
+        largest = 1
+        for access in self.accesses:
+            places = list(access.map.results)
+            known = all(isinstance(e, ir.AffineDimExpr | ir.AffineConstantExpr) for e in places)
+            own = {e.position for e in places if isinstance(e, ir.AffineDimExpr)}
+            loops = [n for d, n in enumerate(self.loops) if d >= outer and (d in own or not known)]
+            largest = max(largest, _number(loops))
+        return largest
 
 
 @dataclass
@@ -105,17 +128,27 @@ class Group:
         rows = [r for r in self.rows if member.fits(r) and _independent(members, r)]
         return Group(members, rows) if rows else None
 
-    def parts(self) -> list[Group]:
-        """Returns the group, or one of each op where rows would not keep blocks busy."""
-        if len(self.members) == 1 or any(_busy(self.members, r) for r in self.rows):
-            return [self]
-        return [Group([member], self.rows) for member in self.members]
-
     @property
     def choice(self) -> Count:
-        """Returns the most rows that keep their blocks busy."""
-        rows = [r for r in self.rows if _busy(self.members, r)]
-        return max(rows, key=lambda r: (len(r.symbols), r.number))
+        """Returns the most rows: what a row waits for is then the least."""
+        return max(self.rows, key=lambda r: (len(r.symbols), r.number))
+
+    @property
+    def each(self) -> int:
+        """Returns how many rows a block does: several where they are short and no sum takes a wave."""
+        if self.choice == Count() or any(m.generic.wave_combiner() for m in self.members):
+            return 1
+        inner = [m.inner(self.choice, parallel=True) for m in self.members]
+        if any(not size.static for sizes in inner for size in sizes):
+            return 1
+        is_few = self.choice.static and self.choice.number <= FEW
+        return max(1, (WAVE if is_few else SMALL) // max(1, *map(_number, inner)))
+
+    @property
+    def threads(self) -> int:
+        """Returns the threads of a block: many where rows are long."""
+        longest = max(_number(m.inner(self.choice)) for m in self.members)
+        return LARGE if longest > LONG_ROW else SMALL
 
 
 def groups(block: ir.Block) -> list[Group]:
@@ -135,7 +168,7 @@ def groups(block: ir.Block) -> list[Group]:
             current = joined if joined.rows else None
         elif op.name not in TRANSPARENT and not op.name.startswith("arith."):
             current = None
-    return [part for group in found for part in group.parts()]
+    return found
 
 
 def _independent(members: Sequence[Member], rows: Count) -> bool:
@@ -150,23 +183,20 @@ def _independent(members: Sequence[Member], rows: Count) -> bool:
                 access.buffer, access.map, member.loops, outer, rows
             ):
                 return False
-        if _captures(member, written):
-            return rows == Count()
     return True
 
 
-def _busy(members: Sequence[Member], rows: Count) -> bool:
-    """Returns whether rows are long enough for a block each, or few."""
-    if rows.static and rows.number <= FEW:
-        return True
-    inner = [member.loops[member.outer(rows) or 0 :] for member in members]
-    return any(_number(sizes) >= SHORTEST or not all(size.static for size in sizes) for sizes in inner)
-
-
-def _captures(member: Member, written: set[ir.Value]) -> bool:
-    """Returns whether the body itself loads from a buffer that the group writes, at a place that nobody knows."""
-    loads = [o.operands[0] for o in nested(member.generic.op) if o.name == "memref.load"]
-    return any(root(buffer) in written for buffer in loads)
+def _places(load: ir.Operation, loops: int) -> ir.AffineMap:
+    """Returns the loops that the indices of a load are, and a symbol for each that is computed."""
+    places: list[ir.AffineExpr] = []
+    symbols = 0
+    for owner in [v.owner for v in list(load.operands)[1:]]:
+        if not isinstance(owner, ir.Block) and owner.name == "linalg.index":
+            places.append(ir.AffineDimExpr.get(owner.attributes["dim"].value))
+        else:
+            places.append(ir.AffineSymbolExpr.get(symbols))
+            symbols += 1
+    return ir.AffineMap.get(loops, symbols, places)
 
 
 def _number(sizes: Sequence[Count]) -> int:
@@ -180,7 +210,6 @@ def needs_barrier(before: Sequence[Member], member: Member) -> bool:
     """Returns whether an op has to wait for what the group did since the last barrier."""
     touched = {root(a.buffer) for m in before for a in m.accesses}
     written = {root(a.buffer) for m in before for a in m.accesses if a.writes}
-    loads = {root(o.operands[0]) for o in nested(member.generic.op) if o.name == "memref.load"}
-    mine = {root(a.buffer) for a in member.accesses} | loads
+    mine = {root(a.buffer) for a in member.accesses}
     writes = {root(a.buffer) for a in member.accesses if a.writes}
     return bool(mine & written or writes & touched)

@@ -1,7 +1,7 @@
 """``tm_tensor.sort``: every element finds its place by counting in a run, then runs are merged by bisection.
 
-Along an axis of known length pairs of runs are merged, again and again. Along one of unknown length all runs are at
-once, so that two launches do for any length; longer axes have longer runs.
+Along a short axis of known length all is linear algebra (``short_sorts.py``). Along a longer one pairs of runs are merged, again
+and again. Along one of unknown length all runs are at once, so that two launches do for any length; longer axes have longer runs.
 
 Both steps are stable, right for any length and in parallel over the elements. NaN is the largest number, as torch has
 it, where the order is a plain comparison of floats.
@@ -14,29 +14,28 @@ from collections.abc import Callable, Sequence
 from torch_mlir import ir
 from torch_mlir.dialects import arith
 
-from spikingbrain.backend_maca.lower.bodies import copy_body
 from spikingbrain.backend_maca.lower.index import index, less
+from spikingbrain.backend_maca.lower.order import comes_before, looked_at, true
 from spikingbrain.backend_maca.lower.per_element import launch_per_element
+from spikingbrain.backend_maca.lower.short_sorts import lower_short_sort
 from spikingbrain.passes.kernels import builders
 
 RUN = 256  # elements sorted by counting, each against all of its run
 LONGER_RUNS = ((1 << 14, 1024), (1 << 18, 4096))  # from which length on, how long: powers of two
 
-# Comparisons that say "comes first"; a second element that is NaN comes last, or first.
-_ASCENDING = ("olt", "ole", "ult", "ule")
-_DESCENDING = ("ogt", "oge", "ugt", "uge")
-_PREDICATES = {str(int(p)): p.name.lower() for p in arith.CmpFPredicate}
-
 
 def lower_sort(op: ir.Operation) -> None:
-    """Replaces a sort by launches."""
+    """Replaces a sort by linear algebra where the axis is short, else by launches."""
     axis = ir.IntegerAttr(op.attributes["dimension"]).value
     values = list(op.operands)
     length = ir.RankedTensorType(values[0].type).shape[axis]
+    static = length != ir.ShapedType.get_dynamic_size()
+    if static and length <= RUN:
+        lower_short_sort(op, axis)
+        return
     with ir.InsertionPoint(op), op.location:
-        static = length != ir.ShapedType.get_dynamic_size()
-        run = min(RUN, length) if static else RUN
         if static:
+            run = RUN
             values = _pass(op, values, axis, lambda i, at: _counted(op, i, axis, at, index(run)))
             while run < length:
                 values = _pass(op, values, axis, lambda i, at, run=run: _merged(op, i, axis, at, run))
@@ -89,8 +88,8 @@ def _counted(
 
     def count(j: ir.Value, place: ir.Value) -> list[ir.Value]:
         other = _element(op, inputs, axis, at, j)
-        ties = arith.andi(less(j, here), arith.xori(_before(op, mine, other), _true()))
-        first = arith.ori(_before(op, other, mine), ties)
+        ties = arith.andi(less(j, here), arith.xori(comes_before(op, mine, other), true()))
+        first = arith.ori(comes_before(op, other, mine), ties)
         return [arith.addi(place, arith.select(first, index(1), index(0)))]
 
     return builders.loop(low, high, 1, count, [low])[0]
@@ -155,7 +154,7 @@ def _before_in(
         place = arith.minsi(arith.addi(start, middle), arith.subi(length, index(1)))
         theirs = _element(op, inputs, axis, at, place)
         first = arith.select(
-            with_equals, arith.xori(_before(op, mine, theirs), _true()), _before(op, theirs, mine)
+            with_equals, arith.xori(comes_before(op, mine, theirs), true()), comes_before(op, theirs, mine)
         )
         low_next = arith.select(first, arith.addi(middle, index(1)), low)
         high_next = arith.select(first, high, middle)
@@ -164,39 +163,9 @@ def _before_in(
     return builders.loop(0, steps, 1, halve, [index(0), size])[0]
 
 
-def _true() -> ir.Value:
-    return arith.constant(ir.IntegerType.get_signless(1), 1)
-
-
 def _element(
     op: ir.Operation, inputs: Sequence[ir.Value], axis: int, at: list[ir.Value], place: ir.Value
 ) -> list[ir.Value | None]:
     """Loads what the order looks at, at a place of the sorted axis."""
-    arguments = list(op.regions[0].blocks[0].arguments)
     there = [*at[:axis], place, *at[axis + 1 :]]
-    used = [list(arguments[2 * i].uses) or list(arguments[2 * i + 1].uses) for i in range(len(inputs))]
-    return [builders.get(v, there) if u else None for v, u in zip(inputs, used, strict=True)]
-
-
-def _before(op: ir.Operation, a: list[ir.Value | None], b: list[ir.Value | None]) -> ir.Value:
-    """Returns whether a surely comes before b; of equals neither does."""
-    block = op.regions[0].blocks[0]
-    compare = block.operations[0].operation
-    if compare.name == "arith.cmpf" and len(block.operations) == 2:
-        predicate = _PREDICATES[str(ir.IntegerAttr(compare.attributes["predicate"]).value)]
-        number = (
-            list(block.arguments).index(compare.operands[0])
-            if compare.operands[0] in list(block.arguments)
-            else -1
-        )
-        swapped = number % 2 == 1
-        if number >= 0 and predicate in _ASCENDING + _DESCENDING:
-            x, y = a[number // 2], b[number // 2]
-            descending = (predicate in _DESCENDING) != swapped
-            p = arith.CmpFPredicate
-            if descending:
-                return arith.andi(arith.cmpf(p.UGT, x, y), arith.cmpf(p.ORD, y, y))
-            return arith.andi(arith.cmpf(p.ULT, x, y), arith.cmpf(p.ORD, x, x))
-    one = copy_body(block, [v for pair in zip(a, b, strict=True) for v in pair])[0]
-    other = copy_body(block, [v for pair in zip(b, a, strict=True) for v in pair])[0]
-    return arith.andi(one, arith.xori(other, _true()))
+    return [builders.get(v, there) if used else None for v, used in zip(inputs, looked_at(op), strict=True)]

@@ -9,6 +9,7 @@ from torch import fx
 from torch._guards import TracingContext
 
 from spikingbrain.errors import CompileError, PassFailed
+from spikingbrain.frontend.choices import compare_with_choices, sort_choices
 from spikingbrain.frontend.dynamo import rewrites
 from spikingbrain.frontend.dynamo.constant_scatters import fuse_constant_scatters
 from spikingbrain.frontend.dynamo.lowering import Compiled, compile_regions, culprit
@@ -51,6 +52,8 @@ def plan(graph: fx.Graph, kind: str, options: CompileOptions) -> Plan:
     fold_tensors_without_elements(graph)
     rewrites.drop_noop_copies(graph)
     fuse_constant_scatters(graph, indices_are_checked=kind == "backward")
+    sort_choices(graph)
+    compare_with_choices(graph)
     read_weights_in_place(graph)
     packed = rewrites.raise_linears(graph, frozen) + rewrites.frozen_experts(graph, frozen)
     verdicts = {n: classify(n, options.library) for n in graph.nodes if n.op == "call_function"}

@@ -15,6 +15,8 @@ from test_maca_ops import program, pytestmark, run  # noqa: F401  (skips without
 
 from spikingbrain.backend import StageContext
 from spikingbrain.backend_maca.backend import MacaBackend
+from spikingbrain.backend_maca.plan.resolve import resolve
+from spikingbrain.backend_maca.plan.steps import Launch
 from spikingbrain.backend_maca.run.emulate import KernelFault
 
 NORM = """
@@ -250,19 +252,37 @@ def test_what_takes_no_sizes_of_one_has_no_figures() -> None:
     np.testing.assert_allclose(run(program(TWICE), np.zeros(3, np.float32), y)[0], np.exp(y), rtol=1e-6)
 
 
-def test_short_rows_do_not_become_a_block_each() -> None:
+def test_short_rows_share_a_block() -> None:
     one = """
-  %{0} = linalg.generic {{indexing_maps = [#a, #a], iterator_types = ["parallel", "parallel"]}}
-      ins(%{1} : tensor<40000x3xf32>) outs(%e : tensor<40000x3xf32>) {{
+  %{0} = linalg.generic {{indexing_maps = [#a, #{2}], iterator_types = ["parallel", "{3}"]}}
+      ins(%{1} : tensor<?x3xf32>) outs(%{4} : tensor<{5}xf32>) {{
     ^bb0(%p: f32, %o: f32):
       %0 = math.exp %p : f32
-      linalg.yield %0 : f32
-  }} -> tensor<40000x3xf32>"""
-    text = "#a = affine_map<(i, j) -> (i, j)>\nfunc.func public @main(%x: tensor<40000x3xf32>) -> (tensor<40000x3xf32>, "
-    text += "tensor<40000x3xf32>) {\n  %e = tensor.empty() : tensor<40000x3xf32>" + one.format("y", "x")
-    text += one.format("z", "y") + "\n  return %y, %z : tensor<40000x3xf32>, tensor<40000x3xf32>\n}"
-    entry = program(text).plan["entries"]["main"]
-    assert [step["grid"][0] for step in entry["launches"]] == [469, 469]  # of 256 elements each
+      %1 = arith.addf %0, %o : f32
+      linalg.yield %1 : f32
+  }} -> tensor<{5}xf32>"""
+    text = """
+#a = affine_map<(i, j) -> (i, j)>
+#r = affine_map<(i, j) -> (i)>
+func.func public @main(%x: tensor<?x3xf32>) -> (tensor<?x3xf32>, tensor<?xf32>) {
+  %zero = arith.constant 0.0 : f32
+  %c0 = arith.constant 0 : index
+  %n = tensor.dim %x, %c0 : tensor<?x3xf32>
+  %e0 = tensor.empty(%n) : tensor<?x3xf32>
+  %e = linalg.fill ins(%zero : f32) outs(%e0 : tensor<?x3xf32>) -> tensor<?x3xf32>
+  %f0 = tensor.empty(%n) : tensor<?xf32>
+  %f = linalg.fill ins(%zero : f32) outs(%f0 : tensor<?xf32>) -> tensor<?xf32>"""
+    text += one.format("y", "x", "a", "parallel", "e", "?x3") + one.format(
+        "z", "y", "r", "reduction", "f", "?"
+    )
+    loaded = program(text + "\n  return %y, %z : tensor<?x3xf32>, tensor<?xf32>\n}")
+    for rows, blocks in ((1, 1), (85, 1), (86, 2), (1000, 12)):
+        x = np.random.default_rng(0).standard_normal((rows, 3), np.float32)
+        (step,) = resolve(loaded.plan, "main", {0: x.shape}).steps
+        assert isinstance(step, Launch) and step.grid[0] == blocks
+        y, z = run(loaded, x)
+        np.testing.assert_allclose(y, np.exp(x), rtol=1e-6)
+        np.testing.assert_allclose(z, np.exp(y).sum(1), rtol=1e-6)
 
 
 def test_a_fill_that_a_loop_reads_first_stays() -> None:
