@@ -6,6 +6,8 @@ its front, computes what is read.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch_mlir import ir
 from torch_mlir.dialects import arith, linalg
 
@@ -35,7 +37,7 @@ def _places(op: ir.Operation, axis: int) -> ir.Value:
     init = build.filled(ir.RankedTensorType.get(kind.shape, i32), build.dynamic_sizes(op.operands[0]), 0)
     mine, theirs = _maps(kind.rank, axis)
 
-    def pairs(values: list[ir.Value]) -> list[ir.Value | None]:
+    def pairs(values: Sequence[ir.Value]) -> list[ir.Value | None]:
         given = iter(values)
         return [next(given) if is_key else None for is_key in looked_at(op)]
 
