@@ -58,7 +58,7 @@ from spikingbrain.tuning import Tuning
 
 WAVES = 4  # of a block
 THREADS = WAVES * WAVE
-PIECE_BYTES = 16 << 10  # of counts that a block encodes, in shared memory
+PIECE_BYTES = 8 << 10  # of counts that a block encodes, in shared memory: four blocks fit a processor
 MOST_ROWS = 8  # that a block may encode itself
 # Operations that the machine does while it reads a byte, as of rows of floats (``linear.py``), and those that a count takes.
 OPS_PER_BYTE, COUNT_OPS = 7, 40
@@ -79,15 +79,18 @@ class Steps:
     chunks: int
 
     @staticmethod
-    def of(codes: Codes, tuning: Tuning, ahead: int | None = None) -> Steps:
+    def of(codes: Codes, ahead: int) -> Steps:
         """Returns the steps of a projection: through its chunks, or through its groups if there are several."""
-        most = tuning.spike_chunks_ahead if ahead is None else ahead
         if codes.groups == 1:
-            ahead = max(1, min(most, codes.chunks // WAVES))
+            ahead = max(1, min(ahead, codes.chunks // WAVES))
             return Steps(ahead, WAVES * ahead, -(-codes.chunks // (WAVES * ahead)), WAVES * ahead)
-        ahead = min(most, -(-codes.groups // WAVES))
+        ahead = min(ahead, -(-codes.groups // WAVES))
         each = WAVES * ahead
         return Steps(ahead, each, -(-codes.groups // each), each * codes.group_chunks)
+
+    def bytes(self, codes: Codes, rows: int) -> int:
+        """Returns the bytes of a step's counts."""
+        return 2 * rows * self.chunks * codes.chunk
 
 
 def rows_that_pay(codes: Codes, computed: RowValues | None) -> int:
@@ -98,21 +101,14 @@ def rows_that_pay(codes: Codes, computed: RowValues | None) -> int:
     operations = COUNT_OPS + (2 * computed.cost if computed is not None else 0)
     bytes_of_columns = TILE * codes.bits // 8  # of a channel
     pay = max(1, min(MOST_ROWS, OPS_PER_BYTE * bytes_of_columns // operations))
-    fit = PIECE_BYTES // (2 * _smallest(codes).chunks * codes.chunk)
-    return min(pay, fit)
-
-
-def _smallest(codes: Codes) -> Steps:
-    from spikingbrain.tuning import USUAL
-
-    return Steps.of(codes, USUAL, 1)
+    return min(pay, PIECE_BYTES // Steps.of(codes, 1).bytes(codes, 1))
 
 
 class Stored:
     """Counts of rows in memory."""
 
     def __init__(self, codes: Codes, tuning: Tuning, cut: Encoding, counts: Counts, rows: Rows) -> None:
-        self.steps = Steps.of(codes, tuning)
+        self.steps, self.most = Steps.of(codes, tuning.spike_chunks_ahead), TILE
         self.codes, self.cut, self.counts, self.rows = codes, cut, counts, rows
         self.row = rows.number(rem(rem(thread(), WAVE), TILE))
         self.low, self.high = counts.low, counts.high
@@ -154,11 +150,12 @@ class Encoded:
         rows: Rows,
         most: int,
     ) -> None:
-        self.codes, self.cut, self.rows = codes, cut, rows
-        self.steps = Steps.of(codes, tuning)
-        if self._bytes(most) > PIECE_BYTES:
-            self.steps = _smallest(codes)
-        pieces = -(-self.steps.count // max(1, PIECE_BYTES // self._bytes(most)))
+        self.codes, self.cut, self.rows, self.most = codes, cut, rows, most
+        ahead = tuning.spike_chunks_ahead
+        while ahead > 1 and Steps.of(codes, ahead).bytes(codes, most) > PIECE_BYTES:
+            ahead //= 2
+        self.steps = Steps.of(codes, ahead)
+        pieces = -(-self.steps.count // max(1, PIECE_BYTES // self.steps.bytes(codes, most)))
         self.piece = -(-self.steps.count // pieces)  # steps of one
         self.thread, self.lane = thread(), rem(thread(), WAVE)
         self.of_rows = sub(rows.end, rows.first)
@@ -171,10 +168,6 @@ class Encoded:
         self.first: ir.Value = index(0)  # chunk of the piece
         self.floats = self._floats(computed, sources, most)
         self._thresholds()
-
-    def _bytes(self, rows: int) -> int:
-        """Returns the bytes of a step's counts."""
-        return 2 * rows * self.steps.chunks * self.codes.chunk
 
     def _floats(self, computed: RowValues | None, sources: Sequence[ir.Value], most: int) -> Floats:
         first = self.rows.first

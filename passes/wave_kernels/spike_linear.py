@@ -280,11 +280,16 @@ class SpikeKernel:
         # and where the instruction leaves it
         element = add(mul(add(mul(floor_div(i, 4), TILE), column), 4), rem(i, 4))
         parts = steps.each if groups > 1 else WAVES
-        sums = shared([parts, WAVE * 4], i32_type())
+        quarters = -(-source.most // 4)  # of a wave, that hold rows
+        sums = shared([parts, quarters * TILE * 4], i32_type())
+        element = minimum(element, quarters * TILE * 4 - 1)
 
         def write(part: ir.Value, totals: list[ir.Value]) -> None:
-            for v, total in enumerate(totals):
-                put(total, sums, [part, add(mul(self.lane, 4), v)])
+            def own() -> None:
+                for v, total in enumerate(totals):
+                    put(total, sums, [part, add(mul(self.lane, 4), v)])
+
+            when(compare("slt", self.lane, index(quarters * TILE)), own)
 
         if groups == 1:
             write(self.wave, self.codes.totals(self.shared_channels(panel, source)))

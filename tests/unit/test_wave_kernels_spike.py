@@ -58,7 +58,11 @@ def loaded(program: Program) -> Any:
 
 
 def weights(name: str) -> dict[str, Array]:
-    return CASES[name].weights(np.random.default_rng(0))
+    return weights_of(CASES[name])
+
+
+def weights_of(case: Case) -> dict[str, Array]:
+    return case.weights(np.random.default_rng(0))
 
 
 def check(loaded: Any, name: str, *x: Array) -> None:
@@ -175,6 +179,25 @@ def test_a_norm_before_and_a_sum_behind_are_no_launches(m: int | None) -> None:
         z = signs * np.float32(2) ** rng.integers(-9, 9, (rows, 1)).astype(np.float32)
         expected, _ = spike_cases.linear(signs * gain, stored, True)
         np.testing.assert_array_equal(run(loaded, "main", z, residual), expected + residual)
+    if m is None:  # other norms are sums in one order, however many rows there are
+        z, residual = rng.standard_normal((20, 70)).astype(np.float32), np.zeros((20, 19), np.float32)
+        alone, many = (
+            run(loaded, "main", z[:rows], residual[:rows], orders=("shuffled",)) for rows in (1, 20)
+        )
+        np.testing.assert_array_equal(alone, many[:1])
+
+
+@pytest.mark.parametrize("groups", [1, 5])
+def test_a_row_alone_is_that_row_among_many(groups: int) -> None:
+    """The launch that encodes many rows and the blocks that encode a few have the same thresholds, bit for bit."""
+    case = Case(1200, 5, groups=groups)
+    loaded = Program(joined({"main": case}), [SpikeToInt()]).load({"main": weights_of(case)})
+    x = np.random.default_rng(6).standard_normal((17, case.k)).astype(np.float32)
+    many = run(loaded, "main", x, orders=("shuffled",))
+    for first, end in ((0, 1), (1, 3), (3, 6)):
+        np.testing.assert_array_equal(
+            run(loaded, "main", x[first:end], orders=("shuffled",)), many[first:end]
+        )
 
 
 EXPERTS = {
