@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,16 @@ class MacaBackend:
         emulator = (
             "a checking emulator on the CPU, slow" if found else f"needs the C++ compiler '{compiler()}'"
         )
+        compiles = find_spec("torch_mlir") is not None
+        lacks = "compiling needs torch-mlir: pip install 'spikingbrain[compile]'"
+        if not compiles:
+            emulator = f"{emulator}; {lacks}"
         return [
-            _card("maca", "compiles to source, with mxcc to native code"),
-            _card("maca-cuda", "the same source for an NVIDIA card, by nvcc"),
-            TargetStatus(_target("maca-emulator"), compiles=True, runs=found, note=emulator),
+            _card("maca", compiles, "compiles to source, with mxcc to native code" if compiles else lacks),
+            _card(
+                "maca-cuda", compiles, "the same source for an NVIDIA card, by nvcc" if compiles else lacks
+            ),
+            TargetStatus(_target("maca-emulator"), compiles, runs=found, note=emulator),
         ]
 
     def cache_key(self, target: Target, options: Any) -> str:
@@ -128,7 +135,7 @@ class MacaBackend:
         return estimate(json.loads(code["plan.json"]), report["work"], shapes)
 
 
-def _card(name: str, does: str) -> TargetStatus:
+def _card(name: str, compiles: bool, does: str) -> TargetStatus:
     """Returns whether cards of a kind are here, by asking their runtime."""
     from spikingbrain.backend_maca.run.driver import open_driver
 
@@ -137,7 +144,7 @@ def _card(name: str, does: str) -> TargetStatus:
         note, runs = f"{driver.device_name()}; {does}", True
     except SpikingBrainError as error:
         note, runs = f"{does}; {error.what}", False
-    return TargetStatus(_target(name), compiles=True, runs=runs, note=note)
+    return TargetStatus(_target(name), compiles, runs=runs, note=note)
 
 
 def _need_compiler_packages() -> None:

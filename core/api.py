@@ -317,7 +317,8 @@ def _choose(artifact: Artifact, device: str | None) -> tuple[Mapping[str, Any], 
             raise refused[0]
         names = ", ".join(r["name"] for r in artifact.targets)
         why = "; ".join(f"{error.what}: {error.why}" for error in refused)
-        raise errors.WrongTarget(f"{artifact.path} has code for {names}: none runs here", why=why)
+        hint = next((error.hint for error in refused if "--device" in error.hint), "")
+        raise errors.WrongTarget(f"{artifact.path} has code for {names}: none runs here", why=why, hint=hint)
     backend, status = resolve_target(device)
     for record in sorted(artifact.targets, key=lambda r: r["name"] != device):  # the device's own code first
         if record["name"] == device or record["name"] in status.target.accepts:
