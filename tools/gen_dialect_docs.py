@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch_mlir import ir
-
 from spikingbrain.passes import dialect
 from spikingbrain.passes.dialect_base import SpikingBrain
 
@@ -89,13 +87,6 @@ def page() -> str:
 
 def _markdown(text: str) -> str:
     return text.replace("``", "`")
-
-
-def verify_examples() -> None:
-    """Parses and verifies every example; raises what MLIR or the dialect raises."""
-    with dialect.load(), ir.Location.unknown():
-        for doc in op_docs():
-            dialect.verify(ir.Module.parse(doc.module()))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -174,7 +174,3 @@ def _shape_text(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return "".join(map(_shape_text, value))
     return type(value).__name__ + (str(value) if isinstance(value, torch.SymInt) else "")
-
-
-def op_names(nodes: Sequence[fx.Node]) -> list[str]:
-    return [packet_name(n.target) for n in nodes]
