@@ -14,6 +14,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -42,6 +43,11 @@ typedef const void* kernel_t;
 #define mcStreamCreateWithFlags cudaStreamCreateWithFlags
 #define mcStreamNonBlocking cudaStreamNonBlocking
 #define mcStreamSynchronize cudaStreamSynchronize
+#define mcStreamWaitEvent cudaStreamWaitEvent
+#define mcEvent_t cudaEvent_t
+#define mcEventCreateWithFlags cudaEventCreateWithFlags
+#define mcEventDisableTiming cudaEventDisableTiming
+#define mcEventRecord cudaEventRecord
 #define mcMalloc cudaMalloc
 #define mcFree cudaFree
 #define mcMemcpyAsync cudaMemcpyAsync
@@ -167,7 +173,57 @@ class Machine {
     for (order_ = 0; order && order_ < 3 && strcmp(order, known[order_]);) ++order_;
     if (order_ == 3) fail(std::string("unknown thread order ") + order, "SPIKINGBRAIN_EMULATOR_ORDER is forward, reverse or shuffled");
 #else
-    check(mcStreamCreateWithFlags(&stream_, mcStreamNonBlocking), "mcStreamCreateWithFlags");
+    streams_.push_back(new_stream());
+#endif
+  }
+
+  // An entry point on several streams: number 0 is the machine's own. Event 0 stands for what was put into that before.
+  // The others wait for it, or for a later event, and stream 0 for each of them before the end.
+  void begin(int streams) {
+#ifdef SB_EMULATOR
+    streams_.assign(streams, Stream());
+    streams_[0].begun = true;
+    events_.clear();
+#else
+    while ((int)streams_.size() < streams) streams_.push_back(new_stream());
+#endif
+    record(0, 0);
+  }
+
+  void record(int event, int stream) {
+#ifdef SB_EMULATOR
+    events_[event] = put(stream, -1, nullptr);
+#else
+    while ((int)events_.size() <= event) {
+      mcEvent_t made;
+      check(mcEventCreateWithFlags(&made, mcEventDisableTiming), "mcEventCreateWithFlags");
+      events_.push_back(made);
+    }
+    check(mcEventRecord(events_[event], streams_[stream]), "mcEventRecord");
+#endif
+  }
+
+  void wait(int stream, int event) {
+#ifdef SB_EMULATOR
+    if (!events_.count(event)) fail("a stream waits for an event", "nothing has recorded it");
+    streams_[stream].begun = true;
+    put(stream, events_[event], nullptr);
+#else
+    check(mcStreamWaitEvent(streams_[stream], events_[event], 0), "mcStreamWaitEvent");
+#endif
+  }
+
+  void end() {
+#ifdef SB_EMULATOR
+    std::vector<bool> reached(operations_.size());
+    reached[streams_[0].last] = true;
+    for (size_t i = operations_.size(); i-- > 0;) {
+      for (int before : operations_[i].before)
+        if (reached[i] && before >= 0) reached[before] = true;
+      if (!reached[i]) fail("a stream is left alone", "the machine's own does not wait for it");
+    }
+    finish();
+    streams_.resize(1);
 #endif
   }
 
@@ -180,7 +236,8 @@ class Machine {
     char* address = take(size);
     made.memory = std::shared_ptr<char>(address, [this, size](char* p) { free_[size].push_back(p); });
 #ifdef SB_EMULATOR
-    for (int64_t i = 0; i < size; i += 2) memcpy(address + i, "\xcd\xff", 2);  // what nothing has written yet
+    fresh_.push_back({address, size});
+    if (streams_.size() == 1) put(0, -1, [] {});
 #endif
     return made;
   }
@@ -196,8 +253,8 @@ class Machine {
 #ifdef SB_EMULATOR
     memcpy(made.data(), source, made.bytes);
 #else
-    check(mcMemcpyAsync(made.data(), source, made.bytes, mcMemcpyHostToDevice, stream_), "mcMemcpyAsync");
-    check(mcStreamSynchronize(stream_), "mcStreamSynchronize");
+    check(mcMemcpyAsync(made.data(), source, made.bytes, mcMemcpyHostToDevice, streams_[0]), "mcMemcpyAsync");
+    check(mcStreamSynchronize(streams_[0]), "mcStreamSynchronize");
 #endif
     return made;
   }
@@ -207,8 +264,8 @@ class Machine {
 #ifdef SB_EMULATOR
     memcpy(target, source, bytes);
 #else
-    check(mcMemcpyAsync(target, source, bytes, mcMemcpyDeviceToHost, stream_), "mcMemcpyAsync");
-    check(mcStreamSynchronize(stream_), "mcStreamSynchronize");
+    check(mcMemcpyAsync(target, source, bytes, mcMemcpyDeviceToHost, streams_[0]), "mcMemcpyAsync");
+    check(mcStreamSynchronize(streams_[0]), "mcStreamSynchronize");
 #endif
   }
 
@@ -221,30 +278,44 @@ class Machine {
   }
 
   void launch(kernel_t kernel, const char* name, const int64_t (&grid)[3], unsigned threads, unsigned shared,
-              std::vector<Argument> arguments) {
+              std::vector<Argument> arguments, int stream = 0) {
+#ifdef SB_EMULATOR
+    if (!streams_[stream].begun) fail("stream " + std::to_string(stream) + " is not begun", "it waits for nothing");
+    put(stream, -1, [] {});  // what is new is so from here on, whether there are blocks or not
+#endif
     if (!grid[0] || !grid[1] || !grid[2]) return;
     for (int64_t size : grid)
       if (size < 0 || size > INT32_MAX) fail(std::string("kernel '") + name + "' cannot be launched", "its grid is out of range");
-    std::vector<void*> addresses;
-    for (Argument& argument : arguments) addresses.push_back(&argument.bits);
 #ifdef SB_EMULATOR
-    const unsigned blocks[3] = {(unsigned)grid[0], (unsigned)grid[1], (unsigned)grid[2]}, block[3] = {threads, 1, 1};
     std::vector<sb_buffer> extents;
     for (const Argument& argument : arguments)
       if (argument.buffer) extents.push_back({argument.buffer->data(), (uint64_t)argument.buffer->bytes});
-    sb_buffers(extents.data(), extents.size());
-    const char* fault = kernel(blocks, block, shared, addresses.data(), order_);
-    if (fault) fail(std::string("kernel '") + name + "' breaks a rule of the machine", fault);
+    const std::vector<unsigned> blocks = {(unsigned)grid[0], (unsigned)grid[1], (unsigned)grid[2]};
+    put(stream, -1, [=]() mutable {
+      std::vector<void*> addresses;
+      for (Argument& argument : arguments) addresses.push_back(&argument.bits);
+      const unsigned block[3] = {threads, 1, 1};
+      sb_buffers(extents.data(), extents.size());
+      const char* fault = kernel(blocks.data(), block, shared, addresses.data(), order_);
+      if (fault) fail(std::string("kernel '") + name + "' breaks a rule of the machine", fault);
+    });
 #else
+    std::vector<void*> addresses;
+    for (Argument& argument : arguments) addresses.push_back(&argument.bits);
 #ifdef __CUDACC__
     if (shared > 48 << 10) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), name);
 #endif
-    check(mcLaunchKernel(kernel, dim3(grid[0], grid[1], grid[2]), dim3(threads), addresses.data(), shared, stream_), name);
+    check(mcLaunchKernel(kernel, dim3(grid[0], grid[1], grid[2]), dim3(threads), addresses.data(), shared, streams_[stream]), name);
 #endif
   }
 
 #if defined(SB_EMULATOR)
   void multiply(const Product& p, const Buffer& x, const Buffer& y, const Buffer& c) {
+    put(0, -1, [=] { multiply_now(p, x, y, c); });
+  }
+
+ private:
+  void multiply_now(const Product& p, const Buffer& x, const Buffer& y, const Buffer& c) {
     for (int64_t i = 0; i < p.batch; ++i)
       for (int64_t column = 0; column < p.n; ++column)
         for (int64_t row = 0; row < p.m; ++row) {
@@ -259,7 +330,7 @@ class Machine {
 #elif defined(SB_LIBRARY)
   void multiply(const Product& p, const Buffer& x, const Buffer& y, const Buffer& c) {
     if (!p.m || !p.n || !p.batch) return;
-    if (!handle_) check_library(mcblasCreate(&handle_)), check_library(mcblasSetStream(handle_, stream_));
+    if (!handle_) check_library(mcblasCreate(&handle_)), check_library(mcblasSetStream(handle_, streams_[0]));
     const float one = 1, before = p.adds;
     const int32_t whole_one = 1, whole_before = p.adds;
     const bool whole = c.type == Type::i32;
@@ -277,7 +348,7 @@ class Machine {
 #endif
 
  private:
-  // Blocks of a size that were freed are used again: all work is in one order.
+  // Blocks of a size that were freed are used again: what is launched later waits for what was launched before.
   char* take(int64_t size) {
     std::vector<char*>& there = free_[size];
     if (!there.empty()) {
@@ -290,7 +361,7 @@ class Machine {
     if (posix_memalign(&made, 256, size)) fail("out of memory", std::to_string(size) + " bytes");
 #else
     if (mcMalloc(&made, size) == mcSuccess) return static_cast<char*>(made);
-    check(mcStreamSynchronize(stream_), "mcStreamSynchronize");  // kernels may still use what is free
+    check(mcStreamSynchronize(streams_[0]), "mcStreamSynchronize");  // kernels may still use what is free
     for (auto& blocks : free_) {
       for (char* block : blocks.second) check(mcFree(block), "mcFree");
       blocks.second.clear();
@@ -302,7 +373,53 @@ class Machine {
 
   std::map<int64_t, std::vector<char*>> free_;
 #ifdef SB_EMULATOR
+  // What an entry point on several streams puts into them runs at its end: of what may run next by streams and events the
+  // first, the last or any, by the order of threads. On one stream it runs at once.
+  struct Operation {
+    int before[2];  // in the stream, and by an event
+    std::function<void()> run;
+    bool done;
+  };
+  struct Stream {
+    int last = -1;  // operation
+    bool begun = false;
+  };
+  std::vector<Operation> operations_;
+  std::vector<Stream> streams_ = {{-1, true}};
+  std::map<int, int> events_;  // the operation that each stands for
+  std::vector<std::pair<char*, int64_t>> fresh_;  // memory that the next operation finds as nothing has written it
+  unsigned random_ = 1;
   int order_ = 0;
+
+  int put(int stream, int event, std::function<void()> run) {
+    std::vector<std::pair<char*, int64_t>> fresh;
+    if (run) fresh.swap(fresh_);
+    const auto work = [run, fresh] {
+      for (auto block : fresh)
+        for (int64_t i = 0; i < block.second; i += 2) memcpy(block.first + i, "\xcd\xff", 2);
+      if (run) run();
+    };
+    if (streams_.size() == 1) return work(), -1;
+    operations_.push_back({{streams_[stream].last, event}, work, false});
+    return streams_[stream].last = operations_.size() - 1;
+  }
+
+  void finish() {
+    for (size_t count = 0; count < operations_.size(); ++count) {
+      std::vector<size_t> ready;
+      for (size_t i = 0; i < operations_.size(); ++i) {
+        bool can = !operations_[i].done;
+        for (int before : operations_[i].before) can = can && (before < 0 || operations_[before].done);
+        if (can) ready.push_back(i);
+      }
+      random_ = random_ * 1103515245 + 12345;
+      const size_t next = ready[order_ == 0 ? 0 : order_ == 1 ? ready.size() - 1 : (random_ >> 16) % ready.size()];
+      operations_[next].run();
+      operations_[next].done = true;
+    }
+    operations_.clear();
+    streams_[0].last = -1;
+  }
 
   static double get(const Buffer& b, int64_t i) {
     switch (b.type) {
@@ -324,7 +441,13 @@ class Machine {
     }
   }
 #else
-  mcStream_t stream_;
+  std::vector<mcStream_t> streams_;
+  std::vector<mcEvent_t> events_;
+  static mcStream_t new_stream() {
+    mcStream_t made;
+    check(mcStreamCreateWithFlags(&made, mcStreamNonBlocking), "mcStreamCreateWithFlags");
+    return made;
+  }
   static void check(mcError_t status, const char* what) {
     if (status != mcSuccess)
       fail(std::string(what) + " failed on the card",

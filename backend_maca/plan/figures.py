@@ -131,7 +131,7 @@ def _of_entry(
         "launches": len(accesses),
         "chain": len(longest(dependencies(accesses))),
         "streams": order.count if order else 1,
-        "waits": sum(map(len, order.waits)) + len(order.forks) + order.count - 1 if order else 0,
+        "waits": sum(map(len, order.waits)) + len(order.forks) + len(order.joins) if order else 0,
         "bytes": touched,
         "least": least,
         "workspace": space.size if space else 0,

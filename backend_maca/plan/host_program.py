@@ -21,6 +21,7 @@ import numpy as np
 from spikingbrain.artifact import ALIGNMENT, STATE, WEIGHTS, Artifact, numpy_dtype
 from spikingbrain.backend_maca.emulator_flags import COMMON_FLAGS, KERNEL_FLAGS, MACHINE_FLAGS
 from spikingbrain.backend_maca.mxcc import ARCH
+from spikingbrain.backend_maca.plan.order import order_of
 from spikingbrain.backend_maca.plan.plan import every_step
 from spikingbrain.errors import ArtifactError, TargetError, UnsupportedOp
 
@@ -277,6 +278,10 @@ class _Entry:
         self.kernels, self.name, self.entry = kernels, name, entry
         self.records, self.fixed = entry["buffers"], fixed
         self.floats: set[int] = set()  # values of the host that are floats
+        order, self.places = order_of(entry["launches"])
+        self.order = order
+        # by the number of the step in the plan; event 0 stands for the beginning
+        self.events = {self.places[step]: n for n, step in enumerate(sorted(order.awaited), 1)}
 
     def text(self) -> str:
         lines = [
@@ -300,9 +305,18 @@ class _Entry:
         checks = [f"  {self._check(formula, message)}" for formula, message in self.entry["checks"]]
         body = list(dict.fromkeys(checks))
         last = self._last_uses()
+        if self.order.count > 1:
+            body += [f"  m.begin({self.order.count});", *(f"  m.wait({s}, 0);" for s in self.order.forks)]
         for number, step in enumerate(self.entry["launches"]):
+            stream = step.get("stream", 0)
+            body += [f"  m.wait({stream}, {self.events[n]});" for n in step.get("after", ())]
             body += self._step(step, ready, "  ")
+            if number in self.events:
+                body.append(f"  m.record({self.events[number]}, {stream});")
             body += [f"  b{i} = Buffer();" for i in last.get(number, ()) if i in ready]
+        if self.order.count > 1:
+            ends = [self.events[self.places[step]] for step in self.order.joins]
+            body += [*(f"  m.wait(0, {event});" for event in ends), "  m.end();"]
         values = sorted(_values(self.entry["launches"]))
         lines += [f"  {'double' if v in self.floats else 'int64_t'} v{v} = 0;" for v in values]
         outputs = self.entry["outputs"]
@@ -311,19 +325,32 @@ class _Entry:
         return "\n".join([*lines, *body, f"  return {_braced(results)};", "}\n\n"])
 
     def _last_uses(self) -> dict[int, list[int]]:
-        """Returns for each step the temporaries whose memory is free after it."""
-        last: dict[int, int] = {}
-        for number, step in enumerate(self.entry["launches"]):
-            for inner in every_step([step]):
+        """Returns for each step the temporaries whose memory is free after it: for what is launched after it.
+
+        On several streams that is so where all uses are surely done before the next step of each stream.
+        """
+        uses: dict[int, list[int]] = {}
+        for place, number in enumerate(self.places):
+            for inner in every_step([self.entry["launches"][number]]):
                 used = [a["buffer"] for a in inner.get("arguments", ()) if "buffer" in a]
                 for i in [*used, *([inner["buffer"]] if "read" in inner else [])]:
-                    last[i] = number
+                    uses.setdefault(i, []).append(place)
         kept = {o["buffer"] for o in self.entry["outputs"]}
         ends: dict[int, list[int]] = {}
-        for i, number in last.items():
+        for i, places in uses.items():
             if self.records[i]["role"] == "temporary" and i not in kept:
-                ends.setdefault(number, []).append(i)
+                place = self._free_after(places)
+                ends.setdefault(self.places[place], []).append(i)
         return ends
+
+    def _free_after(self, uses: Sequence[int]) -> int:
+        """Returns the first place after which all that is launched waits for these uses."""
+        order = self.order
+        for place in range(uses[-1], len(order.streams)):
+            following = {order.streams[p]: p for p in reversed(range(place + 1, len(order.streams)))}
+            if all(order.before(use, p) for use in uses for p in following.values()):
+                return place
+        return len(order.streams) - 1
 
     def _check(self, formula: Any, message: str) -> str:
         return f"require({self._size(formula)}, {_quoted(self.name)}, {_quoted(message)});"
@@ -379,9 +406,10 @@ class _Entry:
             grid = _braced(self._size(s) for s in step["grid"])
             arguments = ", ".join(self._argument(a) for a in step["arguments"])
             name = step["kernel"]
+            stream = f", {step['stream']}" if "stream" in step else ""
             yield (
                 f'{indent}m.launch(KERNEL({name}), "{name}", {grid}, {kernel["threads"]}, {kernel["dynamic_bytes"]},'
-                f"\n{indent}         {{{arguments}}});"
+                f"\n{indent}         {{{arguments}}}{stream});"
             )
         elif "library" in step:
             operands = [a["buffer"] for a in step["arguments"]]

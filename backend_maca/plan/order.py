@@ -51,14 +51,16 @@ class Order:
         return sorted(stream for stream, step in firsts.items() if stream and not self.waits[step])
 
     @property
-    def lasts(self) -> dict[int, int]:
-        """Returns the last step of each stream but the caller's."""
-        return {stream: step for step, stream in enumerate(self.streams) if stream}
+    def joins(self) -> list[int]:
+        """Returns the steps that the caller's stream has to wait for at the end: the last ones of streams."""
+        lasts = {stream: step for step, stream in enumerate(self.streams)}
+        own = lasts.pop(0, None)
+        return [step for step in lasts.values() if own is None or not self.before(step, own)]
 
     @property
     def awaited(self) -> set[int]:
-        """Returns the steps that others wait for."""
-        return {step for waits in self.waits for step in waits}
+        """Returns the steps that another stream waits for."""
+        return {*self.joins, *(step for waits in self.waits for step in waits)}
 
     def run(self, choose: Callable[[Sequence[int]], int] = min) -> Iterator[int]:
         """Yields all steps in an order that the streams allow; ``choose`` takes one of those that may be next."""
@@ -122,6 +124,18 @@ class Walk:
     def order(self) -> Order:
         """Returns the order of all launches so far."""
         return Order(self._streams, self._waits, self._clocks)
+
+
+def order_of(steps: Sequence[Mapping[str, Any]]) -> tuple[Order, list[int]]:
+    """Returns the order of the steps of an entry point that run on the device, and their numbers in the plan."""
+    walk, numbers = Walk(streams_of(steps)), []
+    for number, step in enumerate(steps):
+        walk.enter(step)
+        if "set" not in step and "check" not in step:
+            walk.add()
+            numbers.append(number)
+        walk.leave(number)
+    return walk.order(), numbers
 
 
 def streams_of(steps: Sequence[Mapping[str, Any]]) -> int:

@@ -37,7 +37,7 @@ class Streams:
                 call.record(-1, caller)
             for stream in order.forks:
                 call.wait(streams[stream], -1)
-            awaited = order.awaited | set(order.lasts.values())
+            awaited = order.awaited
             for step, number in enumerate(order.streams):
                 for other in order.waits[step]:
                     call.wait(streams[number], other)
@@ -50,7 +50,7 @@ class Streams:
                     call.record(stream, streams[stream])
                     call.wait(caller, stream)
             raise
-        for step in order.lasts.values():
+        for step in order.joins:
             call.wait(caller, step)
 
 

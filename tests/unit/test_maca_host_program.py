@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,14 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_maca_ops import TRIANGLE, WHILE, members, program
-from test_maca_runtime import deep
 
 pytest.importorskip("torch_mlir")
+
+from test_maca import compile_text, load
+from test_maca_ops import TRIANGLE, WHILE, members, program
+from test_maca_runtime import deep
+from test_maca_streams import drawn, kernels, module_text, planned, two_chains
 
 import spikingbrain
 from spikingbrain.artifact import Artifact, write
 from spikingbrain.backend_maca.plan import host_program
+from spikingbrain.backend_maca.plan.order import order_of
 from spikingbrain.backend_maca.plan.plan import evaluate
 from spikingbrain.backend_maca.run import emulate
 from spikingbrain.errors import ArtifactError
@@ -280,3 +285,80 @@ def test_a_disk_that_is_full(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def test_nvcc_builds_a_program(loops: Path) -> None:
     subprocess.run([loops / "build.sh", "cuda"], env={**os.environ, "ARCH": "sm_80"}, check=True)
+
+
+@pytest.fixture(scope="module")
+def concurrent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A program on two streams."""
+    text = module_text(["tensor<?xf32>"] * 2, "tensor<?xf32>", two_chains, kernels)
+    tensors = [{"name": name, "shape": ["n"], "dtype": "float32"} for name in "xw"]
+    entry = {"inputs": tensors, "outputs": tensors[:1], "ranges": {}, "uses_state": False}
+    manifest = {"target": {"name": "maca"}, "entries": {"main": entry}}
+    folder = tmp_path_factory.mktemp("concurrent")
+    code = compile_text(text, target="maca", streams=2)  # type: ignore[arg-type]
+    write(folder / "artifact", manifest, code, [], lambda _: np.zeros(0), {})
+    host_program.write(Artifact(folder / "artifact"), folder / "program")
+    return folder / "program"
+
+
+CALLS = 12
+
+
+def in_all_orders(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Returns the results of calls with two inputs in turn, in each order, or what went wrong."""
+    subprocess.run([folder / "build.sh", "emulator"], check=True)
+    files = [
+        save(out / f"{n}.npy", np.random.default_rng(n).standard_normal(100, np.float32)) for n in range(4)
+    ]
+    words, found = ["main", *files[:2], "then", "main", *files[2:], "then"] * (CALLS // 2), []
+    for order in emulate.ORDERS:
+        monkeypatch.setenv("SPIKINGBRAIN_EMULATOR_ORDER", order)
+        done = run(folder, "-o", out / "out", *words[:-1])
+        failed = [done.stderr] * bool(done.returncode)
+        found.append(failed or [np.load(out / f"out{turn}.0.npy") for turn in range(CALLS)])
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_memory_is_free_where_all_that_comes_waits(seed: int) -> None:
+    plan = planned(drawn(seed), 3)
+    main = plan["entries"]["main"]
+    steps, order = main["launches"], order_of(main["launches"])[0]
+    freed = host_program._Entry(plan["kernels"], "main", main, None)._last_uses()
+    for place, buffers in freed.items():
+        for buffer in buffers:
+            uses = [n for n, s in enumerate(steps) if {"buffer": buffer} in s["arguments"]]
+            later = range(place + 1, len(steps))
+            assert all(use <= place for use in uses)
+            assert all(order.before(use, step) for use in uses for step in later)
+    used = {a["buffer"] for s in steps for a in s["arguments"]}
+    assert {buffer for buffers in freed.values() for buffer in buffers} == used - {0}
+
+
+def test_a_program_on_two_streams(concurrent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = in_all_orders(concurrent, tmp_path, monkeypatch)
+    loaded = load(compile_text(module_text(["tensor<?xf32>"] * 2, "tensor<?xf32>", two_chains, kernels)))
+    given = [np.load(tmp_path / f"{n}.npy") for n in range(4)]
+    wanted = [loaded.call("main", pair)[0] for pair in (given[:2], given[2:])] * (CALLS // 2)
+    for results in found:
+        np.testing.assert_array_equal(results, wanted)
+
+
+@pytest.mark.slow
+def test_a_program_that_waits_for_too_little_shows_it(
+    concurrent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (concurrent / "program.cpp").read_text()
+    waits = re.findall(r"  m\.wait\(\d, \d\);\n", text)
+    assert len(waits) > 3
+    wanted = in_all_orders(concurrent, tmp_path, monkeypatch)[0]
+    told = []
+    for wait in waits:
+        broken = tmp_path / "broken"
+        shutil.copytree(concurrent, broken, dirs_exist_ok=True)
+        (broken / "program.cpp").write_text(text.replace(wait, ""))
+        found = in_all_orders(broken, tmp_path, monkeypatch)
+        assert any(isinstance(f[0], str) or not np.array_equal(f, wanted) for f in found), wait
+        told += [f[0] for f in found if isinstance(f[0], str)]
+    assert any("is not begun" in text for text in told)
+    assert any("is left alone" in text for text in told)

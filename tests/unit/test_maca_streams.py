@@ -156,7 +156,7 @@ def test_a_chain_beside_the_longest_has_its_own_stream() -> None:
     assert [step.get("stream", 0) for step in steps] == [0, 0, 1, 0, 1, 0]
     assert {n: step["after"] for n, step in enumerate(steps) if "after" in step} == {5: [4]}
     order = launched(planned(TWO_CHAINS, 2))[0].order
-    assert (order.forks, order.lasts, order.awaited) == ([1], {1: 4}, {4})
+    assert (order.forks, order.joins, order.awaited) == ([1], [], {4})
 
 
 def test_one_stream_is_the_plan_as_it_was() -> None:
@@ -289,3 +289,10 @@ def test_memory_that_is_shared_as_on_one_stream_shows(code: Any, monkeypatch: py
 
     monkeypatch.setattr(resolving, "_lifetime", of_one_stream)
     assert differs(code, plan, wanted)
+
+
+def test_streams_that_others_wait_for_are_joined() -> None:
+    # the second stream waits for the third, and the caller's for the second
+    order = Order([0, 2, 1, 0], [(), (), (1,), (2,)], [(1, 0, 0), (0, 0, 1), (0, 1, 1), (2, 1, 1)])
+    assert order.joins == []
+    assert Order([0, 2, 1], [(), (), (1,)], [(1, 0, 0), (0, 0, 1), (0, 1, 1)]).joins == [1, 2]
