@@ -1,6 +1,5 @@
 // Stands in for the header of the MACA SDK where nvcc compiles. A wave of 64 lanes is a pair of warps that meet at a
-// named barrier and exchange values through shared memory; there are 15 such barriers, so blocks hold at most 15 waves.
-// Compile with -fmad=false.
+// barrier and exchange values through shared memory. Compile with -fmad=false.
 #pragma once
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -9,7 +8,7 @@
 
 namespace sb {
 
-constexpr int kMaxWaves = 15;
+constexpr int kMaxWaves = 16;
 
 // A vector of clang's, without its operators: generated code uses elements only.
 template <class T, int N>
@@ -27,8 +26,34 @@ __device__ __forceinline__ int thread_in_block() {
 }
 __device__ __forceinline__ int lane() { return thread_in_block() & 63; }
 
-// Barrier 0 is that of __syncthreads. Lanes may come one by one: those of a warp need not have met before.
-__device__ __forceinline__ void wave_barrier() { __barrier_sync_count((thread_in_block() >> 6) + 1, 64); }
+// How often each warp of the 16th wave has come to its barrier.
+__device__ __forceinline__ volatile unsigned* comings() {
+  __shared__ unsigned counts[2];
+  return counts;
+}
+
+// A block of 16 waves begins with this.
+__device__ __forceinline__ void sixteen_waves() {
+  if (thread_in_block() < 2) comings()[thread_in_block()] = 0;
+  __syncthreads();
+}
+
+// Barrier 0 of the hardware is that of __syncthreads, 15 are left. Lanes may come one by one: those of a warp need not
+// have met before.
+__device__ __forceinline__ void wave_barrier() {
+  const int thread = thread_in_block(), wave = thread >> 6;
+  if (wave < 15) return __barrier_sync_count(wave + 1, 64);
+  __threadfence_block();
+  __syncwarp();
+  if ((thread & 31) == 0) {
+    const int warp = thread >> 5 & 1;
+    const unsigned mine = comings()[warp] + 1;
+    comings()[warp] = mine;
+    while ((int)(comings()[1 - warp] - mine) < 0) continue;  // the other warp may be one ahead
+  }
+  __syncwarp();
+  __threadfence_block();
+}
 
 // Eight bytes for each lane of the wave.
 __device__ __forceinline__ unsigned long long* scratch() {
@@ -162,6 +187,7 @@ __device__ __forceinline__ F64x4 mma_f64(double x, double y, F64x4 c) { return m
 #define __shfl_xor_sync sb::shuffle_xor
 #define __ballot_sync sb::ballot
 #define __syncwarp(mask) sb::wave_barrier()
+#define SB_SIXTEEN_WAVES() sb::sixteen_waves()
 #define __lane_id sb::lane
 #define __builtin_mxc_mma_16x16x16i8 sb::mma_i8
 #define __builtin_mxc_mma_16x16x16f16 sb::mma_f16

@@ -10,7 +10,7 @@ import re
 import numpy as np
 from torch_mlir import ir
 
-from spikingbrain.backend_maca.lower.mlir import is_natural
+from spikingbrain.backend_maca.lower.mlir import constant, is_natural
 from spikingbrain.backend_maca.source import vectors
 from spikingbrain.backend_maca.source.subset import (
     BIT_OPS,
@@ -29,6 +29,8 @@ from spikingbrain.backend_maca.source.types import STORAGE_ONLY, TYPES
 
 # How strongly a text holds together: a word or a call, a product, a sum, anything else.
 WORD, PRODUCT, SUM, ANYTHING = 3, 2, 1, 0
+CAST = re.compile(r"\((u?int\d+_t|float|double)\)")
+WHOLE = re.compile(r"\w[\w.+]*|\d[\d.]*e-\d+f?|(?P<head>\w*(<\w+(, \w+)?>)?)[(\[].*[)\]]")
 # Op on indices or floats -> its own binding, and the least of its operands. What C++ adds from the left, ops add so too.
 BINDING = {
     "arith.addf": (SUM, SUM, PRODUCT),
@@ -69,17 +71,20 @@ class Expressions:
         text = self.text[value]
         return text if self.binding(value) >= least else f"({text})"
 
+    def branch(self, value: ir.Value) -> str:
+        """Returns the text of what a condition chooses: in parentheses only if it is a condition itself."""
+        text = self.text[value]
+        return text if is_whole(text) or not re.search(r"[?<>=!&|]", text) else f"({text})"
+
     def binding(self, value: ir.Value) -> int:
         """Returns how strongly the text of a value holds together."""
-        if re.fullmatch(r"\w+(\([^()]*\))?|\w[\w.+]*", self.text[value]):
+        if is_whole(self.text[value]):
             return WORD
         op = value.owner
         if isinstance(op, ir.Block) or str(value.type) not in ("index", "f32", "f64"):
             return ANYTHING
         if op.name in FLOAT_CALLS or op.name in EXTREMES:
             return WORD
-        if op.name in LARGER_AND_SMALLER:
-            return WORD if _agrees_with_signed(op) else ANYTHING
         if not _agrees_with_signed(op):
             return ANYTHING
         return BINDING.get(op.name, (ANYTHING,))[0]
@@ -100,8 +105,10 @@ class Expressions:
             return "true" if value else "false"
         if kind in ("index", "i32", "i16", "i8"):
             return str(value)
-        if kind == "i64":
+        if kind == "i64" and abs(value) >= 1 << 31:
             return f"INT64_C({value})" if value > -(1 << 63) else "INT64_MIN"
+        if kind == "i64":
+            return str(value)
         if np.isnan(value) or np.isinf(value):
             text = "NAN" if np.isnan(value) else "INFINITY" if value > 0 else "-INFINITY"
         else:
@@ -147,6 +154,8 @@ class Expressions:
             sign = COMPARE_INTS[op.attributes["predicate"].value]
             if kind == "i1":  # as a signed number true is -1, below false
                 words = operands[::-1] if sign[0] in "<>" else operands
+                if sign == "==" and words[1] == "false":
+                    return f"!{words[0]}"
                 return " ".join([words[0], sign.lstrip("u"), words[1]])
             casts = sign[0] == "u" and not plain
             words = [self._unsigned(kind, o) for o in operands] if casts else operands
@@ -155,7 +164,7 @@ class Expressions:
             form: str = COMPARE_FLOATS[op.attributes["predicate"].value]
             return form.format(*operands)
         if name == "arith.select":
-            return "{} ? {} : {}".format(*operands)
+            return f"{operands[0]} ? {self.branch(op.operands[1])} : {self.branch(op.operands[2])}"
         if name in EXTREMES:
             self.needs.add(EXTREMES[name])
             return f"{EXTREMES[name]}({', '.join(self.text[v] for v in op.operands)})"
@@ -169,7 +178,10 @@ class Expressions:
             self.needs.add("sb_cast")
             to, source = self.type_name(op.results[0].type), self.type_name(op.operands[0].type)
             return f"sb_cast<{to}, {source}>({self.text[op.operands[0]]})"
-        return self._conversion(name, kind, str(op.results[0].type), operands[0])
+        target, known = op.results[0].type, constant(op.operands[0])
+        if name == "arith.truncf" and str(target) == "f32" and known is not None:
+            return self.constant_text(target, known)
+        return self._conversion(name, kind, str(target), operands[0])
 
     def _vector_expression(self, op: ir.Operation) -> str:
         kind = op.results[0].type
@@ -190,7 +202,8 @@ class Expressions:
         return f"sb_cast<{self.type_name(kind)}>({self.text[op.operands[0]]})"
 
     def _unsigned(self, kind: str, operand: str) -> str:
-        return f"{operand}u" if kind == "i32" and operand.isdecimal() else f"(u{TYPES[kind][0]}){operand}"
+        suffix = {"i32": "u", "i64": "ull", "index": "ull"}.get(kind)
+        return f"{operand}{suffix}" if suffix and operand.isdecimal() else f"(u{TYPES[kind][0]}){operand}"
 
     def _unsigned_operand(self, value: ir.Value, least: int) -> str:
         """Returns an operand of arithmetic that wraps: what was cast back for its own sake is not cast again."""
@@ -230,6 +243,21 @@ class Expressions:
             return f"({TYPES[target][0]})(u{TYPES[target][0]}){operand}"
         unsigned = name in ("arith.extui", "arith.uitofp", "arith.index_castui") and source != "i1"
         return f"({TYPES[target][0]}){self._unsigned(source, operand) if unsigned else operand}"
+
+
+def is_whole(text: str) -> bool:
+    """Tells whether nothing beside a text binds more than what is in it: a name, an element, a call, a cast of these."""
+    while cast := CAST.match(text):
+        text = text[cast.end() :]
+    found = WHOLE.fullmatch(text)
+    if not found or found["head"] is None:
+        return bool(found)
+    depth = 0
+    for i, letter in enumerate(text):
+        depth += (letter in "([") - (letter in ")]")
+        if not depth and letter in ")]":  # the bracket behind the head is closed
+            return i == len(text) - 1
+    return False
 
 
 def _agrees_with_signed(op: ir.Operation) -> bool:

@@ -11,18 +11,20 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from torch_mlir import ir
 
 from spikingbrain.backend_maca.lower.mlir import constant, is_shared, nested, source_of, sources_of
 from spikingbrain.backend_maca.source import vectors
+from spikingbrain.backend_maca.source.butterflies import Butterfly, butterflies
 from spikingbrain.backend_maca.source.expressions import PRODUCT, SUM, WORD, Expressions
-from spikingbrain.backend_maca.source.subset import MAX_UNROLLED, rounds, verify
+from spikingbrain.backend_maca.source.subset import MAX_UNROLLED, WAVE_COLLECTIVES, rounds, verify
 from spikingbrain.backend_maca.source.types import TYPES
 from spikingbrain.backend_maca.source.uniform import STORES
 from spikingbrain.errors import UnsupportedOp
-from spikingbrain.passes.wave_kernels.builders import SHARED_BYTES, WAVE
+from spikingbrain.passes.wave_kernels.builders import MAX_THREADS, SHARED_BYTES, WAVE
 
 MAX_SHARED_BYTES = 64 << 10
 SHARED_ALIGNMENT = 16
@@ -57,6 +59,11 @@ PRELUDE = {
     "SB_DYNAMIC_SHARED": """\
 #ifndef SB_DYNAMIC_SHARED  // shared memory whose size the launch tells
 #define SB_DYNAMIC_SHARED(type, name) extern __shared__ __attribute__((aligned(16))) type name[]
+#endif
+""",
+    "SB_SIXTEEN_WAVES": """\
+#ifndef SB_SIXTEEN_WAVES  // where a wave is two warps, the last of 16 needs a barrier beyond those of the hardware
+#define SB_SIXTEEN_WAVES()
 #endif
 """,
     **vectors.HELPERS,
@@ -97,14 +104,16 @@ class Kernel:
 def print_kernels(module: ir.Module) -> tuple[str, dict[str, Kernel]]:
     """Returns the MACA C++ of a module's kernels, and the kernel that serves each kernel function."""
     kernels: dict[str, Kernel] = {}
-    unique: dict[tuple[str, int, str], Kernel] = {}
+    unique: dict[tuple[Any, ...], Kernel] = {}
     for function in _kernel_functions(module):
         verify(function)
         kernel = _Printer(function).print()
-        kernel = unique.setdefault((kernel.parameters, kernel.threads, kernel.body), kernel)
-        label = f"{function.location.name_str}, " if isinstance(function.location, ir.NameLoc) else ""
+        key = (kernel.parameters, kernel.threads, kernel.body, *kernel.arguments)
+        kernel = unique.setdefault(key, kernel)
+        known = isinstance(function.location, ir.NameLoc)
+        label = function.location.name_str if known else re.sub(r"_\d+$", "", kernel.name)
         for source in sources_of(function.location):
-            place = f"{label}at {source}"
+            place = f"{label}, at {source}"
             kernel.places += [place] if place not in kernel.places else []
         kernels[_name(function)] = kernel
     needs = {n for kernel in unique.values() for n in kernel.needs}
@@ -144,6 +153,11 @@ class _Printer(Expressions):
         self.unrolled = _indices_of_registers(function)
         self.static_bytes = self.dynamic_bytes = 0
         self.following: ir.Operation | None = None  # the op behind the one that is printed
+        self.butterflies = {b.last[1].results[0]: b for b in butterflies(function)}
+        steps = [step for b in self.butterflies.values() for pair in b.steps for step in pair]
+        self.within = {
+            step.results[0] for step in steps
+        } - self.butterflies.keys()  # printed with the last step
 
     def print(self) -> Kernel:
         arguments = list(self.entry.arguments)
@@ -158,11 +172,18 @@ class _Printer(Expressions):
         ]
         for value in shared:
             self._shared(value)
+        threads = next(iter(self.function.attributes["known_block_size"]))
+        if threads == MAX_THREADS and any(op.name in WAVE_COLLECTIVES for op in nested(self.function)):
+            self.needs.add("SB_SIXTEEN_WAVES")
+            self._line("SB_SIXTEEN_WAVES();")
         self._block(self.entry)
+        body = "".join(f"{line}\n" for line in self.lines)
         parameters: list[str] = []
         layout: list[tuple[int, int | None]] = []
         for value in buffers:
             number, name = self.number[value], self.text[value]
+            if not isinstance(value.type, ir.MemRefType) and not re.search(rf"\b{name}\b", body):
+                continue
             layout.append((number, None))
             if isinstance(value.type, ir.MemRefType):
                 const = "" if number in self.stored else "const "
@@ -179,8 +200,6 @@ class _Printer(Expressions):
                 where=source_of(self.function.location),
                 why=f"a launch takes {MAX_PARAMETERS}",
             )
-        threads = next(iter(self.function.attributes["known_block_size"]))
-        body = "".join(f"{line}\n" for line in self.lines)
         return Kernel(
             _name(self.function),
             threads,
@@ -233,6 +252,11 @@ class _Printer(Expressions):
     def _define(self, value: ir.Value, text: str, *, pure: bool = True) -> None:
         """Gives a value a text: the expression itself where it may stand in the place of its use, else a name."""
         if pure and not list(value.uses):
+            return
+        if pure and re.fullmatch(
+            r"[a-z]+\d+", text
+        ):  # another name's value, which does not change before its last use
+            self.text[value] = text
             return
         if self._stays_in_place(value, text) if pure else self._is_taken_at_once(value, text):
             self.text[value] = text
@@ -291,7 +315,12 @@ class _Printer(Expressions):
         }
         if name in ("scf.yield", "scf.condition", "gpu.return"):
             return
-        if name in special:
+        result = op.results[0] if len(op.results) else None
+        if result in self.within:
+            return
+        if result in self.butterflies:
+            self._butterfly(self.butterflies[result])
+        elif name in special:
             special[name](op)
         else:
             self._define(op.results[0], self.expression(op))
@@ -303,8 +332,9 @@ class _Printer(Expressions):
             if index == "0":
                 index, binding = self.text[value], self.binding(value)
                 continue
-            row = index if binding >= PRODUCT else f"({index})"
-            index, binding = f"{row} * {self._size(buffer, axis)}", PRODUCT
+            if (size := self._size(buffer, axis)) != "1":
+                row = index if binding >= PRODUCT else f"({index})"
+                index, binding = f"{row} * {size}", PRODUCT
             if self.text[value] != "0":
                 index, binding = f"{index} + {self.operand(value, SUM)}", SUM
         return f"{self.text[buffer]}[{index}]"
@@ -338,6 +368,17 @@ class _Printer(Expressions):
         value, distance, _ = op.operands
         call = f"__shfl_xor_sync(SB_FULL_WAVE, {self.text[value]}, {self.text[distance]}, {WAVE})"
         self._define(op.results[0], call, pure=False)
+
+    def _butterfly(self, found: Butterfly) -> None:
+        """Prints all steps as one loop over the distance."""
+        self.needs.add("SB_FULL_WAVE")
+        shuffle, op = found.last
+        name, kind = self._new(op.results[0], "v"), self.type_name(op.results[0].type)
+        self._line(f"{kind} {name} = {self.text[found.first]};")
+        self.text[shuffle.operands[0]] = name
+        self.text[shuffle.results[0]] = f"__shfl_xor_sync(SB_FULL_WAVE, {name}, d, {WAVE})"
+        self._line("#pragma unroll")
+        self._line(f"{found.loop} {name} = {self.expression(op)};")
 
     def _ballot(self, op: ir.Operation) -> None:
         self.needs.add("SB_FULL_WAVE")
@@ -404,12 +445,14 @@ class _Printer(Expressions):
         self._region(after, [self.text[v] for v in before.arguments])
 
     def _region(self, block: ir.Block, targets: list[str], close: str = "}") -> None:
-        """Prints a nested block; what it yields is assigned to ``targets``, all at once."""
+        """Prints a nested block; what it yields is assigned to ``targets``, all at once where one is read behind another."""
         self.depth += 1
         self._block(block)
         *_, terminator = (v.operation for v in block.operations)
         values = [self.text[v] for v in terminator.operands]
-        if len(targets) > 1:
+        if any(
+            re.search(rf"\b{name}\b", later) for i, name in enumerate(targets) for later in values[i + 1 :]
+        ):
             kinds = [self.type_name(v.type) for v in terminator.operands]
             fresh = [f"next_{target}" for target in targets]
             for kind, name, value in zip(kinds, fresh, values, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -350,6 +351,44 @@ def test_votes_bits_and_casts(feature: Callable[..., Array]) -> None:
     want = bits + (x < 0).reshape(2, 64).sum(1).repeat(64) + np.minimum(ones, 12)
     got = feature("votes", x)
     np.testing.assert_array_equal(got, want.astype(np.int32))
+
+
+def exchanges(*distances: int, kept: int = 0) -> str:
+    """A kernel that adds four times what lane ^ distance has, then subtracts; the value before step ``kept`` goes in again."""
+    text = "%x0 = memref.load %in0[%t] : memref<128xi32>\n%width = arith.constant 64 : i32\n"
+    for i, distance in enumerate(distances):
+        text += f"%d{i} = arith.constant {distance} : i32\n"
+        text += f"%s{i}, %valid{i} = gpu.shuffle xor %x{i}, %d{i}, %width : i32\n"
+        text += f"%x{i + 1} = arith.{'addi' if i < 4 else 'subi'} %x{i}, %s{i} : i32\n"
+    text += f"%r = arith.addi %x{len(distances)}, %x{kept} : i32\n"
+    return text + "memref.store %r, %out[%t] : memref<128xi32>"
+
+
+BUTTERFLIES = {  # distances, the step before which a value is used again, the loops that are printed
+    "halving": ((32, 16, 8, 4), 0, ["for (int d = 32; d >= 4; d >>= 1)"]),
+    "doubling": ((2, 4, 8, 16), 0, ["for (int d = 2; d <= 16; d <<= 1)"]),
+    "turning": ((4, 8, 16, 8), 0, ["for (int d = 4; d <= 16; d <<= 1)"]),
+    "used_between": ((32, 16, 8, 4), 1, ["for (int d = 16; d >= 4; d >>= 1)"]),
+    "other_op": ((32, 16, 8, 4, 2, 1), 0, ["for (int d = 32; d >= 4; d >>= 1)"]),
+    "short": ((2, 1), 0, []),
+}
+for name, (distances, kept, _) in BUTTERFLIES.items():
+    case(name, exchanges(*distances, kept=kept), "128xi32", "128xi32", threads=128)
+
+
+@needs_cxx
+@pytest.mark.parametrize("name", BUTTERFLIES)
+def test_lanes_combine_in_loops(feature: Callable[..., Array], name: str) -> None:
+    """Those of steps that are alike and lead to nothing but each other; the others stay as they are."""
+    distances, kept, loops = BUTTERFLIES[name]
+    source = compile_text(CASES[name])["kernels.maca"].decode()
+    assert re.findall(r"for \(int d [^)]*\)", source) == loops
+    x = np.random.default_rng(0).integers(-1000, 1000, 128).astype(np.int32)
+    values = [x]
+    for i, distance in enumerate(distances):
+        other = values[-1].reshape(2, 64)[:, np.arange(64) ^ distance].ravel()
+        values.append(values[-1] + other if i < 4 else values[-1] - other)
+    np.testing.assert_array_equal(feature(name, x), values[-1] + values[kept])
 
 
 BIT_OPS = ["addi", "subi", "muli", "maxui", "minui", "maxsi", "minsi"]

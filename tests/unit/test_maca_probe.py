@@ -35,14 +35,28 @@ def test_the_emulator_does_what_is_assumed() -> None:
     assert all(f.passed and not f.found for f in findings)
 
 
+SIXTEEN = """
+extern "C" __global__ void __launch_bounds__(1024) sixteen(int32_t* __restrict__ out) {
+  SB_SIXTEEN_WAVES();
+  const int32_t thread = threadIdx.x;
+  int32_t sum = thread;
+  for (int32_t round = 0; round < thread / 64; ++round) {
+    sum = sum * 3 + __shfl_xor_sync(SB_FULL_WAVE, sum, 32, 64);
+    sum += (int32_t)(__ballot_sync(SB_FULL_WAVE, sum & 1) >> 31) & 3;
+  }
+  out[thread] = sum;
+}
+"""
+
+
 def by_two_warps(folder: Path) -> probe.Launcher:
     """Returns a launcher of the probe as nvcc sees it, on threads of the CPU that form warps of 32 lanes."""
     include = [f"-I{toolchains.ROOT / toolchains.CUDA}", f"-I{Path(__file__).parent / 'stand_ins' / 'cuda'}"]
     launchers = "".join(
         f'extern "C" void run_{name}(unsigned threads, void** arguments) {{ cuda::launch({name}, threads, arguments); }}\n'
-        for name in probe.KERNELS
+        for name in (*probe.KERNELS, "sixteen")
     )
-    (folder / "probe.cpp").write_text(probe.SOURCE.read_text() + launchers)
+    (folder / "probe.cpp").write_text(probe.SOURCE.read_text() + SIXTEEN + launchers)
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-ffp-contract=off", "-pthread"]
     command = [emulate.compiler(), *flags, *include, folder / "probe.cpp", "-o", folder / "probe.so"]
     subprocess.run(command, check=True)
@@ -57,8 +71,17 @@ def by_two_warps(folder: Path) -> probe.Launcher:
 
 
 def test_waves_that_are_made_of_two_warps_do_what_is_assumed(tmp_path: Path) -> None:
-    findings = probe.run(by_two_warps(tmp_path))
-    assert [f.found for f in findings] == [""] * len(probe.PROBES)
+    launch = by_two_warps(tmp_path)
+    assert [f.found for f in probe.run(launch)] == [""] * len(probe.PROBES)
+    found, wanted = np.zeros(1024, np.int32), np.arange(1024)
+    launch("sixteen", 1024, 0, [found])
+    for number, wave in enumerate(
+        wanted.reshape(16, 64)
+    ):  # each wave exchanges values as often as its number says
+        for _ in range(number):
+            wave[:] = wave * 3 + wave[np.arange(64) ^ 32]
+            wave += (wave[31] & 1) + 2 * (wave[32] & 1)
+    np.testing.assert_array_equal(found, wanted.astype(np.int32))
 
 
 # What a device might do instead: probe that notices -> text and replacement, what is found.

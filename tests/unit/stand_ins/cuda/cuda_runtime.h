@@ -66,6 +66,8 @@ inline void __barrier_sync_count(unsigned id, unsigned count) {
   assert(0 < id && id < 16 && count == 64);  // number 0 is that of __syncthreads
   pthread_barrier_wait(&cuda::named[id]);
 }
+inline void __syncwarp() { pthread_barrier_wait(&cuda::warp[cuda::own_warp()]); }
+inline void __threadfence_block() { __sync_synchronize(); }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int distance) {
   assert(0 < distance && distance < 32);
