@@ -1,6 +1,8 @@
-"""Recurrences written without a loop, masked scores and cumulative sums, as calls of the recurrence ops."""
+"""Recurrences written without a loop (masked scores, cumulative sums, chunks) as calls of the recurrence ops."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import fx
@@ -15,33 +17,49 @@ from spikingbrain.passes.recurrence.graph import Value
 aten = torch.ops.aten
 
 
-def emit_form(emit: Emitter, form: Form) -> fx.Node:
-    """Emits the op that a form is; returns what takes the place of its result."""
-    return _Writer(emit, form).result()
+def emit_form(emit: Emitter, form: Form) -> tuple[fx.Node, fx.Node | None]:
+    """Emits the op that a form is; returns what takes the place of its result, and of the state after all steps."""
+    writer = _Writer(emit, form)
+    return writer.result(), writer.final
 
 
 class _Writer:
     def __init__(self, emit: Emitter, form: Form):
         self.emit, self.form = emit, form
         self.outside: dict[Value, fx.Node] = {}
+        self.final: fx.Node | None = None
         self.dtype = getattr(torch, form.result.dtype)
         if not self.dtype.is_floating_point:
             raise NotEmitted(f"a state of {form.result.dtype}")
         self.sizes: dict[str, int] = {"t": form.length, "k": 1, "v": 1}
         items = [form.query, form.key, form.value, form.decay, form.decay_log, *form.update]
-        for factor in products.factors_of(*items):
+        ends = [f for f in (form.initial, form.final) if f is not None]
+        for factor in [*products.factors_of(*items), *ends]:
             for label, size in zip(factor.axes, factor.value.shape or (), strict=True):
                 if label is not None:
                     self.sizes[label] = size
-        for label, size in zip(form.axes, form.result.shape or (), strict=True):
-            if label is not None:
-                self.sizes[label] = size
+        if len(form.axes) == len(form.result.shape or ()):
+            for label, size in zip(form.axes, form.result.shape or (), strict=True):
+                if label not in (None, "t"):
+                    self.sizes[label] = size
         batch = sorted(a for a in self.sizes if a.startswith("b"))
         self.batch, self.states = batch[:1], batch[1:]
 
     def result(self) -> fx.Node:
         made = self._scan() if self.form.kind == "linear_scan" else self._recurrence()
-        return products.cast(self.emit, made, self.dtype)
+        return self._shaped(products.cast(self.emit, made, self.dtype))
+
+    def _shaped(self, made: fx.Node) -> fx.Node:
+        """Returns all steps in the shape of the result, which may be in chunks, the last one filled up with zeros."""
+        shape, held = list(self.form.result.shape or ()), list(made.meta["val"].shape)
+        if held == shape:
+            return made
+        time = self.form.axes.index("t")
+        behind = math.prod(shape) // (math.prod(held) // held[time]) - held[time]
+        if behind:
+            widths = [0, 0] * (len(held) - 1 - time) + [0, behind]
+            made = self.emit.op(aten.constant_pad_nd.default, made, widths)
+        return self.emit.op(aten.reshape.default, made, shape)
 
     def _recurrence(self) -> fx.Node:
         form, row = self.form, [self.batch, ["t"], self.states]
@@ -51,11 +69,16 @@ class _Writer:
         query = self.emit.op(aten.reshape.default, query, [b, t, s * g, k])
         key, value = self._product([*row, ["k"]], form.key), self._product([*row, ["v"]], form.value)
         axis, decay, log = self._decay(row)
+        state = [self.batch, self.states, ["k"], ["v"]]
+        initial = self._product(state, Product(1.0, (form.initial,))) if form.initial else None
         call = self.emit.op(
             torch.ops.spikingbrain.linear_recurrence.default,
-            *(query, key, value, decay, None, None, None, None, axis, log, form.exclusive, False),
+            *(query, key, value, decay, None, None, None, initial, axis, log, form.exclusive, False),
         )
         out = item(self.emit, call, 0)
+        if form.final is not None:
+            last = products.unmerged(self.emit, item(self.emit, call, 1), state, self.sizes, form.final.axes)
+            self.final = products.cast(self.emit, last, self.dtype)
         out = self.emit.op(aten.reshape.default, out, [b, t, s, g, out.meta["val"].shape[3]])
         return products.unmerged(self.emit, out, [*row, queries, ["v"]], self.sizes, form.axes)
 

@@ -28,6 +28,7 @@ from spikingbrain.frontend.recurrences.hops import NotALoop, loop_of_scan, scans
 from spikingbrain.frontend.recurrences.inverses import raise_inverses
 from spikingbrain.frontend.recurrences.linear import Steps, emit_recurrence
 from spikingbrain.frontend.recurrences.loops import emit_scan
+from spikingbrain.frontend.recurrences.padding import cut_padding
 from spikingbrain.frontend.recurrences.report import RecurrenceReport
 from spikingbrain.passes.recurrence.analysis import analyse
 from spikingbrain.passes.recurrence.classify import classify
@@ -53,6 +54,7 @@ def raise_recurrences(module: fx.GraphModule, keep_detach: bool) -> list[Recurre
     reports += [_carry_out_scan(module, node, keep_detach) for node in written]
     reports += left + called + inverses
     if any(r.status != "unrolled" for r in reports):
+        cut_padding(emit)
         _sort(module.graph)
         for view in module.graph.find_nodes(op="call_function", target=aten.view.default):
             view.target = aten.reshape.default  # what was raised may lie otherwise in memory
@@ -167,12 +169,14 @@ def _carry_out_form(module: fx.GraphModule, verdict: Verdict, form: Form, where:
     emit.trace = nodes[0].meta.get("stack_trace")
     try:
         with _undone_on_failure(module.graph), module.graph.inserting_before(nodes[0]):
-            made = emit_form(emit, form)
+            made, last = emit_form(emit, form)
     except NotEmitted as stop:
         reason = f"{verdict.reason}; not written anew: {stop}"
         return RecurrenceReport("unrolled", "", where, reason, form.length)
     for node in nodes:
         node.replace_all_uses_with(made)
+    for node in nodes_of(form.final.value) if form.final is not None and last is not None else []:
+        node.replace_all_uses_with(last)
     return RecurrenceReport("raised", form.kind, where, verdict.reason, form.length)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from spikingbrain.passes.recurrence.chunked import find_chunked
 from spikingbrain.passes.recurrence.classify import classify
 from spikingbrain.passes.recurrence.constants import Constants
 from spikingbrain.passes.recurrence.cumulative import find_cumulative
@@ -21,4 +22,8 @@ def analyse(graph: Graph, forms: bool = False) -> list[Verdict]:
 
 def find_forms(graph: Graph) -> list[Verdict]:
     """Returns a verdict for each recurrence of a normalised graph that is written without a loop, or looks like one."""
-    return [*find_quadratic(graph, Constants()), *find_cumulative(graph)]
+    constants = Constants()
+    chunked = list(find_chunked(graph, constants))
+    inside = {v for verdict in chunked for v in verdict.values}
+    others = [*find_quadratic(graph, constants), *find_cumulative(graph)]
+    return chunked + [v for v in others if inside.isdisjoint(v.values)]

@@ -171,19 +171,20 @@ class Recurrence:
 
 @dataclass(eq=False)
 class Form:
-    """A recurrence that is written without a loop: masked scores, cumulative sums.
+    """A recurrence that is written without a loop: masked scores, cumulative sums, chunks.
 
-    All factors are values of the graph, and their axes have the label "t" where they change with time. The state starts from
-    zero and time runs up.
+    All factors are values of the graph, and their axes have the label "t" where they change with time. Time runs up.
 
     Attributes:
         result: the value that is what the recurrence reads (its states, for a "linear_scan").
         axes: label of each axis of ``result``: "t", "b0", ..., "v", "g0", ... (of the query alone), None where the size is 1.
+            "t" stands for two axes of a result in chunks, which is 0 behind the last step.
         kind: "linear_recurrence" or "linear_scan".
-        length: the size of "t".
+        length: the number of steps.
         query, key, value: of a linear recurrence, ``o_t = S_t^T q_t``, S gaining ``key value^T``; ``exclusive``: before that.
         decay, decay_log: as in ``Recurrence``; what they are at the first step doesn't matter.
         update: the terms of a linear scan's update.
+        initial, final: of a linear recurrence, the state it starts from (None: zeros) and a value that is the state it ends with.
     """
 
     result: Value
@@ -197,6 +198,8 @@ class Form:
     decay_log: Product | None = None
     exclusive: bool = False
     update: list[Product] = field(default_factory=list)
+    initial: Factor | None = None
+    final: Factor | None = None
 
 
 @dataclass(eq=False)

@@ -171,7 +171,7 @@ def segment_sums(x: Tensor) -> Tensor:
     return x.cumsum(-2).masked_fill(~torch.ones(size, size, dtype=torch.bool).tril(), -torch.inf)
 
 
-@form("Mamba-2", "chunks without a loop", "x:BTHV g:BTH:log b:BTHK c:BTHK", "unrolled", multiple=3)
+@form("Mamba-2", "chunks without a loop", "x:BTHV g:BTH:log b:BTHK c:BTHK", RAISED, multiple=3)
 def mamba2_chunks(x: Tensor, g: Tensor, b: Tensor, c: Tensor) -> Tensor:
     x, g, b, c = (y.unflatten(1, (-1, 3)) for y in (x, g, b, c))
     g = g.permute(0, 3, 1, 2)

@@ -297,7 +297,7 @@ def linear_chunks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     "linear attention",
     "chunks without a loop, sums of states over chunks",
     LINEAR_HEADS_FIRST,
-    "unrolled",
+    RAISED,
     multiple=3,
 )
 def linear_chunks_cumsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -95,8 +95,7 @@ def mamba_transformers(
     "Mamba-2, in chunks",
     "mamba2.modeling_mamba2:mamba2_chunk_scan",
     "x:BTHV dt:BTH a:H:rate b:BTHK c:BTHK d:H",
-    "unrolled",
-    export="a dynamic size was assumed",
+    RAISED,
 )
 def mamba2_transformers(
     f: Function, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor

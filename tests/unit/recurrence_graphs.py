@@ -195,7 +195,8 @@ class Evaluation:
 
     def check_form(self, form: Written) -> None:
         """Raises AssertionError unless the recurrence, run step by step, gives the value that the form stands for."""
-        parts = (form.query, form.key, form.value, form.decay, form.decay_log, *form.update)
+        ends = [Product(1.0, (f,)) for f in (form.initial, form.final) if f]
+        parts = (form.query, form.key, form.value, form.decay, form.decay_log, *form.update, *ends)
         held: dict[str, int] = {"t": form.length}
         for f in (f for p in parts if p for f in p.factors):
             held |= {
@@ -206,6 +207,8 @@ class Evaluation:
         state_axes = sorted(a for a in held if a[0] in "bkv")
         rows = []
         state = torch.zeros([held[a] for a in state_axes], dtype=torch.float64)
+        if form.initial is not None:
+            state = state + self.at(Product(1.0, (form.initial,)), state_axes, held, 0)
         read_axes = [a for a in form.axes if a not in (None, "t")]
         for t in range(form.length):
             before = state
@@ -232,7 +235,20 @@ class Evaluation:
         joined = torch.stack(rows)
         order = ["t", *left]
         joined = joined.permute([order.index(a) for a in form.axes if a is not None])
-        close(joined.reshape(self(form.result).shape), self(form.result), f"form {form.axes}")
+        wanted = self(form.result)
+        behind = wanted.numel() // (joined.numel() // form.length) - form.length
+        time = [a for a in form.axes if a is not None].index("t")
+        joined = torch.cat(
+            [
+                joined,
+                joined.narrow(time, 0, 1).expand(*joined.shape[:time], behind, *joined.shape[time + 1 :]) * 0,
+            ],
+            time,
+        )
+        close(joined.reshape(wanted.shape), wanted, f"form {form.axes}")
+        if form.final is not None:
+            final = self.at(Product(1.0, (form.final,)), state_axes, held, 0)
+            close(state.expand(final.shape), final, f"final state of form {form.axes}")
 
     def at(self, p: Product | None, axes: Sequence[str], sizes: dict[str, int], t: int) -> Tensor:
         """Returns a product at time t, broadcast to ``axes``."""
