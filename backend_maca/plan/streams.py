@@ -6,9 +6,9 @@ what was written, or to overwrite what is read. A loop or a branch waits for all
 The longest chain of launches stays on the caller's stream. Beside it, chain by chain, the longest first, launches go to
 another stream where that shortens a call by a launch at least, by a model and not by measurement: a launch takes one
 unit of time, to wait for another stream half a unit. Launches that move much memory share its bandwidth, so that what
-two streams hide is how one starts and ends. Launches that some sizes skip count as nothing.
+two streams hide is how one starts and ends. Launches that some sizes skip count as nothing, and stay.
 
-Calls of the matrix library stay on the caller's stream: what the library shares among streams is not documented.
+So do calls of the matrix library: what it shares among streams is not documented.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 
-from spikingbrain.backend_maca.plan.unread import ALWAYS, buffers_of, runs_when, written_by
+from spikingbrain.backend_maca.plan.conditions import ALWAYS
+from spikingbrain.backend_maca.plan.unread import buffers_of, runs_when, written_by
 
 if TYPE_CHECKING:
     from spikingbrain.backend_maca.source.printer import Kernel
@@ -94,8 +95,8 @@ def _graph(steps: Sequence[Mapping[str, Any]], kernels: Mapping[str, Kernel]) ->
             accesses[number], counted[number] = None, 1
     graph = dependencies(accesses)
     nx.set_node_attributes(graph, counted, "launches")
-    stays = {n: "kernel" not in steps[n] for n in graph}
-    nx.set_node_attributes(graph, stays, "stays")
+    moves = {n: "kernel" in steps[n] and counted[n] > 0 for n in graph}
+    nx.set_node_attributes(graph, moves, "moves")
     return graph
 
 
@@ -104,7 +105,7 @@ def _assign(graph: nx.DiGraph, most: int) -> dict[int, int]:
     streams = dict.fromkeys(graph, 0)
     best = _time(graph, streams)
     rest = graph.copy()
-    rest.remove_nodes_from([*longest(graph), *(n for n in graph if graph.nodes[n]["stays"])])
+    rest.remove_nodes_from([*longest(graph), *(n for n in graph if not graph.nodes[n]["moves"])])
     while rest:
         part = longest(rest)
         rest.remove_nodes_from(part)

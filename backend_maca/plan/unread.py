@@ -6,16 +6,16 @@ norm, for few of them. That launch then need not run. Whether it does is a formu
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from spikingbrain.backend_maca.plan.conditions import ALWAYS, NEVER, Condition, condition
 from spikingbrain.backend_maca.plan.plan import Size, every_step, has_value
 
 if TYPE_CHECKING:
     from spikingbrain.backend_maca.source.printer import Kernel
-
-ALWAYS: Size = 1
-MOST_READERS = 4  # different conditions; more are not worth their formula
 
 
 def skip_unread(plan: Mapping[str, Any], kernels: Mapping[str, Kernel]) -> None:
@@ -27,64 +27,41 @@ def skip_unread(plan: Mapping[str, Any], kernels: Mapping[str, Kernel]) -> None:
 
 
 def _skip(steps: Sequence[dict[str, Any]], kept: set[int], kernels: Mapping[str, Kernel]) -> None:
-    read: dict[int, list[Size]] = {}  # when a buffer is read later
-
-    def reads(buffer: int, when: Size) -> None:
-        known = read.setdefault(buffer, [])
-        if when not in known:
-            known.append(when)
-
+    read: dict[int, Condition] = {}  # when a buffer is read later
     for step in reversed(steps):
         if "kernel" not in step and "library" not in step:
             for inner in every_step([step]):
-                for buffer in buffers_of(inner):
-                    reads(buffer, ALWAYS)
+                read |= dict.fromkeys(buffers_of(inner), ALWAYS)
             continue
         written = written_by(step, kernels)
-        when = _wanted(written, read, kept)
-        if "kernel" in step and when != ALWAYS:
-            step["grid"] = [["select", when, step["grid"][0], 0], *step["grid"][1:]]
+        readers = [read[buffer] for buffer in written if buffer in read]
+        if "kernel" in step and readers and not written & kept:
+            when = functools.reduce(operator.or_, readers)
+            if when not in (ALWAYS, NEVER):
+                step["grid"] = [["select", when.formula, step["grid"][0], 0], *step["grid"][1:]]
         runs = runs_when(step)
         for buffer in buffers_of(step):
-            reads(buffer, runs)
+            read[buffer] = read.get(buffer, NEVER) | runs
 
 
-def _wanted(written: set[int], read: Mapping[int, list[Size]], kept: set[int]) -> Size:
-    """Returns when something reads what a step writes."""
-    conditions: list[Size] = []
-    for buffer in written:
-        conditions += [c for c in read.get(buffer, []) if c not in conditions]
-    if not conditions or written & kept or ALWAYS in conditions or len(conditions) > MOST_READERS:
-        return ALWAYS
-    total, *others = conditions
-    for other in others:
-        total = ["or", total, other]
-    return ALWAYS if has_value(total) else total
-
-
-def runs_when(step: Mapping[str, Any]) -> Size:
+def runs_when(step: Mapping[str, Any]) -> Condition:
     """Returns when a launch has blocks, or a product has rows, as far as a choice of sizes says so."""
     sizes = step["grid"] if "kernel" in step else step["sizes"][:2]
-    conditions = [c for size in sizes if (c := _is_some(size)) != ALWAYS]
-    total: Size = ALWAYS
-    for condition in conditions:
-        total = condition if total == ALWAYS else ["and", total, condition]
-    return total
+    return functools.reduce(operator.and_, map(_is_some, sizes))
 
 
-def _is_some(size: Size) -> Size:
+def _is_some(size: Size) -> Condition:
     """Returns when a size is not 0, as far as a choice in it says so."""
     if not isinstance(size, list):
         return ALWAYS
     if size[0] in ("ceildiv", "mul"):
         parts = [c for part in size[1:] if (c := _is_some(part)) != ALWAYS]
         return parts[0] if len(parts) == 1 else ALWAYS
-    if size[0] != "select" or 0 not in size[2:]:
+    if size[0] != "select" or 0 not in size[2:] or has_value(size[1]):
         return ALWAYS
-    _, condition, first, second = size
-    holds = condition if second == 0 else ["eq", condition, 0]
-    inner = _is_some(first if second == 0 else second)
-    return holds if inner == ALWAYS else ["and", holds, inner]
+    _, chosen, first, second = size
+    holds = condition(chosen) if second == 0 else ~condition(chosen)
+    return holds & _is_some(first if second == 0 else second)
 
 
 def buffers_of(step: Mapping[str, Any]) -> list[int]:

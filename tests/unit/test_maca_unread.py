@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import operator
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +13,7 @@ import pytest
 
 pytest.importorskip("torch_mlir")
 
+from spikingbrain.backend_maca.plan.conditions import ALWAYS, MOST, NEVER, condition
 from spikingbrain.backend_maca.plan.plan import evaluate
 from spikingbrain.backend_maca.plan.unread import skip_unread
 
@@ -76,3 +81,48 @@ def test_what_may_be_read_is_computed(others: list[dict[str, Any]]) -> None:
 def test_results_and_state_are_computed() -> None:
     assert blocks([step("norm", 1, 4), step("many", 4, 3, blocks=MANY)], 1) == 3
     assert blocks([step("norm", 1, 0), step("many", 0, 3, blocks=MANY)], 1) == 3
+
+
+COMPARISONS = [FEW, ["gt", ["dim", 0, 1], 3], ["eq", ["mul", ROWS, ["dim", 0, 1]], 12]]
+
+
+def made_of(random: Random, depth: int) -> Any:
+    """Returns a condition of three comparisons, built up at random."""
+    if depth == 0:
+        return random.choice([*COMPARISONS, 0, 1])
+    parts = [made_of(random, depth - 1) for _ in range(3)]
+    return random.choice([["and", *parts[:2]], ["or", *parts[:2]], ["eq", parts[0], 0], ["select", *parts]])
+
+
+def test_conditions_say_the_same_in_few_words() -> None:
+    shapes = [{0: (rows, columns)} for rows in (1, 3, 6, 9, 12) for columns in (1, 2, 4)]
+    for seed in range(100):
+        formula = made_of(Random(seed), 4)
+        short = condition(formula)
+        assert len(json.dumps(short.formula)) < 250
+        assert (short == ALWAYS) == (short.formula == 1)
+        assert (short == NEVER) == (short.formula == 0)
+        for shape in shapes:
+            assert evaluate(short.formula, shape) == evaluate(formula, shape)
+            assert evaluate((~short).formula, shape) == 1 - evaluate(formula, shape)
+
+
+def test_a_condition_of_many_comparisons_counts_as_one_that_holds() -> None:
+    rows = [condition(["lt", ROWS, n]) for n in range(MOST + 1)]
+    assert functools.reduce(operator.and_, rows[:MOST]) != ALWAYS
+    assert functools.reduce(operator.and_, rows) == ALWAYS
+    formula = functools.reduce(lambda a, b: ["and", a, ["lt", ROWS, b]], range(1, MOST + 3), ["gt", ROWS, 2])
+    for few in range(6):  # the opposite of what is given up would be wrong
+        assert evaluate((~condition(formula)).formula, {0: (few,)}) == 1 - evaluate(formula, {0: (few,)})
+
+
+def test_a_long_chain_of_choices_stays_short() -> None:
+    """Each launch reads what the one before wrote, for few rows or for many, by two ways to count them."""
+    steps = [step(*NORM)]
+    tokens = ["le", ["mul", ROWS, ["dim", 0, 1]], 8]
+    for number in range(30):
+        few, buffer = (FEW, tokens)[number % 2], 1 + number % 2
+        steps += [step(f"few{number}", buffer, 3 - buffer, blocks=["select", few, 2, 0])]
+        steps += [step(f"many{number}", buffer, 3 - buffer, blocks=["select", few, 0, 2])]
+    assert blocks([*steps, step("last", 1, 4)], 9) == 3
+    assert max(len(json.dumps(s["grid"])) for s in steps) < 200
