@@ -283,8 +283,10 @@ def test_a_disk_that_is_full(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
-def test_nvcc_builds_a_program(loops: Path) -> None:
-    subprocess.run([loops / "build.sh", "cuda"], env={**os.environ, "ARCH": "sm_80"}, check=True)
+def test_nvcc_builds_a_program(loops: Path, concurrent: Path) -> None:
+    for folder in (loops, concurrent):
+        subprocess.run([folder / "build.sh", "cuda"], env={**os.environ, "ARCH": "sm_80"}, check=True)
+
 
 
 @pytest.fixture(scope="module")
