@@ -15,6 +15,9 @@ counter of a loop, ``["size", n]`` for the entry's n-th long formula, ``["select
 - ``{"read": value, "buffer": n, "at": sizes}``: the host waits for one element of a buffer;
 - ``{"set": [[value, size], ...]}``, all at once;
 - ``{"check": condition, "message": text}``.
+
+Steps of an entry may have a ``"stream"``, 0 unless given, and ``"after"``, the numbers of steps of other streams that have to
+be done first (``streams.py``, ``order.py``). In the order of the list they may always run.
 """
 
 from __future__ import annotations
