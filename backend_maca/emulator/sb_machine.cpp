@@ -75,6 +75,7 @@ struct Slot {
 };
 struct Wave {
   Meeting meeting;
+  unsigned begin, end;  // of its threads in the order of the block
   Slot slots[2][kWave];
 };
 
@@ -84,7 +85,7 @@ struct Fiber {
 };
 struct Thread {
   uint3 index;
-  unsigned number;
+  unsigned number, position;  // in the block, and in the order of its threads
   Fiber* fiber;
   const Meeting* waits_for;
   unsigned waits_round;
@@ -147,6 +148,23 @@ __attribute__((format(printf, 1, 2))) void fail(const char* format, ...) {
   if (m.running->fiber) leave();
 }
 
+bool can_go_on(const Thread& t) { return !t.done && t.waits_for->round != t.waits_round; }
+
+// Lets the next lane of the wave that can go on do so, else the scheduler, which also starts those that have not begun.
+void pass_on() {
+  Thread& self = *m.running;
+  const Wave& own = m.waves[self.number / kWave];
+  if (m.next < m.end) return leave();
+  for (unsigned i = self.position + 1; i != self.position; ++i) {
+    if (i >= own.end && (i = own.begin) == self.position) break;
+    Thread& t = m.threads[m.order[i]];
+    if (!can_go_on(t)) continue;
+    m.running = &t;
+    return change(self.fiber->context, t.fiber->context);
+  }
+  leave();
+}
+
 void meet(Meeting& meeting, const char* what, int line) {
   Thread& self = *m.running;
   if (meeting.arrived && meeting.line != line) fail("%s in line %d meets one in line %d", what, line, meeting.line);
@@ -158,7 +176,7 @@ void meet(Meeting& meeting, const char* what, int line) {
     meeting.arrived = 0;
     ++meeting.round;
   } else {
-    leave();
+    pass_on();
   }
 }
 
@@ -258,7 +276,12 @@ void order_threads(int order, unsigned seed) {
   for (unsigned w = 0; w < count; ++w) {
     const unsigned first = waves[w] * kWave, size = lanes_of(waves[w]);
     turns(lanes, size, order, seed + w);
-    for (unsigned i = 0; i < size; ++i) m.order[filled++] = first + lanes[i];
+    m.waves[waves[w]].begin = filled;
+    for (unsigned i = 0; i < size; ++i, ++filled) {
+      m.order[filled] = first + lanes[i];
+      m.threads[first + lanes[i]].position = filled;
+    }
+    m.waves[waves[w]].end = filled;
   }
 }
 
@@ -269,7 +292,7 @@ bool run_wave(unsigned begin, unsigned end) {
     more = false;
     for (unsigned i = begin; i < end; ++i) {
       Thread& t = m.threads[m.order[i]];
-      if (t.done || t.waits_for->round == t.waits_round) continue;
+      if (!can_go_on(t)) continue;
       any = more = true;
       m.running = &t;
       change(m.scheduler, t.fiber->context);
@@ -467,8 +490,8 @@ uint32_t sb_shuffle_xor(unsigned long long mask, uint32_t value, int distance, i
   const char* what = "__shfl_xor_sync";
   need_full(mask, what, line);
   const Slot* slots = exchange(what, line, value);
-  const unsigned lane = sb_lane(), other = (lane ^ distance) % kWave;
-  return slots[other / width == lane / width ? other : lane].x;
+  const unsigned lane = sb_lane(), other = (lane ^ distance) % kWave;  // a width is a power of two
+  return slots[(lane ^ other) < unsigned(width) ? other : lane].x;
 }
 
 unsigned long long sb_ballot(unsigned long long mask, int predicate, int line) {
