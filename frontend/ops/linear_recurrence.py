@@ -2,9 +2,11 @@
 
 Without the rank-one part the backward is written in the op itself, so that whatever compiles the op compiles its backward
 too. D_t, the gradient of S_t, is the recurrence D_t = q_t do_t^T + a_(t+1) * D_(t+1), run the other way; dv_t = D_t^T k_t is
-its read, dk_t = D_t v_t the read of its transpose and dq_t = S_t do_t that of the transpose of S. With that part it is
-written in the op too (`linear_recurrence_rank_one`), unless decays scale columns or the number of steps is a symbol. The rest
-is `linear_recurrence_backward`, and all of it where a backend has a kernel for that (`on_device`).
+its read, dk_t = D_t v_t the read of its transpose and dq_t = S_t do_t that of the transpose of S. The gradient of a decay is
+a running sum where it is a logarithm (`of_log_decay`); of a factor, in a compiled graph with a known number of steps, see
+`linear_recurrence_factors`. With the rank-one part it is written in the op too (`linear_recurrence_rank_one`), unless decays
+scale columns or the number of steps is a symbol. The rest is `linear_recurrence_backward`, and all of it where a backend has a
+kernel for that (`on_device`).
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from spikingbrain.frontend.ops.checks import (
     state_dtype,
     up,
 )
+from spikingbrain.frontend.ops.linear_recurrence_factors import exclusive_reads, of_factors
 from spikingbrain.frontend.ops.linear_recurrence_rank_one import (
     by_recurrences,
     of_log_decay,
@@ -167,11 +170,12 @@ def _backward(ctx: Any, do: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, last = ctx.saved_tensors
     options = (ctx.decay_axis, ctx.log_decay, ctx.exclusive, ctx.reverse)
     wanted = needed(ctx, len(tensors))
-    of_factor = tensors[3] is not None and wanted[3] and not ctx.log_decay
     of_rank_one = tensors[4] is not None
     steps, device = tensors[1].shape[1], tensors[1].device.type
     known = isinstance(steps, int) and steps > 0
     on_kernel = takes("linear_recurrence_backward", device, do, dlast, *tensors, *options)
+    # Op by op, outside of a graph, the explicit backward takes three fifths of the time of what is written here.
+    of_factor = tensors[3] is not None and wanted[3] and not ctx.log_decay and not (known and _is_traced(do))
     if on_kernel or of_factor or (of_rank_one and (ctx.decay_axis == "value" or not known)):
         gradients = torch.ops.spikingbrain.linear_recurrence_backward(do, dlast, *tensors, *options)
     elif of_rank_one:
@@ -183,6 +187,11 @@ def _backward(ctx: Any, do: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, decay, _, _, bonus, state = tensors
         gradients = _by_recurrences(do, dlast, last, q, k, v, decay, bonus, state, *options, wanted)
     return *(g if want else None for g, want in zip(gradients, wanted, strict=True)), None, None, None, None
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Returns whether a graph is made of what happens to ``x``, rather than numbers."""
+    return type(x) is not Tensor
 
 
 def _by_recurrences(
@@ -201,7 +210,7 @@ def _by_recurrences(
     reverse: bool,
     wanted: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """Returns the gradients of the op's eight tensors; that of a decay only if it is a logarithm."""
+    """Returns the gradients of the op's eight tensors; that of a decay only if it is wanted."""
     dtype, of_decay_wanted = q.dtype, decay is not None and wanted[3]
     if of_decay_wanted:  # sums of many differences follow: dq and dk are wanted unrounded
         do, q, k, v = up(do), up(q), up(k), up(v)
@@ -226,7 +235,16 @@ def _by_recurrences(
     dq, _ = recur(do, v, k, decay, None if state is None else state.mT.contiguous(), turned, reverse)
 
     of_decay = of_state = of_bonus = None
-    if of_decay_wanted and decay is not None:
+    if of_decay_wanted and decay is not None and not log:
+        s, d = (k.unsqueeze(3), v.unsqueeze(3)), (_by_state(q, groups), _by_state(do, groups))
+        initial, final = torch.zeros_like(last) if state is None else state, dlast
+        if not exclusive:
+            d, final = exclusive_reads(d, final, reverse)
+        if axis == "value":
+            s, d, initial, final = s[::-1], d[::-1], initial.mT, final.mT
+        a = decay.unsqueeze(-1) if axis == "head" else decay
+        of_decay = torch.reshape(of_factors(a, s, d, initial, final, reverse), decay.shape)
+    elif of_decay_wanted and decay is not None:
         if axis == "value":
             read, _ = recur(q, k, v, decay, state, axis, reverse)
             towards, away, at_end = summed(do * read, groups), v * dv, (last * dlast).sum(2)
@@ -249,6 +267,11 @@ def _by_recurrences(
         of_bonus = (up(of_read_key) * up(k)).sum((0, 1)).to(bonus.dtype)
     dq, dk, dv = dq.to(dtype), dk.to(dtype), dv.to(dtype)
     return dq, dk, dv, None if of_decay is None else of_decay.to(dtype), None, None, of_bonus, of_state
+
+
+def _by_state(x: Tensor, groups: int) -> Tensor:
+    """[B, T, H, D] -> [B, T, S, G, D]"""
+    return torch.unflatten(x, 2, (-1, groups))
 
 
 def _shifted(decay: Tensor, one: float, reverse: bool) -> Tensor:

@@ -1,9 +1,9 @@
 """`spikingbrain::linear_recurrence_backward`: all gradients of the recurrence by explicit formulas, block by block.
 
-It serves gradients of decays given as factors, and the rank-one part where decays scale columns or the number of steps is a
-symbol. (Other gradients are written in the op itself, see `linear_recurrence`.) Let every read be of the state before the
-step, as `models.recurrences.blockwise` explains, and let D_t be the gradient of S_t, p_t = S_(t-1)^T w_t and r_t the gradient
-of p_t. Then
+It serves the rank-one part where decays scale columns or the number of steps is a symbol, and decays given as factors where
+that number is a symbol or where nothing is compiled. (Other gradients are written in the op itself, see `linear_recurrence`.)
+Let every read be of the state before the step, as `models.recurrences.blockwise` explains, and let D_t be the gradient of S_t,
+p_t = S_(t-1)^T w_t and r_t the gradient of p_t. Then
 
     D_(t-1) = a_t * D_t + w_t r_t^T + q_t do_t^T,    r_t = D_t^T u_t + (what the outputs add)
 
@@ -16,6 +16,7 @@ Letters in shapes: those of `models.recurrences.blockwise`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -344,7 +345,7 @@ def _decayed(x: _Sides, decay: Products | None) -> tuple[Tensor, Tensor, Tensor,
     of_total = (x.starts * x.ends).sum(-1)
     if decay.total.shape[-1] == 1:
         of_before, of_after, of_total = (g.sum(-1, True) for g in (of_before, of_after, of_total))
-    return of_query, s_query, of_key, d_key, _of_products(decay, levels, of_before, of_after, of_total)
+    return of_query, s_query, of_key, d_key, of_products(decay, levels, of_before, of_after, of_total)
 
 
 def _transposed(score: Tensor) -> Tensor:
@@ -381,25 +382,28 @@ def _half(x: Tensor, steps: int, which: int) -> Tensor:
     return halves(x, steps)[which]
 
 
-def _of_products(
+def of_products(
     decay: Products,
-    levels: list[tuple[Tensor, Tensor]],
+    levels: Sequence[tuple[Tensor, Tensor] | None],
     of_before: Tensor,
     of_after: Tensor,
     of_total: Tensor,
 ) -> Tensor:
-    """Returns the gradient of the decay [..., C, D]: `products` step by step, from the whole block down to single steps."""
+    """Returns the gradient of the decay [..., C, D] from those of its `products`; ``levels`` has those of each before and after.
+
+    Step by step, from the whole block down to single steps; None stands for gradients of 0.
+    """
     before, after, total = of_before.unsqueeze(-3), of_after.unsqueeze(-3), of_total.unsqueeze(-2)
-    for level, (of_level_before, of_level_after) in zip(
-        reversed(decay.levels), reversed(levels), strict=True
-    ):
+    for level, of_level in zip(reversed(decay.levels), reversed(levels), strict=True):
         steps = level.before.shape[-2]
         before_0, before_1 = torch.split(before, steps, -2)
         after_0, after_1 = torch.split(after, steps, -2)
         first = (before_1 * level.before).sum(-2) + total * level.second
         second = (after_0 * level.after).sum(-2) + total * level.first
-        before = _interleaved(before_0, before_1 * level.first.unsqueeze(-2) + of_level_before)
-        after = _interleaved(after_0 * level.second.unsqueeze(-2) + of_level_after, after_1)
+        before_1, after_0 = before_1 * level.first.unsqueeze(-2), after_0 * level.second.unsqueeze(-2)
+        if of_level is not None:
+            before_1, after_0 = before_1 + of_level[0], after_0 + of_level[1]
+        before, after = _interleaved(before_0, before_1), _interleaved(after_0, after_1)
         total = torch.stack((first, second), -2).flatten(-3, -2)
     return total
 

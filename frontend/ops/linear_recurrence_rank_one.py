@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from spikingbrain.frontend.ops.checks import up
+from spikingbrain.frontend.ops.linear_recurrence_factors import of_factors
 
 # Steps of a segment at most.
 SEGMENT = 256
@@ -49,7 +50,7 @@ def by_recurrences(
     reverse: bool,
     of_decay_wanted: bool,
 ) -> tuple[Tensor | None, ...]:
-    """Returns the gradients of the op's eight tensors; that of a decay only if it is a logarithm. Not for decays of values.
+    """Returns the gradients of the op's eight tensors; that of a decay only if it is wanted. Not for decays of values.
 
     The number of steps is known and not 0.
     """
@@ -91,7 +92,24 @@ def by_recurrences(
     dk, of_erase, dv = summed(dk, groups), summed(of_erase, groups), summed(dv, groups)
 
     of_decay = of_bonus = None
-    if of_decay_wanted and decay is not None:
+    if of_decay_wanted and decay is not None and not log:
+        wide = decay.unsqueeze(-1) if axis == "head" else decay
+        by_state = [torch.unflatten(x, 2, (-1, groups)) for x in (query, do)]
+        s = torch.stack((k, erase), 3), torch.stack((v, p), 3)
+        d = (
+            torch.cat((by_state[0], predict.unsqueeze(3)), 3),
+            torch.cat((by_state[1], summed(r, groups).unsqueeze(3)), 3),
+        )
+        of_decay = of_factors(
+            time.cut(wide, 1.0),
+            (time.cut(s[0]), time.cut(s[1])),
+            (time.cut(d[0]), time.cut(d[1])),
+            starts.flatten(0, 1),
+            summed(ends, groups).flatten(0, 1),
+            reverse,
+        )
+        of_decay = torch.reshape(time.join(of_decay), decay.shape)
+    elif of_decay_wanted and decay is not None:
         towards = summed(query * of_query, groups) + predict * of_predict
         away = k * dk + erase * of_erase
         following = torch.cat(
@@ -109,7 +127,7 @@ def by_recurrences(
         of_predict = of_predict + summed(by_erase * of_query, groups)
         of_erase = of_erase + summed(by_predict * q, groups)
         if of_decay is not None and a is not None:
-            more = summed(q * a * of_query, groups)
+            more = summed((q * a if log else q) * of_query, groups)
             of_decay = of_decay + (more.sum(-1) if axis == "head" else more)
     if bonus is not None or not exclusive:
         weight = (do * per_query(v, groups)).sum(-1, keepdim=True)

@@ -14,12 +14,13 @@ from spikingbrain.frontend.ops import linear_recurrence
 from spikingbrain.models.reference import recurrences as reference
 
 pytestmark = pytest.mark.skipif(shutil.which(compiler()) is None, reason="no C++ compiler")
+OPTIONS = {"target": "maca-emulator", "library": False}
 BATCH, HEADS, STATES, KEYS, VALUES = 2, 4, 2, 20, 12
 DECAYS = {"none": None, "head": [], "key": [KEYS], "value": [VALUES]}
 
 
-def operands(axis: str, delta: bool, time: int) -> dict[str, torch.Tensor]:
-    """Returns random operands; every state is forgotten at step 5."""
+def operands(axis: str, delta: bool, time: int, log: bool) -> dict[str, torch.Tensor]:
+    """Returns random operands; every state is forgotten at step 5, and some factors are negative."""
     by_key = (BATCH, time, STATES, KEYS)
     k = torch.nn.functional.normalize(torch.randn(by_key), dim=-1)
     found = {
@@ -29,33 +30,41 @@ def operands(axis: str, delta: bool, time: int) -> dict[str, torch.Tensor]:
         "decay": -2 * torch.rand(BATCH, time, STATES, *DECAYS[axis]),
         "state": torch.randn(BATCH, STATES, KEYS, VALUES),
     }
-    found["decay"][:, 5:6] = -torch.inf
+    if not log:
+        found["decay"] = 1 + 0.6 * found["decay"]
+    found["decay"][:, 5:6] = -torch.inf if log else 0
     if delta:
         found |= {"erase": -k * torch.rand(BATCH, time, STATES, 1), "predict": k.clone()}
     return found
 
 
 @pytest.mark.parametrize(
-    ("axis", "delta", "reverse", "time"),
+    ("axis", "delta", "reverse", "time", "log"),
     [
-        ("key", False, False, 37),
+        ("key", False, False, 37, True),
+        ("key", False, False, 7, False),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
-                ("key", False, False, 0),
-                ("key", False, False, 1),
-                ("head", True, False, 37),
-                ("key", True, False, 19),
-                ("key", False, True, 19),
-                ("value", False, False, 37),
+                ("key", False, False, 0, True),
+                ("key", False, False, 1, True),
+                ("head", True, False, 37, True),
+                ("key", True, False, 19, True),
+                ("key", False, True, 19, True),
+                ("value", False, False, 37, True),
+                ("key", False, False, 37, False),
+                ("head", False, True, 70, False),
+                ("value", False, False, 37, False),
+                ("key", True, False, 19, False),
+                ("head", True, True, 19, False),
             ]
         ),
     ],
 )
-def test_gradients(axis: str, delta: bool, reverse: bool, time: int) -> None:
+def test_gradients(axis: str, delta: bool, reverse: bool, time: int, log: bool) -> None:
     torch.manual_seed(0)
-    given: dict[str, Any] = operands(axis, delta, time)
-    options = {"decay_axis": axis, "log_decay": True, "reverse": reverse}
+    given: dict[str, Any] = operands(axis, delta, time, log)
+    options = {"decay_axis": axis, "log_decay": log, "reverse": reverse}
 
     def loss(op: Any, *tensors: torch.Tensor) -> torch.Tensor:
         o, state = op(**dict(zip(given, tensors, strict=True)), **options)
@@ -65,11 +74,14 @@ def test_gradients(axis: str, delta: bool, reverse: bool, time: int) -> None:
         return loss(linear_recurrence, *tensors)
 
     torch._dynamo.reset()
-    compiled = torch.compile(ours, backend="spikingbrain", options={"target": "maca-emulator"})
+    compiled = torch.compile(ours, backend="spikingbrain", options=OPTIONS)
     found = [x.clone().requires_grad_() for x in given.values()]
     with report.collect() as reports:
         compiled(*found).backward()
-    assert "compiled" in [region.status for graph in reports for region in graph.regions]
+    regions = [region for graph in reports for region in graph.regions]
+    left = [region.reason for region in regions if region.status == "eager"]
+    assert set(left) == (set() if time else {"a tensor without elements"})
+    assert ["linear_recurrence" in region.ops for region in regions].count(True) >= 2  # forward and backward
     wanted = [x.double().requires_grad_() for x in given.values()]
     loss(reference.linear_recurrence, *wanted).backward()
     for name, got, want in zip(given, found, wanted, strict=True):

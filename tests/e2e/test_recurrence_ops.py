@@ -182,6 +182,35 @@ def test_training(model: Model, fresh_dynamo: None) -> None:
     assert "linear_recurrence_backward" not in json.dumps(found)
 
 
+class Forgetting(nn.Module):
+    """A recurrence whose decays are factors that are learned, exactly 0 or negative among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.decay = nn.Linear(6, 24), nn.Parameter((1.4 * torch.rand(7, 2, 4) - 0.4).relu())
+        nn.init.constant_(self.decay[3, :, 1:3], -0.3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (2, 12)).chunk(3, -1)
+        return linear_recurrence(q, k, v, self.decay.expand(len(x), 7, 2, 4), decay_axis="key")[0]
+
+
+@pytest.mark.parametrize("library", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_gradients_of_factors_are_compiled(library: bool, fresh_dynamo: None) -> None:
+    torch.manual_seed(0)
+    model, x = Forgetting(), torch.randn(2, 7, 6)
+    options = {"library": library}
+    compiled = torch.compile(model, backend="spikingbrain", options=options)
+    got, want = (
+        torch.autograd.grad(m(x).square().sum(), list(model.parameters())) for m in (compiled, model)
+    )
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    found = spikingbrain.explain(model, x, options=options).to_dict()
+    assert found["counts"]["eager"] == 0
+    assert "linear_recurrence" in json.dumps([r for r in found["regions"] if r["kind"] == "backward"])
+
+
 class Shared(nn.Module):
     """Keys, values and decays repeated for two heads each, as models with grouped heads write it."""
 

@@ -83,10 +83,11 @@ def test_explain_tells_what_runs_where(found: dict[str, Any]) -> None:
     told = [(r["kind"], r["status"], r["ops"][0]) for r in found["regions"] if ours & set(r["ops"])]
     assert sorted(told) == [
         ("backward", "compiled", "linear_recurrence_backward"),
-        ("backward", "compiled", "linear_scan"),
-        ("backward", "eager", "linear_recurrence_backward"),
+        *[("backward", "compiled", "linear_scan")]
+        * 2,  # the gradient of decays that are factors has one in either graph
+        *[("backward", "eager", "linear_recurrence")] * 2,
         ("forward", "compiled", "linear_recurrence"),
-        ("forward", "compiled", "linear_scan"),
+        *[("forward", "compiled", "linear_scan")] * 2,
         ("forward", "eager", "linear_recurrence"),
     ]
     [refused] = [r for r in found["regions"] if r["status"] == "eager" and r["kind"] == "forward"]

@@ -187,16 +187,18 @@ def test_the_backward_is_made_of_recurrences(fresh_dynamo: None) -> None:
 
     torch.manual_seed(5)
     cases = [
-        ("key", False, False, 3),
-        ("key", True, False, 4),
-        ("key", True, True, 0),
-        ("value", True, False, 0),
+        ("key", True, False, False, 3),
+        ("key", True, True, False, 4),
+        ("key", True, True, True, 0),
+        ("value", True, True, False, 0),
+        ("key", False, False, True, 0),
     ]
-    for axis, rank, dynamic, calls in cases:
-        tensors, options = _problem(9, axis, True, rank, False)
+    for axis, log, rank, dynamic, calls in cases:
+        tensors, options = _problem(9, axis, log, rank, False)
         decay = tensors["decay"]
         assert decay is not None
-        tensors["decay"] = F.logsigmoid(torch.randn_like(decay))
+        if log:
+            tensors["decay"] = F.logsigmoid(torch.randn_like(decay))
         graphs.clear()
         compiled = torch.compile(
             lambda o=options, **x: op(**x, **o),
@@ -210,6 +212,50 @@ def test_the_backward_is_made_of_recurrences(fresh_dynamo: None) -> None:
         assert forward_graph.count("spikingbrain.linear_recurrence.default") == 1
         assert backward_graph.count("spikingbrain.linear_recurrence.default") == calls
         assert backward_graph.count("spikingbrain.linear_recurrence_backward.default") == (calls == 0)
+
+
+@pytest.mark.parametrize(
+    ("axis", "rank", "exclusive", "reverse", "groups", "steps"),
+    [
+        ("head", False, False, False, 1, 70),
+        ("head", False, True, True, 3, 7),
+        ("head", True, True, False, 3, 5),
+        ("key", False, False, True, 2, 37),
+        ("key", False, True, False, 1, 1),
+        ("key", True, False, True, 1, 40),
+        ("value", False, False, False, 1, 37),
+        ("value", False, True, True, 2, 7),
+    ],
+)
+def test_gradients_of_factors_in_a_graph(
+    axis: str,
+    rank: bool,
+    exclusive: bool,
+    reverse: bool,
+    groups: int,
+    steps: int,
+    fresh_dynamo: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There they are products, too, and exact where a factor is 0 or negative; segments of delta rules have 16 steps."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    module = importlib.import_module("spikingbrain.frontend.ops.linear_recurrence_rank_one")
+    monkeypatch.setattr(module, "SEGMENT", 16)
+    graphs: list[str] = []
+
+    def keep(gm: torch.fx.GraphModule, inputs: list[Any]) -> torch.fx.GraphModule:
+        graphs.append(str(gm.graph))
+        return gm
+
+    torch.manual_seed(11)
+    tensors, options = _problem(steps, axis, False, rank, exclusive, reverse, groups)
+    compiled = torch.compile(
+        lambda **x: op(**x, **options), backend=aot_autograd(fw_compiler=keep), fullgraph=True
+    )
+    got, _ = _results(_without_options(compiled), tensors, options)
+    _compare(got, _results(reference.linear_recurrence, tensors, options)[0])
+    assert "linear_recurrence_backward" not in graphs[1]
 
 
 @pytest.mark.parametrize("axis", ["head", "key"])
