@@ -21,8 +21,8 @@ def sort_choices(graph: fx.Graph) -> int:
     """Lets every top-k give its elements in order, as it may; returns how many did not have to. torch-mlir lowers no other."""
     changed = 0
     for node in graph.find_nodes(op="call_function", target=aten.topk.default):
-        defaults: tuple[Any, ...] = (-1, True, True)
-        x, count, dim, largest, is_sorted = (*node.args, *defaults[len(node.args) - 2 :])
+        defaults: list[Any] = [-1, True, True]
+        x, count, dim, largest, is_sorted = list(node.args) + defaults[len(node.args) - 2 :]
         if not node.kwargs.get("sorted", is_sorted):
             kept = {name: value for name, value in node.kwargs.items() if name != "sorted"}
             node.args = (x, count, kept.pop("dim", dim), kept.pop("largest", largest), True)

@@ -212,7 +212,7 @@ class Expressions:
         axis = kinds.index("reduction")
         if dims is None or kinds.count("reduction") > 1 or any(form.factors[-1] for form in place):
             return None
-        if str(element) not in FLOATS or op not in self.after_given or not _is_sum(op):
+        if str(element) not in FLOATS or op not in self.after_given or not is_sum(op):
             return None
         inputs = self._inputs(op, {**dims, axis: self.here()[-1]})
         if inputs is None or _length(op, axis) != self.sizes[-1]:
@@ -277,6 +277,25 @@ def emit(node: Node, given: Sequence[ir.Value], read: dict[tuple[ir.Value, Place
 
     result = value(node)
     return _powers_written_out(result)
+
+
+def node_text(node: Node | None, known: dict[tuple[ir.Value, Place], int]) -> str:
+    """Returns a tree as text, the same for trees that compute the same."""
+    if isinstance(node, Element):
+        return f"read {known[node.value, node.place]}"
+    if not isinstance(node, Applied):
+        return str(node)
+    block = node.op.regions[0].blocks[0]
+    names: dict[ir.Value, str] = {a: f"a{i}" for i, a in enumerate(block.arguments)}
+    steps = []
+    for op in [o.operation for o in block.operations]:
+        for value in op.operands:
+            if value not in names:  # a constant from outside
+                names[value] = str(value.owner.attributes["value"])
+        settings = {n: str(op.attributes[n]) for n in op.attributes}
+        steps.append(f"{op.name}({', '.join(names[v] for v in op.operands)}) {settings}")
+        names.update({result: f"v{len(steps)}" for result in op.results})
+    return f"[{'; '.join(steps)}]({', '.join(node_text(child, known) for child in node.inputs)})"
 
 
 def _powers_written_out(result: ir.Value) -> ir.Value:
@@ -390,7 +409,7 @@ def _is_scalar(op: ir.Operation, inputs_only: bool) -> bool:
     return all(torch_ir.defining(v, CONSTANT) is not None for v in outside)
 
 
-def _is_sum(op: ir.Operation) -> bool:
+def is_sum(op: ir.Operation) -> bool:
     """Tells whether a reduction adds what its body computes to its initial value, 0."""
     block = op.regions[0].blocks[0]
     start = uniform(list(op.operands)[-1])

@@ -12,17 +12,19 @@ from spikingbrain.passes import linalg_build as build
 from spikingbrain.passes import torch_ir
 from spikingbrain.passes.base import PassContext
 from spikingbrain.passes.kernels.linear import emit_linear
-from spikingbrain.passes.residuals import sum_with
+from spikingbrain.passes.residuals import sums_with
 from spikingbrain.passes.wave_kernels import linear as wave
 from spikingbrain.passes.wave_kernels import row_values
+
+MOST_ADDENDS = 4  # of a kernel for few rows
 
 
 @dataclass(frozen=True)
 class LowerLinear:
     """Lowers ``spikingbrain.linear``: a packed weight to the CPU kernel, a plain one to a wave kernel or to linalg.
 
-    An elementwise sum of the result with another tensor (a residual) goes into the kernel. Wave kernels for few rows
-    compute what nothing but projections reads: a norm, a gate, a slice.
+    An elementwise sum of the result with another tensor (a residual) goes into the kernel, several into one for few rows.
+    Wave kernels for few rows compute what nothing but projections reads: a norm, a gate, a slice.
     In: our dialect. Out: ``spikingbrain_control.launch`` and kernel functions, or ``linalg.generic``.
     """
 
@@ -33,20 +35,22 @@ class LowerLinear:
             x, weight = op.operands
             packed = len(ir.RankedTensorType(weight.type).shape) == 3
             has_kernel = packed or context.target.wave_kernels
-            # a sum with another value costs nothing in the kernel: it is what the accumulators start from
-            total, addend = sum_with(op) if has_kernel else (op, None)
-            if packed and build.is_half(op.results[0].type):
-                total, addend = op, None  # of 16 bits: the product is rounded before the sum, as written
+            # a sum with another value costs nothing in the kernel: it is what the accumulators start from or end with
+            most = 1 if packed or not wave.has_few_rows(x) else MOST_ADDENDS
+            if not has_kernel or (packed and build.is_half(op.results[0].type)):
+                most = 0  # of 16 bits: the product is rounded before the sum, as written
+            sums, addends = sums_with(op, most)
+            total = sums[-1] if sums else op
             computed = None if packed or not has_kernel else _computed(x)
             with ir.InsertionPoint(total), op.location:
                 rows = build.flatten_leading(x)
-                residual = None if addend is None else build.flatten_leading(addend)
+                others = [build.flatten_leading(addend) for addend in addends]
                 if packed:
                     f32, columns = ir.F32Type.get(), op.attributes["columns"].value
-                    y = emit_linear(build.converted(rows, f32), weight, columns, context.target, residual)
+                    y = emit_linear(build.converted(rows, f32), weight, columns, context.target, *others)
                     y = build.converted(y, ir.RankedTensorType(x.type).element_type)
                 elif has_kernel:
-                    y = wave.emit_linear(rows, weight, context.target.tuning, residual, computed)
+                    y = wave.emit_linear(rows, weight, context.target.tuning, others, computed)
                 else:
                     y = _product(rows, weight)
                 y = build.unflatten_leading(y, op.results[0].type, x)
@@ -56,12 +60,11 @@ class LowerLinear:
                 "lowered",
                 op,
                 ("kernel" if has_kernel else "linalg")
-                + (" with a sum" if addend else "")
+                + (" with a sum" if addends else "")
                 + (", few rows computed in it" if computed else ""),
             )
-            if total != op:
-                total.erase()
-            op.erase()
+            for old in [*reversed(sums), op]:
+                old.erase()
 
 
 def _computed(x: ir.Value) -> row_values.RowValues | None:

@@ -31,3 +31,16 @@ def sum_with(op: ir.Operation) -> tuple[ir.Operation, ir.Value | None]:
     if addend == op.results[0] or addend.type != op.results[0].type:
         return op, None
     return user, addend
+
+
+def sums_with(op: ir.Operation, most: int) -> tuple[list[ir.Operation], list[ir.Value]]:
+    """Returns up to ``most`` sums of a projection's result with other tensors, one after the other, and those tensors."""
+    sums: list[ir.Operation] = []
+    addends: list[ir.Value] = []
+    while len(sums) < most:
+        total, addend = sum_with(sums[-1] if sums else op)
+        if addend is None:
+            break
+        sums.append(total)
+        addends.append(addend)
+    return sums, addends

@@ -14,6 +14,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 
 from torch_mlir import ir
 from torch_mlir.dialects import arith, math, vector
@@ -71,13 +72,13 @@ OPS_PER_BYTE = 7
 
 @dataclass(frozen=True)
 class Shape:
-    """One projection: K, columns, rows (None: any number), the type of everything, and whether another value is added."""
+    """One projection: K, columns, rows (None: any number), the type of everything, and how many other values are added."""
 
     channels: int
     columns: int
     rows: int | None
     element: str = "f32"
-    addend: bool = False
+    addends: int = 0
     few_rows: int = FEW_ROWS
     tuning: Tuning = USUAL
 
@@ -136,32 +137,38 @@ class Shape:
     @property
     def name(self) -> str:
         m = "" if self.rows is None else self.rows
-        return f"linear_{self.element}_k{self.channels}_n{self.columns}_m{m}{'_sum' * self.addend}"
+        return f"linear_{self.element}_k{self.channels}_n{self.columns}_m{m}{'_sum' * self.addends}"
 
 
 def emit_linear(
     x: ir.Value,
     weight: ir.Value,
     tuning: Tuning,
-    addend: ir.Value | None = None,
+    addends: Sequence[ir.Value] = (),
     computed: RowValues | None = None,
 ) -> ir.Value:
     """Emits the launch of a kernel at the insertion point; returns y, ``[M, N]``.
 
-    ``x`` is ``[M, K]`` with M static or dynamic, ``weight`` ``[N, K]``, the addend ``[M, N]``, all of one type: f32, f16 or bf16.
+    ``x`` is ``[M, K]`` with M static or dynamic, ``weight`` ``[N, K]``, addends ``[M, N]``, all of one type: f32, f16 or bf16.
     ``computed`` is how x is computed, if that can be done where it is read: few rows are then not read from x.
     """
     kind = ir.RankedTensorType(x.type)
     (m, k), (n, _) = kind.shape, ir.RankedTensorType(weight.type).shape
     rows = None if kind.is_dynamic_dim(0) else m
-    shape = Shape(k, n, rows, str(kind.element_type), addend is not None, tuning=tuning)
-    inputs, count = [x, weight, *([] if addend is None else [addend])], size(x, 0)
+    shape = Shape(k, n, rows, str(kind.element_type), len(addends), tuning=tuning)
+    inputs, count = [x, weight, *addends], size(x, 0)
     if computed is not None:
         shape = replace(shape, few_rows=rows_that_pay(shape, computed))
     if computed is None or not shape.most_rows:
         return _emit_both(replace(shape, few_rows=FEW_ROWS), inputs, count)
     few = _emit_few(shape, computed, [*flat_sources(computed), *inputs[1:]], count)
     return few if rows is not None else _emit_many(shape, inputs, few, count)
+
+
+def has_few_rows(x: ir.Value) -> bool:
+    """Returns whether x, ``[..., K]``, surely has few rows."""
+    leading = list(ir.RankedTensorType(x.type).shape)[:-1]
+    return min(leading, default=1) >= 0 and prod(leading) <= FEW_ROWS
 
 
 def rows_that_pay(shape: Shape, computed: RowValues) -> int:
@@ -182,10 +189,8 @@ def _emit_both(shape: Shape, inputs: list[ir.Value], rows: ir.Value) -> ir.Value
     """Emits the launch of the kernel that takes few rows and many, as far as ``shape`` has both."""
 
     def body(block: list[ir.Value], buffers: list[ir.Value]) -> None:
-        x, weight, *addend, y = buffers
-        LinearKernel(shape, x, weight, [], y, addend[0] if addend else None).emit(
-            block[0], _tile(shape, block, y)
-        )
+        x, weight, *addends, y = buffers
+        LinearKernel(shape, x, weight, [], y, addends).emit(block[0], _tile(shape, block, y))
 
     grid = [column_blocks(shape, rows), ceil_div(rows, shape.tile_rows), index(1)]
     return _launch(shape.name, body, grid, inputs, shape.result, [rows] if shape.rows is None else [])
@@ -196,10 +201,11 @@ def _emit_few(shape: Shape, computed: RowValues, inputs: list[ir.Value], rows: i
     count = len(computed.sources)
 
     def body(block: list[ir.Value], buffers: list[ir.Value]) -> None:
-        sources, (weight, *addend, y) = buffers[:count], buffers[count:]
+        sources, (weight, *addends, y) = buffers[:count], buffers[count:]
         block_rows = Rows(index(0), size(y, 0))
-        kernel = LinearKernel(shape, weight, weight, [], y, addend[0] if addend else None)
-        kernel.few(block[0], block_rows, shape.most_rows, _Computed(kernel, computed, sources, block_rows))
+        kernel = LinearKernel(shape, weight, weight, [], y, addends)
+        rows = Computed(kernel, computed, sources, block_rows, shape.most_rows)
+        kernel.few(block[0], block_rows, shape.most_rows, rows)
 
     columns = index(-(-shape.columns // shape.few_columns))
     sizes = []
@@ -215,8 +221,8 @@ def _emit_many(shape: Shape, inputs: list[ir.Value], few: ir.Value, rows: ir.Val
     """Emits the launch of the kernel for many rows, into the memory of the result for few; it has no blocks for few."""
 
     def body(block: list[ir.Value], buffers: list[ir.Value]) -> None:
-        x, weight, *addend, y = buffers
-        kernel = LinearKernel(shape, x, weight, [], y, addend[0] if addend else None)
+        x, weight, *addends, y = buffers
+        kernel = LinearKernel(shape, x, weight, [], y, addends)
         kernel.tiles(block[0], _tile(shape, block, y))
 
     columns = arith.select(shape.are_few(rows), index(0), index(-(-shape.columns // shape.tile_columns)))
@@ -258,10 +264,10 @@ class LinearKernel:
         weight: ir.Value,
         expert: list[ir.Value],
         y: ir.Value,
-        addend: ir.Value | None,
+        addends: Sequence[ir.Value],
     ) -> None:
         self.shape, self.x, self.weight, self.expert = shape, x, weight, expert
-        self.y, self.addend = y, addend
+        self.y, self.addends = y, addends
         self.element = ir.MemRefType(weight.type).element_type
         self.thread = thread()
         self.wave, self.lane = floor_div(self.thread, WAVE), rem(self.thread, WAVE)
@@ -280,10 +286,28 @@ class LinearKernel:
 
     # Few rows
 
-    def few(self, block: ir.Value, some_rows: Rows, most: int, computed: _Computed | None = None) -> None:
+    def few(self, block: ir.Value, some_rows: Rows, most: int, computed: Computed | None = None) -> None:
         """Computes some columns of up to ``most`` rows in each wave."""
-        shape, count = self.shape, self.shape.tuning.linear_columns
         rows = [some_rows.number(i) for i in range(most)]
+        count = self.shape.tuning.linear_columns
+        mine = self.mine(block, rows, computed)
+        row = rows[0]
+        for r, number in enumerate(rows[1:], 1):
+            row = arith.select(compare("sge", self.lane, index(r * count)), number, row)
+        has_one = some_rows.has(floor_div(self.lane, count))
+        has_one = arith.andi(has_one, compare("slt", self.lane, index(len(rows) * count)))
+        column = self.few_column(block)
+        inside = arith.andi(has_one, compare("slt", column, index(self.shape.columns)))
+        when(inside, lambda: self.finish(mine, row, column))
+
+    def few_column(self, block: ir.Value) -> ir.Value:
+        """Returns the column of a lane, of few rows; there may be none."""
+        count = self.shape.tuning.linear_columns
+        return add(mul(add(mul(block, WAVES), self.wave), count), rem(self.lane, count))
+
+    def mine(self, block: ir.Value, rows: list[ir.Value], computed: Computed | None = None) -> ir.Value:
+        """Returns the product of a lane in f32: of its column and, a group of lanes each, of one of few rows."""
+        shape, count = self.shape, self.shape.tuning.linear_columns
         first = mul(add(mul(block, WAVES), self.wave), count)
         columns = [minimum(add(first, c), shape.columns - 1) for c in range(count)]
         lanes = shape.lanes if shape.channels % shape.lanes == 0 else 1
@@ -311,17 +335,10 @@ class LinearKernel:
         else:
             sums = computed.pieces(products, first_channel, lanes, zeros)
         sums = [over_lanes(arith.addf, total) for total in sums]
-        mine = sums[0]  # a lane writes one of them
+        mine = sums[0]  # a lane has one of them
         for at, total in enumerate(sums[1:], 1):
             mine = arith.select(compare("eq", self.lane, index(at)), total, mine)
-        row = rows[0]
-        for r, number in enumerate(rows[1:], 1):
-            row = arith.select(compare("sge", self.lane, index(r * count)), number, row)
-        column = add(first, rem(self.lane, count))
-        has_one = some_rows.has(floor_div(self.lane, count))
-        has_one = arith.andi(has_one, compare("slt", self.lane, index(len(places))))
-        inside = arith.andi(has_one, compare("slt", column, index(shape.columns)))
-        when(inside, lambda: self.finish(mine, row, column))
+        return mine
 
     def values(self, source: ir.Value, at: list[ir.Value], lanes: int) -> list[ir.Value]:
         """Returns neighbouring elements as f32."""
@@ -334,8 +351,8 @@ class LinearKernel:
         return value if self.shape.element == "f32" else arith.extf(ir.F32Type.get(), value)
 
     def finish(self, total: ir.Value, row: ir.Value, column: ir.Value) -> None:
-        if self.addend is not None:
-            total = arith.addf(total, self.widened(get(self.addend, [row, column])))
+        for addend in self.addends:
+            total = arith.addf(total, self.widened(get(addend, [row, column])))
         value = total if self.shape.element == "f32" else arith.truncf(self.element, total)
         put(value, self.y, [row, column])
 
@@ -366,16 +383,18 @@ class LinearKernel:
             when(rows.has(i), write)
 
 
-class _Computed:
+class Computed:
     """Few rows that the block computes, piece by piece, in shared memory."""
 
-    def __init__(self, kernel: LinearKernel, values: RowValues, sources: list[ir.Value], rows: Rows) -> None:
-        self.kernel, self.values, self.sources, self.rows = kernel, values, sources, rows
+    def __init__(
+        self, kernel: LinearKernel, values: RowValues, sources: list[ir.Value], rows: Rows, most: int
+    ) -> None:
+        self.kernel, self.values, self.sources, self.rows, self.most = kernel, values, sources, rows, most
         shape = kernel.shape
         step = WAVE * shape.lanes
         whole = -(-shape.channels // step) * step
-        self.channels = min(whole, PIECE_BYTES // (shape.most_rows * shape.bytes) // step * step)
-        self.piece = shared([shape.most_rows, self.channels], kernel.element)
+        self.channels = min(whole, PIECE_BYTES // (most * shape.bytes) // step * step)
+        self.piece = shared([most, self.channels], kernel.element)
         self.count = sub(rows.end, rows.first)
 
     def pieces(
@@ -387,8 +406,7 @@ class _Computed:
     ) -> list[ir.Value]:
         """Returns the sums of products with all pieces."""
         kernel, channels = self.kernel, self.kernel.shape.channels
-        most = kernel.shape.most_rows
-        sums_of = self.values.row_sums(self.sources, self.rows.first, self.count, most, THREADS)
+        sums_of = self.values.row_sums(self.sources, self.rows.first, self.count, self.most, THREADS)
 
         def one(start: ir.Value, *sums: ir.Value) -> list[ir.Value]:
             length = minimum(sub(channels, start), self.channels)

@@ -25,6 +25,7 @@ from spikingbrain.passes.elementwise import (
     Node,
     elements,
     emit,
+    node_text,
     walk,
 )
 from spikingbrain.passes.kernels.builders import (
@@ -92,7 +93,7 @@ class RowValues:
         known = {(r.element.value, r.element.place): n for n, r in enumerate(self.reads)}
         places = [(r.source, r.by_row, r.by_channel, r.first) for r in self.reads]
         shapes = [str(source.type) for source in self.sources]
-        return f"{[_text(n, known) for n in [*self.sums, self.node]]} {places} {shapes}"
+        return f"{[node_text(n, known) for n in [*self.sums, self.node]]} {places} {shapes}"
 
     @property
     def digest(self) -> str:
@@ -182,7 +183,7 @@ def find(x: ir.Value, readers: Sequence[ir.Operation]) -> RowValues | None:
         if read is None:
             return None
         reads.setdefault((element.value, element.place), read)
-    if any(n != 1 for n in shape[:-1]) and not any(read.by_row for read in reads.values()):
+    if any(n < 0 for n in shape[:-1]) and not any(read.by_row for read in reads.values()):
         return None
     type_ = ir.RankedTensorType(x.type).element_type
     found = RowValues(node, sums, shape[-1], type_, list(sources), list(reads.values()))
@@ -256,22 +257,3 @@ def _row_number(axes: Sequence[tuple[Linear, int]], long: Sequence[int]) -> obje
             total[1] * n + constant,
         )
     return total
-
-
-def _text(node: Node | None, known: dict[tuple[ir.Value, tuple[Linear, ...]], int]) -> str:
-    """Returns a tree as text, the same for trees that compute the same."""
-    if isinstance(node, Element):
-        return f"read {known[node.value, node.place]}"
-    if not isinstance(node, Applied):
-        return str(node)
-    block = node.op.regions[0].blocks[0]
-    names: dict[ir.Value, str] = {a: f"a{i}" for i, a in enumerate(block.arguments)}
-    steps = []
-    for op in [o.operation for o in block.operations]:
-        for value in op.operands:
-            if value not in names:  # a constant from outside
-                names[value] = str(value.owner.attributes["value"])
-        settings = {n: str(op.attributes[n]) for n in op.attributes}
-        steps.append(f"{op.name}({', '.join(names[v] for v in op.operands)}) {settings}")
-        names.update({result: f"v{len(steps)}" for result in op.results})
-    return f"[{'; '.join(steps)}]({', '.join(_text(child, known) for child in node.inputs)})"
