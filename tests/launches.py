@@ -94,6 +94,7 @@ class Keeper(_Seam):
         )
         kept = (
             source
+            and not any(f"/{name}::" in self.test for name in OF_THE_EMULATOR)
             and kernels.order == "forward"
             and sum(a.nbytes for a in arrays) <= self._largest
             and not _overlap(arrays)
