@@ -6,7 +6,8 @@ A launch takes the time to start it, and then the longest of
 - cache, shared memory, arithmetic, matrix instructions: what the blocks of the busiest processor do, by its rate;
 
 longer where fewer waves are in flight than hide latencies, as shared memory, registers and threads of a block allow, plus
-its barriers. A product of the library takes what its bytes or its multiplications do. Rates are those of ``Card``.
+its barriers. A product of the library takes what its bytes or its multiplications do. Rates are those of ``Card``. Launches
+count one after the other, on whatever streams they are.
 """
 
 from __future__ import annotations
