@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ pytest.importorskip("torch_mlir")
 
 from test_maca import Array, compile_text, in_every_order, load, needs_cxx, random
 
+from spikingbrain.backend_maca.source.subset import SUBSET
 from spikingbrain.errors import UnsupportedOp
 
 
@@ -778,3 +780,11 @@ def test_collectives_stand_where_threads_surely_come_together(
 ) -> None:
     got = feature(name.replace(" ", "_"), np.full(192, 2, np.float32))
     np.testing.assert_array_equal(got[:64], np.full(64, 255, np.float32))
+
+
+def test_the_docs_list_the_subset() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "maca.md").read_text()
+    table = page.partition("## The subset that is printed")[2].partition("Rules of the printed source")[0]
+    listed = set(re.findall(r"\w+", table))
+    ends = {"gpu.return", "scf.condition", "scf.yield", "ub.poison"}  # parts of others, and any value
+    assert {op for op in SUBSET if op.partition(".")[2] not in listed} == ends
