@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -40,10 +41,12 @@ def image_of(driver: Driver, code: Mapping[str, memoryview], name: str = "kernel
 
 def nvcc(source: str, arch: str) -> bytes:
     """Returns the native code of kernels for an NVIDIA card, from the cache or by nvcc; raises PassFailed."""
-    command = shutil.which("nvcc")
+    toolkit = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    command = shutil.which("nvcc") or shutil.which("nvcc", path=f"{toolkit}/bin")
     if command is None:
         raise MissingDependency(
-            "nvcc is needed to run kernels on an NVIDIA card", hint="put nvcc on the PATH"
+            "nvcc is needed to run kernels on an NVIDIA card",
+            hint="put nvcc on the PATH, or name the toolkit's folder in CUDA_HOME",
         )
     headers = [p.read_text() for p in sorted((ROOT / CUDA).glob("*.h"))]
     parts = [_version(command), arch, *NVCC_FLAGS, source, *headers]
