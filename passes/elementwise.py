@@ -40,7 +40,7 @@ _ARITH = (
     *("extf", "truncf", "andi", "ori", "xori", "constant"),
 )
 # What IREE 3.13 computes on vectors within a few units in the last place; exp2 and powf are 50 and 25 off.
-_MATH = ("exp", "expm1", "log", "log2", "log1p", "sqrt", "rsqrt", "tanh", "erf", "absf")
+_MATH = ("exp", "expm1", "log", "log2", "log1p", "sqrt", "rsqrt", "tanh", "erf", "absf", "roundeven")
 POWER, LARGEST_POWER = "math.fpowi", 4  # more multiplications would round too often
 SCALARS = {f"arith.{name}" for name in _ARITH} | {f"math.{name}" for name in _MATH}
 

@@ -169,3 +169,27 @@ func.func @few_rows(%x: tensor<?x48xf32>) -> tensor<?x20xf32> {
       : (tensor<?x48xf32>, tensor<?xf32>, tensor<20x48xi8>, tensor<20x2xf32>) -> tensor<?x20xf32>
   return %y : tensor<?x20xf32>
 }
+
+// Counts that the model rounds itself, by a static threshold: their encoder has a threshold of 1, and the kernel for one row rounds.
+// WAVES-LABEL: func.func @rounded(
+// WAVES-SAME:      %[[X:[a-z0-9]+]]: tensor<1x48xf32>, %[[V:[a-z0-9]+]]: tensor<1xf32>
+// WAVES-NOT:     linalg.generic
+// WAVES:         %[[V1:.+]] = tensor.expand_shape %[[V]]
+// WAVES:         "spikingbrain_control.launch"({{.*}}%[[X]], %[[V1]], {{.*}}callee = @spike_linear_i8_l128_k48_g1_n20_m1_128_1p0_1p0_1p0_{{[0-9a-f]+}},
+// WAVES-NOT:     linalg.generic
+// WAVES:         return
+func.func @rounded(%x: tensor<1x48xf32>, %v: tensor<1xf32>) -> tensor<1x20xf32> {
+  %e = tensor.empty() : tensor<1x48xf32>
+  %c = linalg.generic {indexing_maps = [affine_map<(i, j) -> (i, j)>, affine_map<(i, j) -> (0)>, affine_map<(i, j) -> (i, j)>], iterator_types = ["parallel", "parallel"]}
+      ins(%x, %v : tensor<1x48xf32>, tensor<1xf32>) outs(%e : tensor<1x48xf32>) {
+  ^bb0(%a: f32, %b: f32, %o: f32):
+    %q = arith.divf %a, %b : f32
+    %r = math.roundeven %q : f32
+    linalg.yield %r : f32
+  } -> tensor<1x48xf32>
+  %counts, %threshold = "spikingbrain.spike_encode"(%c) {k = 1.0 : f64, lower = 1.0 : f64, upper = 1.0 : f64} : (tensor<1x48xf32>) -> (tensor<1x48xf32>, tensor<1xf32>)
+  %w = "spikingbrain.parameter"() {sources = ["w"], recipe = []} : () -> tensor<20x48xi8>
+  %s = "spikingbrain.parameter"() {sources = ["s"], recipe = []} : () -> tensor<20x1xf32>
+  %y = "spikingbrain.spike_linear"(%counts, %threshold, %w, %s) {bits = 8 : i64} : (tensor<1x48xf32>, tensor<1xf32>, tensor<20x48xi8>, tensor<20x1xf32>) -> tensor<1x20xf32>
+  return %y : tensor<1x20xf32>
+}
