@@ -204,6 +204,7 @@ EXPERTS = {
     "odd": experts.Case(5, 37, 70),
     "groups": experts.Case(4, 256, 64, groups=4),
     "rows": experts.Case(3, 256, 40, groups=2, bits=4, rows=3),
+    "groups_of_24": experts.Case(3, 72, 20, groups=3, rows=2),
     "groups_of_3": experts.Case(3, 12, 20, groups=4),  # no kernel takes them
 }
 
