@@ -385,7 +385,7 @@ def _chart(problem: str, times: Json) -> Iterator[str]:
     if not times:
         return
     longest = max((row["microseconds"] for row in times.values() if "microseconds" in row), default=1.0)
-    heads = "".join(f"<th>{head}" for head in (problem, "", "us", "x eager", "T/s", "GB/s", "of peak"))
+    heads = "".join(f"<th>{head}" for head in (problem, "", "us", "speed / eager", "T/s", "GB/s", "of peak"))
     yield f"<table><tr>{heads}"
     for name, row in times.items():
         if "failed" in row:
