@@ -59,7 +59,7 @@ from spikingbrain.tuning import Tuning
 WAVES = 4  # of a block
 THREADS = WAVES * WAVE
 PIECE_BYTES = 8 << 10  # of counts that a block encodes, in shared memory: four blocks fit a processor
-MOST_ROWS = 8  # that a block may encode itself
+FEWEST_ROWS, MOST_ROWS = 2, 8  # up to which a block always, and may, encode rows itself
 # Operations that the machine does while it reads a byte, as of rows of floats (``linear.py``), and those that a count takes.
 OPS_PER_BYTE, COUNT_OPS = 7, 40
 
@@ -96,11 +96,11 @@ class Steps:
 def rows_that_pay(codes: Codes, computed: RowValues | None) -> int:
     """Returns for how many rows it is free to encode them in every block of columns, next to reading the weight; 0: for none.
 
-    One row always is: the launch that it saves is one block, for which all others wait.
+    One or two always pay: the launch that they save is as many blocks, for which all others wait.
     """
     operations = COUNT_OPS + (2 * computed.cost if computed is not None else 0)
     bytes_of_columns = TILE * codes.bits // 8  # of a channel
-    pay = max(1, min(MOST_ROWS, OPS_PER_BYTE * bytes_of_columns // operations))
+    pay = max(FEWEST_ROWS, min(MOST_ROWS, OPS_PER_BYTE * bytes_of_columns // operations))
     return min(pay, PIECE_BYTES // Steps.of(codes, 1).bytes(codes, 1))
 
 
