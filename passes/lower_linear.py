@@ -11,11 +11,13 @@ from torch_mlir.dialects import arith
 from spikingbrain.passes import linalg_build as build
 from spikingbrain.passes import torch_ir
 from spikingbrain.passes.base import PassContext
+from spikingbrain.passes.elementwise import VIEWS
 from spikingbrain.passes.kernels.linear import emit_linear
 from spikingbrain.passes.residuals import sums_with
 from spikingbrain.passes.wave_kernels import linear as wave
 from spikingbrain.passes.wave_kernels import row_values
 
+_OP = "spikingbrain.linear"
 MOST_ADDENDS = 4  # of a kernel for few rows
 
 
@@ -31,7 +33,7 @@ class LowerLinear:
     name: ClassVar[str] = "lower-linear"
 
     def run(self, module: ir.Module, context: PassContext) -> None:
-        for op in torch_ir.operations(module, "spikingbrain.linear"):
+        for op in torch_ir.operations(module, _OP):
             x, weight = op.operands
             packed = len(ir.RankedTensorType(weight.type).shape) == 3
             has_kernel = packed or context.target.wave_kernels
@@ -70,10 +72,18 @@ class LowerLinear:
 def _computed(x: ir.Value) -> row_values.RowValues | None:
     """Returns how the rows of a projection are computed, if nothing but projections reads them."""
     users = [use.owner.operation for use in x.uses if use.owner.operation.name != "tensor.dim"]
-    projections = [user for user in users if user.name == "spikingbrain.linear"]
-    # of those that are lowered already, what is left are views of the rows
-    same_block = [user for user in projections if user.block == projections[0].block]
-    return row_values.find(x, same_block) if len(same_block) == len(users) else None
+    block = next(user.block for user in users if user.name == _OP)
+    if any(user.block != block or not (user.name == _OP or _is_for_many(user)) for user in users):
+        return None
+    return row_values.find(x, users)
+
+
+def _is_for_many(view: ir.Operation) -> bool:
+    """Returns whether an op is a view of rows for a kernel that reads them where there are many."""
+    users = [use.owner.operation for use in view.results[0].uses] if view.name in VIEWS else []
+    launches = [user for user in users if user.name == "spikingbrain_control.launch"]
+    others = {user.name for user in users if user not in launches}
+    return bool(launches) and others <= {"tensor.dim"} and all(map(wave.is_for_many, launches))
 
 
 def _product(x: ir.Value, weight: ir.Value) -> ir.Value:

@@ -56,20 +56,22 @@ class Routing:
         experts: N; rows for others become NaN.
         rows: R, None for any number.
         tile: rows of a block, where they are sorted.
+        are_few: they are, however many are possible.
     """
 
     experts: int
     rows: int | None
     tile: int
+    are_few: bool = False
 
     @property
     def has_few_rows(self) -> bool:
-        return self.rows is not None and self.rows <= FEW_ROWS
+        return self.are_few or (self.rows is not None and self.rows <= FEW_ROWS)
 
     def emit(self, expert: ir.Value, known: Tiles) -> tuple[list[ir.Value], ir.Value]:
         """Returns what a kernel takes to find its rows, and how many blocks of rows there are."""
         if self.has_few_rows:
-            return [expert], index(self.rows)
+            return [expert], size(expert, 0)
         key = (expert, self.experts, self.tile)
         if key not in known:
             known[key] = emit_group_rows(expert, self.experts, self.tile)

@@ -8,11 +8,12 @@ gate, as those of ``linear`` do, and add up what the experts of a token give.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch_mlir import ir
 from torch_mlir.dialects import arith
 
+from spikingbrain.passes import linalg_build as build
 from spikingbrain.passes.kernels.builders import (
     add,
     compare,
@@ -45,7 +46,8 @@ class Shape:
 
     @property
     def name(self) -> str:
-        return f"grouped_{self.each.name}_e{self.routing.experts}"
+        part = "" if self.each.rows is not None else "_few" if self.routing.are_few else linear.MANY
+        return f"grouped_{self.each.name}_e{self.routing.experts}{part}"
 
 
 def refusal(experts: int) -> str:
@@ -54,8 +56,8 @@ def refusal(experts: int) -> str:
 
 
 def computes(rows: int) -> bool:
-    """Returns whether so many rows, -1 for any number, can be computed where they are read."""
-    return 0 < rows <= FEW_ROWS
+    """Returns whether so many rows, -1 for any number, may be few, and computed where they are read."""
+    return rows < 0 or 0 < rows <= FEW_ROWS
 
 
 def emit_grouped_linear(
@@ -70,43 +72,68 @@ def emit_grouped_linear(
 
     ``x`` is ``[R, K]`` with R static or dynamic, ``weight`` ``[N, O, K]`` of the same type, ``expert`` ``[R]`` i64. Rows that are
     sorted once are kept in ``tiles``, which serves one block of operations. ``computed`` is how few rows are computed, if that
-    can be done where they are read.
+    can be done where they are read. Of any number of rows there are two launches, of which one has no blocks.
     """
     kind = ir.RankedTensorType(x.type)
     (m, k), (experts, columns, _) = kind.shape, ir.RankedTensorType(weight.type).shape
     rows = None if kind.is_dynamic_dim(0) else m
     each = linear.Shape(k, columns, rows, str(kind.element_type), tuning=tuning)
-    shape = Shape(Routing(experts, rows, each.tile_rows), each)
-    taken, blocks = shape.routing.emit(expert, tiles)
-    result = ir.RankedTensorType.get([m, columns], kind.element_type)
+    shape, count = Shape(Routing(experts, rows, each.tile_rows), each), size(x, 0)
+    if rows is not None:
+        how = computed if shape.routing.has_few_rows else None
+        return _emit(shape, x, weight, expert, tiles, linear.column_blocks(each, count), how)
+    none, are_few = index(0), each.are_few(count)
+    few = replace(shape, routing=replace(shape.routing, are_few=True))
+    grid = arith.select(are_few, index(-(-columns // each.few_columns)), none)
+    y = _emit(few, x, weight, expert, tiles, grid, computed)
+    grid = arith.select(are_few, none, index(-(-columns // each.tile_columns)))
+    return _emit(shape, x, weight, expert, tiles, grid, into=y)
+
+
+def _emit(
+    shape: Shape,
+    x: ir.Value,
+    weight: ir.Value,
+    expert: ir.Value,
+    tiles: Tiles,
+    column_blocks: ir.Value,
+    computed: RowValues | None = None,
+    into: ir.Value | None = None,
+) -> ir.Value:
+    """Emits a launch for few rows or for many, into the memory of another result if there is one."""
+    routing, each = shape.routing, shape.each
+    taken, blocks = routing.emit(expert, tiles)
+    result = ir.RankedTensorType.get(
+        [ir.RankedTensorType(x.type).shape[0], each.columns], each.result.element_type
+    )
     sources = [x] if computed is None else flat_sources(computed)
 
     def body(block: list[ir.Value], buffers: list[ir.Value]) -> None:
         given, (weight, *taken, y) = buffers[: len(sources)], buffers[len(sources) :]
 
         def rows_of(expert: ir.Value, rows: Rows) -> None:
-            exists = compare("slt", expert, index(experts))
+            exists = compare("slt", expert, index(routing.experts))
 
             def product() -> None:
                 one = linear.LinearKernel(each, given[0], weight, [expert], y, [])
-                if computed is not None:
-                    one.few(block[0], rows, 1, linear.Computed(one, computed, given, rows, 1))
-                elif shape.routing.has_few_rows:
+                if not routing.has_few_rows:
+                    one.tiles(block[0], rows)
+                elif computed is None:
                     one.few(block[0], rows, 1)
                 else:
-                    one.emit(block[0], rows)
+                    one.few(block[0], rows, 1, linear.Computed(one, computed, given, rows, 1))
 
             when(exists, product, lambda: fill(block[0], rows, y))
 
-        shape.routing.place(block[1], taken, rows_of)
+        routing.place(block[1], taken, rows_of)
 
     inputs = [*sources, weight, *taken]
     name = shape.name if computed is None else f"{shape.name}_{computed.digest}"
     kernel(name, [memref_of(v.type) for v in inputs] + [memref_of(result)], linear.THREADS, body)
-    count = size(x, 0)
-    sizes = [count] if rows is None else []
-    grid = [linear.column_blocks(each, count), blocks, index(1)]
-    return launch(name, result, grid, inputs, sizes).result
+    grid = [column_blocks, blocks, index(1)]
+    if into is not None:
+        return launch(name, result, grid, [*inputs, into], [], len(inputs)).result
+    return launch(name, result, grid, inputs, build.dynamic_sizes(x)).result
 
 
 def emit_combined(

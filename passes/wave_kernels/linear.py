@@ -68,6 +68,7 @@ VECTOR_BYTES = 16  # that a lane reads at a time
 PIECE_BYTES = 16 << 10  # of computed rows in shared memory: two blocks and more fit a processor
 # Multiply-adds that the machine does while it reads a byte; an estimate. Computing rows is free while that is not reached.
 OPS_PER_BYTE = 7
+MANY = "_many"  # ends the names of kernels that have no blocks for few rows
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,11 @@ def has_few_rows(x: ir.Value) -> bool:
     return min(leading, default=1) >= 0 and prod(leading) <= FEW_ROWS
 
 
+def is_for_many(launch: ir.Operation) -> bool:
+    """Returns whether a launch is that of the kernel for many rows, beside one for few."""
+    return ir.FlatSymbolRefAttr(launch.attributes["callee"]).value.endswith(MANY)
+
+
 def rows_that_pay(shape: Shape, computed: RowValues) -> int:
     """Returns for how many rows it is free to compute them in every block of columns, next to reading the weight."""
     columns = shape.few_columns  # they share what a block computes
@@ -227,7 +233,7 @@ def _emit_many(shape: Shape, inputs: list[ir.Value], few: ir.Value, rows: ir.Val
 
     columns = arith.select(shape.are_few(rows), index(0), index(-(-shape.columns // shape.tile_columns)))
     grid = [columns, ceil_div(rows, shape.tile_rows), index(1)]
-    return _launch(f"{shape.name}_many", body, grid, [*inputs, few], shape.result, [], tied=len(inputs))
+    return _launch(shape.name + MANY, body, grid, [*inputs, few], shape.result, [], tied=len(inputs))
 
 
 def _launch(

@@ -15,6 +15,7 @@ pytest.importorskip("torch_mlir")
 
 from wave_programs import Array, Program, run
 
+from spikingbrain.backend_maca.plan.resolve import resolve
 from spikingbrain.backend_maca.run import emulate
 from spikingbrain.passes.lower_grouped_linear import LowerGroupedLinear
 
@@ -152,3 +153,38 @@ def test_tokens_are_sums_over_their_experts(loaded: Any, name: str) -> None:
         np.testing.assert_array_equal(np.isnan(found), np.isnan(wanted))
         known = ~np.isnan(wanted)
         np.testing.assert_array_less(abs(found - wanted)[known], bound[known])
+
+
+ANY = """
+func.func @any(%x: tensor<?x24xf32>, %e: tensor<?xi64>) -> tensor<?x19xf32> {
+  %w = "spikingbrain.parameter"() {sources = ["any.w"], recipe = []} : () -> tensor<3x19x24xf32>
+  %c0 = arith.constant 0 : index
+  %m = tensor.dim %x, %c0 : tensor<?x24xf32>
+  %o = tensor.empty(%m) : tensor<?x24xf32>
+  %h = linalg.generic {indexing_maps = [#row, #row], iterator_types = ["parallel", "parallel"]}
+      ins(%x : tensor<?x24xf32>) outs(%o : tensor<?x24xf32>) {
+  ^bb0(%a: f32, %c: f32):
+    %p = arith.addf %a, %a : f32
+    linalg.yield %p : f32
+  } -> tensor<?x24xf32>
+  %y = "spikingbrain.grouped_linear"(%h, %w, %e) {columns = 19 : i64}
+      : (tensor<?x24xf32>, tensor<3x19x24xf32>, tensor<?xi64>) -> tensor<?x19xf32>
+  return %y : tensor<?x19xf32>
+}"""
+
+
+def test_any_number_of_rows() -> None:
+    """Few take one launch, unsorted; of many their doubles are written, sorted by expert, and multiplied."""
+    program = Program(MAPS + ANY, [LowerGroupedLinear()])
+    plan = json.loads(bytes(program.code["plan.json"]))
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((3, 19, 24)).astype(np.float32)
+    loaded = program.load({"any": {"w": weight}})
+    for rows, launches in ((0, 0), (1, 1), (8, 1), (9, 3), (70, 3)):
+        steps = [
+            step for step in resolve(plan, "any", {0: (rows, 24), 1: (rows,)}).steps if 0 not in step.grid
+        ]
+        assert len(steps) == launches
+        x, expert = rng.standard_normal((rows, 24)).astype(np.float32), rng.integers(0, 3, rows)
+        wanted = np.einsum("rk,rnk->rn", 2 * x.astype(np.float64), weight[expert].astype(np.float64))
+        np.testing.assert_allclose(run(loaded, "any", x, expert), wanted, atol=2e-5)
