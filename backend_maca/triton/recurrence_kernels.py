@@ -40,6 +40,15 @@ def rows_of(x, batch, head, steps, H, D, time, keep, columns):
 
 
 @triton.jit
+def running(g, DECAY: tl.constexpr, REVERSE: tl.constexpr):
+    """Returns running sums of gates over rows; a single column as one axis, as Triton 3.6 sums no other kind of it."""
+    if DECAY == 2:
+        return tl.cumsum(g, 0, reverse=REVERSE)
+    else:
+        return tl.cumsum(tl.reshape(g, (g.shape[0],)), 0, reverse=REVERSE)[:, None]
+
+
+@triton.jit
 def gates_to(
     decay, batch, state, steps, S, K, first, time, end, columns, DECAY: tl.constexpr, EXCLUSIVE: tl.constexpr
 ):
@@ -50,14 +59,14 @@ def gates_to(
         )
     else:
         g = gates(decay, batch, state, steps, S, K, time, (time >= first) & (time < end), columns, DECAY)
-    return tl.cumsum(g, 0)
+    return running(g, DECAY, False)
 
 
 @triton.jit
 def gates_from(decay, batch, state, steps, S, K, time, end, columns, DECAY: tl.constexpr):
     """Returns sums of gates from behind each row to step ``end`` (without it)."""
     g = gates(decay, batch, state, steps, S, K, time + 1, time + 1 < end, columns, DECAY)
-    return tl.cumsum(g, 0, reverse=True)
+    return running(g, DECAY, True)
 
 
 @triton.jit
