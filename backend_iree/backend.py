@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from spikingbrain.backend import Executable, Stage, StageContext, TargetStatus
 from spikingbrain.backend_iree import cpu, targets
-from spikingbrain.errors import MissingDependency, PassFailed, SourceLine
+from spikingbrain.errors import MissingDependency, OptionError, PassFailed, SourceLine
 from spikingbrain.target import Target
 from spikingbrain.tuning import USUAL
 
@@ -41,6 +41,8 @@ class IreeOptions:
     tuning: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if type(self.threads) is not int or self.threads < 1:
+            raise OptionError(f"threads is {self.threads!r}", why="it must be a whole number, 1 or more")
         USUAL.with_changes(self.tuning)
 
 
@@ -125,13 +127,14 @@ def _dispatch(module: str, context: StageContext) -> str:
     from spikingbrain.backend_iree.narrowing import narrow_by_f32
     from spikingbrain.backend_iree.parameters import emit_globals, protect_arguments
     from spikingbrain.backend_iree.rounding import keep_roundings
-    from spikingbrain.backend_iree.sort_operands import own_sort_operands
+    from spikingbrain.backend_iree.sort_operands import keep_sort_results, own_sort_operands
     from spikingbrain.passes import dialect
 
     with dialect.load(), ir.Location.unknown():
         parsed = ir.Module.parse(module)
         separate_double_reads(parsed)
         own_sort_operands(parsed)
+        keep_sort_results(parsed)
         protect_arguments(parsed)
         bound_sizes(parsed)
         narrow_by_f32(parsed)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch_mlir import ir
 
 import spikingbrain
-from spikingbrain.backend_iree.sort_operands import own_sort_operands
+from spikingbrain.backend_iree.sort_operands import keep_sort_results, own_sort_operands
 from spikingbrain.passes.context import new_context
 
 SORTS = """
@@ -59,6 +59,49 @@ def test_iree_still_needs_it() -> None:
     x, y = np.array([[1, 4, 2, 3]], np.float32), np.array([[4, 3, 2, 1]], np.float32)
     first, second = (np.asarray(r).tolist() for r in context.modules.module.f(x, y))
     assert [first, second] != [[[1, 3, 2, 0]], [[0, 1, 2, 3]]]
+
+
+PLACES_ALONE = """
+func.func @f(%x: tensor<2x?xf32>, %places: tensor<2x?xi64>) -> tensor<2x?xi64> {
+  %sorted:2 = DIALECT.sort dimension(1) outs(%x, %places : tensor<2x?xf32>, tensor<2x?xi64>) {
+  ^bb0(%a: f32, %b: f32, %i: i64, %j: i64):
+    %c = arith.cmpf ole, %a, %b : f32
+    DIALECT.yield %c : i1
+  } -> tensor<2x?xf32>, tensor<2x?xi64>
+  return %sorted#1 : tensor<2x?xi64>
+}
+"""
+
+
+def test_results_that_nothing_reads_are_kept() -> None:
+    with new_context(), ir.Location.unknown():
+        module = ir.Module.parse(PLACES_ALONE.replace("DIALECT", "tm_tensor"))
+        assert keep_sort_results(module) == 1
+        assert keep_sort_results(module) == 0
+        assert str(module).count("util.optimization_barrier") == 1
+
+
+def test_iree_still_fails_where_a_result_is_not_read() -> None:
+    """When this fails, ``keep_sort_results`` can go."""
+    compiler = pytest.importorskip("iree.compiler")
+    flags = ["--iree-hal-target-device=local", "--iree-hal-local-target-device-backends=llvm-cpu"]
+    source = PLACES_ALONE.replace("DIALECT", "iree_linalg_ext")
+    with pytest.raises(Exception, match="exceeded stack allocation limit"):
+        compiler.compile_str(source, extra_args=[*flags, "--iree-llvmcpu-target-cpu=host"])
+
+
+def test_places_alone_of_any_length(tmp_path: Path) -> None:
+    class Places(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.argsort(dim=-1, descending=True)
+
+    length = torch.export.Dim("T", min=1, max=64)
+    entry = spikingbrain.Entry((torch.randn(2, 11),), dynamic_shapes={"x": {1: length}})
+    spikingbrain.export(Places(), {"main": entry}, tmp_path / "a.sbrain")
+    program = spikingbrain.load(tmp_path / "a.sbrain")
+    for n in (1, 11, 64):
+        x = torch.randn(2, n)
+        np.testing.assert_array_equal(program.main(x), Places()(x).numpy())
 
 
 class Sorts(nn.Module):
