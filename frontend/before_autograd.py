@@ -95,7 +95,7 @@ def _raised_if_possible(
             reason,
             exc_info=log.isEnabledFor(logging.DEBUG),
         )
-        return module, _nothing(module, reason, "")
+        return module, _nothing(module, reason, "", attends)
 
 
 def _raised(
@@ -108,7 +108,8 @@ def _raised(
         found = _raise(functional, weights, check_finite, attention)
         return (functional if found.raised else module), found
     except NotFunctional as stop:
-        return module, _nothing(module, str(stop), str(user_line(stop.node) or ""))
+        attends = attention is not None and may_attend(module.graph)
+        return module, _nothing(module, str(stop), str(user_line(stop.node) or ""), attends)
 
 
 def _raise_at_symbols(
@@ -127,7 +128,8 @@ def _raise_at_symbols(
                 return module, found
         return unify(graphs, sizes, points), found
     except NotUnified as stop:
-        return module, _nothing(module, f"sizes are symbols: {stop}", "")
+        attends = attention is not None and may_attend(module.graph)
+        return module, _nothing(module, f"sizes are symbols: {stop}", "", attends)
 
 
 def _raise(
@@ -173,7 +175,7 @@ def _tell_origin(raised: fx.GraphModule, module: fx.GraphModule) -> None:
             new.meta["tensor_dict"] = old.meta["tensor_dict"]
 
 
-def _nothing(module: fx.GraphModule, reason: str, where: str) -> Found:
+def _nothing(module: fx.GraphModule, reason: str, where: str, attends: bool) -> Found:
     found = Found()
     if promising(module.graph):
         found.recurrences.append(RecurrenceReport("unrolled", "", where, reason))
@@ -181,6 +183,8 @@ def _nothing(module: fx.GraphModule, reason: str, where: str) -> Found:
         found.spikes.append(SpikeReport("float", "", where, reason))
     if may_route(module.graph):
         found.experts.append(ExpertReport("gathered", "", where, reason))
+    if attends:
+        found.attention.append(AttentionReport("torch's", "", where, reason))
     return found
 
 

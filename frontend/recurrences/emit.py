@@ -111,6 +111,8 @@ class Emitter:
         dim = token.dim
         if token.width:
             size = source.meta["val"].shape[dim]
+            if size % token.width:  # the last window is shorter, and none of these
+                source = self.op(aten.slice.Tensor, source, dim, 0, size - size % token.width)
             source = self.op(aten.unflatten.int, source, dim, [size // token.width, token.width])
         start = first * token.stride + token.offset
         stop = start + (steps - 1) * token.stride + 1

@@ -68,6 +68,39 @@ class LightningDecode(nn.Module):
         return torch.cat(outputs, dim=-2), state
 
 
+@form(
+    "Lightning attention",
+    "a loop over blocks, the last one shorter",
+    LINEAR_HEADS_FIRST,
+    "linear_scan",
+    export="has size 64 along axis 2, expected 11",
+)
+class LightningBlocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 2
+        slopes = 2.0 ** (-8 * torch.arange(1, SIZES["H"] + 1) / SIZES["H"])
+        steps = torch.arange(1, self.size + 1)
+        apart = torch.exp(-slopes[:, None, None] * (steps[:, None] - steps).clamp(min=0)).tril()
+        self.register_buffer("slope", slopes[:, None, None])
+        self.register_buffer("apart", apart)
+        self.register_buffer("since", torch.exp(-slopes[:, None] * steps)[..., None])
+        self.register_buffer("until", torch.exp(-slopes[:, None] * (self.size - steps))[..., None])
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        length = q.shape[2]
+        state = torch.zeros(*q.shape[:2], q.shape[3], v.shape[3])
+        outputs = []
+        for start in range(0, length, self.size):
+            n = min(self.size, length - start)
+            q_i, k_i, v_i = (x[:, :, start : start + n] for x in (q, k, v))
+            inner = (q_i @ k_i.transpose(-1, -2) * self.apart[:, :n, :n]) @ v_i
+            outputs.append(inner + (q_i * self.since[:, :n]) @ state)
+            update = (k_i * self.until[:, -n:]).transpose(-1, -2) @ v_i
+            state = state * torch.exp(-self.slope * n) + update
+        return torch.cat(outputs, dim=-2), state
+
+
 @form("simple GLA", "gate in log form, exp inside the loop", LINEAR + " g:BTH:log", RAISED)
 def simple_gla_exp_inside(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     dtype = v.dtype
