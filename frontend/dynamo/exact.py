@@ -406,11 +406,70 @@ def smallest_along(x: Tensor, dim: int, keepdim: bool = False) -> Any:
 
 
 def _value_and_index(value: Any, index: Any, x: Tensor, dim: int, keepdim: bool) -> Any:
-    """There is no lowering of both at once. Most read the values alone, and the index falls away."""
+    """There is no lowering of both at once. Where only one is read the other falls away."""
     if not x.dim():
         return aten.clone.default(x), _constant(0, x, torch.int64)
-    comparable = aten._to_copy.default(x, dtype=torch.int8) if x.dtype is torch.bool else x
-    return value(x, [dim], keepdim), index(comparable, dim, keepdim)
+    if not x.is_floating_point():
+        comparable = aten._to_copy.default(x, dtype=torch.int8) if x.dtype is torch.bool else x
+        return value(x, [dim], keepdim), index(comparable, dim, keepdim)
+    best = value(x, [dim], True)
+    found = best, _first_equal(x, best, dim)
+    return found if keepdim else tuple(aten.squeeze.dim(part, dim) for part in found)
+
+
+@_replaces(aten.argmax.default)
+def place_of_largest(x: Tensor, dim: int | None = None, keepdim: bool = False) -> Any:
+    return _place(aten.amax.default, aten.argmax.default, x, dim, keepdim)
+
+
+@_replaces(aten.argmin.default)
+def place_of_smallest(x: Tensor, dim: int | None = None, keepdim: bool = False) -> Any:
+    return _place(aten.amin.default, aten.argmin.default, x, dim, keepdim)
+
+
+def _place(value: Any, index: Any, x: Tensor, dim: int | None, keepdim: bool) -> Any:
+    """torch-mlir skips NaN, and stops at tensors without axes."""
+    if not x.dim():
+        return _constant(0, x, torch.int64)
+    if not x.is_floating_point():
+        return NotImplemented
+    if dim is None:
+        found = index(aten.reshape.default(x, [-1]), 0, keepdim)
+        return aten.reshape.default(found, [1] * x.dim()) if keepdim else found
+    found = _first_equal(x, value(x, [dim], True), dim)
+    return found if keepdim else aten.squeeze.dim(found, dim)
+
+
+def _first_equal(x: Tensor, best: Tensor, dim: int) -> Tensor:
+    """Returns where the best along an axis stands first, and that axis of size 1; the best is NaN where there is one."""
+    dim %= x.dim()
+    place = aten.arange.default(x.shape[dim], dtype=torch.int64, device=x.device)
+    place = aten.reshape.default(place, [-1 if d == dim else 1 for d in range(x.dim())])
+    hit = aten.logical_or.default(aten.eq.Tensor(x, best), aten.isnan.default(x))
+    none = _constant(torch.iinfo(torch.int64).max, place)
+    first: Tensor = aten.amin.default(aten.where.self(hit, place, none), [dim], True)
+    return first
+
+
+@_replaces(aten.new_empty_strided.default)
+def new_empty_strided(x: Tensor, size: Sequence[int], stride: Sequence[int], **kwargs: Any) -> Any:
+    """torch-mlir has tensors in the order of their axes only: makes one, whose axes it permutes."""
+    order = sorted(range(len(size)), key=lambda d: (-stride[d], d))
+    expected = 1
+    for d in reversed(order):
+        if size[d] != 1 and stride[d] != expected:
+            return NotImplemented
+        expected *= size[d]
+    made = aten.empty.memory_format(
+        [size[d] for d in order],
+        dtype=kwargs.get("dtype") or x.dtype,
+        device=kwargs.get("device") or x.device,
+    )
+    return (
+        made
+        if order == list(range(len(size)))
+        else aten.permute.default(made, [order.index(d) for d in range(len(size))])
+    )
 
 
 @_replaces(aten._to_copy.default)

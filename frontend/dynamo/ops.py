@@ -352,9 +352,8 @@ _DEFECTS: list[tuple[str, Callable[[fx.Node], bool], str]] = [
     ("mm bmm", _bytes, "torch-mlir crashes on products of int8"),
     ("addmm baddbmm", _integer, "torch-mlir adds no integers to a product"),
     ("pow", _integer, "torch-mlir raises no integers to a power"),
-    ("argmax argmin", _floating, "torch-mlir skips NaN"),
     (
-        "argmax argmin gather scatter scatter_add prod",
+        "gather scatter scatter_add prod",
         _without_axes,
         "torch-mlir stops at tensors without axes",
     ),

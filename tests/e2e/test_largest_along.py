@@ -1,4 +1,4 @@
-"""The largest and the smallest along an axis: values alone are compiled; with indices they are torch's, NaN and ties too."""
+"""The largest and the smallest along an axis, and their places, are compiled: those of torch, NaN and ties too."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def values(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pairs(x: Tensor) -> tuple[Tensor, ...]:
-    return (*x.max(-1), *x.min(0, keepdim=True), *x[0, 0].max(0))
+    y = x.int() if x.dtype is torch.bool else x
+    places = y.argmax(0), y.argmin(-1, keepdim=True), y.argmax(), y[0, 0].argmin()
+    return (*x.max(-1), *x.min(0, keepdim=True), *x[0, 0].max(0), *places)
 
 
 def assert_same(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
@@ -41,7 +43,7 @@ def test_values_alone_leave_nothing_to_eager() -> None:
 def test_indices(dtype: torch.dtype) -> None:
     x = torch.tensor(ROWS)
     x = x if dtype.is_floating_point else x.nan_to_num(0, 4, -4).to(dtype)
-    assert_same(torch.compile(pairs, backend="spikingbrain")(x), pairs(x))
+    assert_same(torch.compile(pairs, backend="spikingbrain", options={"strict": True})(x), pairs(x))
 
 
 @pytest.mark.slow
