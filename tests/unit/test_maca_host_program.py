@@ -288,7 +288,6 @@ def test_nvcc_builds_a_program(loops: Path, concurrent: Path) -> None:
         subprocess.run([folder / "build.sh", "cuda"], env={**os.environ, "ARCH": "sm_80"}, check=True)
 
 
-
 @pytest.fixture(scope="module")
 def concurrent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A program on two streams."""
