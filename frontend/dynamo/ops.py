@@ -261,10 +261,6 @@ def _always(_: fx.Node) -> bool:
     return True
 
 
-def _floating(node: fx.Node) -> bool:
-    return _first(node).is_floating_point()
-
-
 def _integer(node: fx.Node) -> bool:
     return all(not v.is_floating_point() for v in operands(node))
 
