@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import logging
 import operator
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,6 +103,27 @@ class _Flat(nn.Module):
         return [*outputs, *new_state]
 
 
+def _require(model: object, entries: object) -> None:
+    """Raises CompileError for what is neither a module nor entry points by name."""
+    if not isinstance(model, nn.Module):
+        raise CompileError(
+            f"a {type(model).__name__} is no model", hint="a torch.nn.Module that calls it in its forward"
+        )
+    if not isinstance(entries, Mapping) or not entries:
+        what = (
+            "no entry points"
+            if isinstance(entries, Mapping)
+            else f"entry points in a {type(entries).__name__}"
+        )
+        raise CompileError(what, hint="entries={'main': Entry((example,))}")
+    for name, entry in entries.items():
+        if not (isinstance(entry, Entry) and isinstance(entry.args, (tuple, list))):
+            wrong = entry.args if isinstance(entry, Entry) else entry
+            raise CompileError(
+                f"entry {name!r} has its arguments in a {type(wrong).__name__}", hint="Entry((example, ...))"
+            )
+
+
 class _Call:
     """Flattens one entry's arguments: which leaves are tensors, which belong to the state."""
 
@@ -121,6 +144,11 @@ class _Call:
                 hint=f"arguments are {', '.join(self._arguments)}",
             )
         shapes = entry.dynamic_shapes or {}
+        if not isinstance(shapes, Mapping):
+            raise ShapeError(
+                f"dynamic_shapes of entry {name!r} is a {type(shapes).__name__}",
+                hint="{'x': {0: Dim('B', max=64)}}: by argument, then by axis",
+            )
         unknown = set(shapes) - set(self._arguments)
         if unknown:
             raise ShapeError(
@@ -145,6 +173,12 @@ class _Call:
                 if is_tensor:
                     # torch.export takes one tensor given twice for one argument
                     self.tensors.append(leaf.clone() if any(leaf is t for t in self.tensors) else leaf)
+                    absent = [a for a in dim if not 0 <= a < leaf.ndim] if isinstance(dim, dict) else []
+                    if absent:
+                        raise ShapeError(
+                            f"dynamic_shapes of entry {name!r}: {n}{pytree.keystr(path)} has no axis {absent[0]}",
+                            why=f"its shape is {list(leaf.shape)}",
+                        )
                     self.names.append(n + pytree.keystr(path) if n != state else _field_path(path) or n)
                     self.dims.append(dim)
             self._slots.append((n, spec, leaves))
@@ -177,8 +211,7 @@ def capture(
 
     Raises CompileError (or ShapeError, UnsupportedOp) naming the entry and the user's line.
     """
-    if not entries:
-        raise CompileError("no entry points", hint="entries={'main': Entry((example,))}")
+    _require(model, entries)
     names = _WeightNames()
     importer = Importer(names.name)
     described: dict[str, Any] = {}
@@ -245,7 +278,8 @@ class _WeightNames:
 
 def _export(model: nn.Module, call: _Call, watch: Watch | None) -> Exported:
     try:
-        exported = export_program(_Flat(model, call), call.tensors, call.dims, call.name, watch)
+        with _torch_logs_no_errors():
+            exported = export_program(_Flat(model, call), call.tensors, call.dims, call.name, watch)
     except CompileError:
         raise
     except Exception as error:
@@ -257,6 +291,17 @@ def _export(model: nn.Module, call: _Call, watch: Watch | None) -> Exported:
         ) from error
     check(exported.program, call.name)
     return exported
+
+
+@contextlib.contextmanager
+def _torch_logs_no_errors() -> Iterator[None]:
+    """Keeps torch from logging an op's error with its own stack: it is raised too, and told here with the user's line."""
+    log, silence = logging.getLogger("torch._subclasses.fake_tensor"), lambda _: False
+    log.addFilter(silence)
+    try:
+        yield
+    finally:
+        log.removeFilter(silence)
 
 
 def _import(importer: Importer, program: torch.export.ExportedProgram, call: _Call) -> None:
@@ -298,6 +343,12 @@ def _describe(
                 f"entry {call.name!r} changes the shape of its state tensor {before['name']}",
                 why=f"from {before['shape']} to {spec('', after)['shape']}; compiled state is updated in place",
                 hint="preallocate it with a bounded size",
+            )
+        if (dtype := spec("", after)["dtype"]) != before["dtype"]:
+            raise ShapeError(
+                f"entry {call.name!r} changes the type of its state tensor {before['name']}",
+                why=f"from {before['dtype']} to {dtype}; compiled state is updated in place",
+                hint=f"return it with .to(torch.{before['dtype']}), or begin with a state of {dtype}",
             )
     ranges = {}
     for symbol, range_ in program.range_constraints.items():

@@ -54,6 +54,15 @@ def _check_node(node: fx.Node) -> None:
             why="torch-mlir sums the exponentials as they are, which overflow",
             hint="write the recurrence as a loop over time, h = a * h + b; it becomes one op",
         )
+    if target == torch.ops.aten.index.Tensor and any(
+        isinstance(i, fx.Node) and i.meta["val"].dtype in (torch.bool, torch.uint8) for i in node.args[1]
+    ):
+        raise UnsupportedOp(
+            f"{target} selects by a mask",
+            where=user_line(node),
+            why="the number of elements that a mask selects is known only when they are there",
+            hint="torch.where(mask, x, other), which keeps the shape; or topk, for a fixed number of elements",
+        )
     values = node.meta.get("val")
     for value in values if isinstance(values, (list, tuple)) else [values]:
         if isinstance(value, torch.Tensor) and value.dtype.is_complex:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
@@ -411,6 +412,54 @@ def test_what_is_no_state_and_no_entry_point(summing: Path) -> None:
         program.step(numbers(1, 1, 8), state=np.zeros(8))
     with pytest.raises(AttributeError, match="the program has no entry point 'prefill'; it has step"):
         program.prefill(numbers(1, 1, 8))
+
+
+class Widening(nn.Module):
+    def forward(self, x: torch.Tensor, total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x, total + x.double()
+
+
+_X = torch.ones(2, 3)
+WRONG_EXPORTS: list[tuple[Any, Any, dict[str, Any], str]] = [
+    (torch.sin, {"main": spikingbrain.Entry((_X,))}, {}, "is no model\n  try: a torch.nn.Module"),
+    (nn.Identity(), spikingbrain.Entry((_X,)), {}, "entry points in a Entry\n  try: entries="),
+    (nn.Identity(), {"main": (_X,)}, {}, "entry 'main' has its arguments in a tuple\n  try: Entry"),
+    (nn.Identity(), {"main": spikingbrain.Entry(_X)}, {}, "has its arguments in a Tensor\n  try: Entry"),
+    (nn.Identity(), {"main": spikingbrain.Entry((_X,), dynamic_shapes="x")}, {}, "is a str\n  try: {'x'"),
+    (
+        nn.Identity(),
+        {"main": spikingbrain.Entry((_X,), dynamic_shapes={"input": {2: Dim("B")}})},
+        {},
+        "input has no axis 2\n  because: its shape is [2, 3]",
+    ),
+    (
+        Widening(),
+        {"main": spikingbrain.Entry((_X, _X))},
+        {"state": "total"},
+        "changes the type of its state tensor total\n  because: from float32 to float64",
+    ),
+    (nn.Linear(4, 4), {"main": spikingbrain.Entry((_X,))}, {}, "torch.export cannot capture entry 'main'"),
+]
+
+
+@pytest.mark.parametrize("model, entries, more, text", WRONG_EXPORTS, ids=lambda value: None)
+def test_what_cannot_be_exported(
+    model: Any,
+    entries: Any,
+    more: dict[str, Any],
+    text: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with pytest.raises(errors.CompileError, match=re.escape(text)):
+        spikingbrain.export(model, entries, tmp_path / "a.sbrain", **more)
+    assert all(record.levelno < logging.ERROR for record in caplog.records)  # one error, told once
+
+
+def test_threads_are_a_number(tmp_path: Path) -> None:
+    entries = {"main": spikingbrain.Entry((_X,))}
+    with pytest.raises(errors.OptionError, match="threads is 'two'"):
+        spikingbrain.export(nn.Identity(), entries, tmp_path / "a", options={"threads": "two"})
 
 
 def test_a_refused_call_leaves_the_state_alone(summing: Path) -> None:

@@ -209,6 +209,11 @@ def transforms() -> Case:
     return Function(lambda _, x: torch.fft.fft(x).abs()), (torch.randn(8),), None
 
 
+@refused(UnsupportedOp, "selects by a mask")
+def selects() -> Case:
+    return Function(lambda _, x: x[x > 0]), (torch.randn(8),), None
+
+
 @refused(CompileError, "torch.export cannot capture")
 def branches_on_data() -> Case:
     return Function(lambda _, x: x if x.sum() > 0 else -x), (torch.randn(3),), None
