@@ -174,7 +174,8 @@ def has_few_rows(x: ir.Value) -> bool:
 
 def is_for_many(launch: ir.Operation) -> bool:
     """Returns whether a launch is that of the kernel for many rows, beside one for few."""
-    return ir.FlatSymbolRefAttr(launch.attributes["callee"]).value.endswith(MANY)
+    name: str = ir.FlatSymbolRefAttr(launch.attributes["callee"]).value
+    return name.endswith(MANY)
 
 
 def rows_that_pay(shape: Shape, computed: RowValues) -> int:
