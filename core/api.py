@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -74,6 +75,7 @@ def export(
         progress(step)
 
     check_writable(Path(path))
+    _require_text(tokenizer, metadata)
     chosen = options_by_target(target, options or {})
     captured = capture(model, entries, state, tell, check_finite)
     code = {
@@ -82,6 +84,22 @@ def export(
     }
     parts = [Part(resolve_target(name)[1].target, made, chosen[name]) for name, made in code.items()]
     return _write(Path(path), captured, parts, tokenizer, metadata or {}, tell)
+
+
+def _require_text(tokenizer: object, metadata: object) -> None:
+    """Raises OptionError for what an artifact cannot hold, before anything is compiled."""
+    if not isinstance(tokenizer, str | None):
+        raise errors.OptionError(
+            f"tokenizer is a {type(tokenizer).__name__}", hint="the content of a tokenizer.json, as a str"
+        )
+    try:
+        json.dumps(metadata)
+    except (TypeError, ValueError) as error:
+        raise errors.OptionError(
+            "metadata cannot be written as JSON",
+            why=str(error),
+            hint="numbers, texts, lists and dictionaries",
+        ) from error
 
 
 def _write(
@@ -174,6 +192,7 @@ def tune(
         raise errors.OptionError(f"no entry point {min(strange)!r}", hint=f"one of {', '.join(entries)}")
     searched = None if settings is None else known(settings, here.kind)
     check_writable(Path(path))
+    _require_text(tokenizer, metadata)
     captured = capture(model, entries, state, progress)
     shapes = {entry: [np.shape(argument) for argument in arguments] for entry, arguments in calls.items()}
 

@@ -456,6 +456,24 @@ def test_what_cannot_be_exported(
     assert all(record.levelno < logging.ERROR for record in caplog.records)  # one error, told once
 
 
+@pytest.mark.parametrize(
+    "more, text",
+    [
+        ({"tokenizer": 3}, "tokenizer is a int"),
+        ({"metadata": {"x": _X}}, "metadata cannot be written as JSON"),
+    ],
+)
+def test_what_an_artifact_cannot_hold(more: dict[str, Any], text: str, tmp_path: Path) -> None:
+    with pytest.raises(errors.OptionError, match=text):
+        spikingbrain.export(nn.Identity(), {"main": spikingbrain.Entry((_X,))}, tmp_path / "a", **more)
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder in which no file can be made")
+def test_a_folder_that_takes_no_file() -> None:
+    with pytest.raises(errors.ArtifactError, match=r"cannot write /proc/self/a\n  because: "):
+        artifact.write(Path("/proc/self/a"), {}, {}, [], lambda _: _X.numpy(), {})
+
+
 def test_threads_are_a_number(tmp_path: Path) -> None:
     entries = {"main": spikingbrain.Entry((_X,))}
     with pytest.raises(errors.OptionError, match="threads is 'two'"):
