@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
+from spikingbrain.frontend.before_autograd import raise_in_dynamo_graph
 from spikingbrain.frontend.recurrences.functional import NotFunctional, functionalise
 
 
@@ -220,3 +221,21 @@ def test_refused(function: Callable[..., Tensor], why: str) -> None:
     with pytest.raises(NotFunctional, match=why) as stop:
         functionalise(module)
     assert stop.value.node.meta["stack_trace"]
+
+
+def test_attention_is_told_of_where_a_graph_is_refused() -> None:
+    """What would have been looked for, and why it was not, is in the report."""
+    found = []
+
+    def backend(module: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        found.append(raise_in_dynamo_graph(module, inputs, attention=lambda *given: None)[1])
+        return module.forward
+
+    def attention(q: Tensor) -> Tensor:
+        q = torch.func.vmap(torch.sin)(q)
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+    with torch.no_grad():
+        torch.compile(attention, backend=backend)(torch.randn(1, 2, 8, 4))
+    (told,) = [a for f in found for a in f.attention]
+    assert (told.status, told.reason) == ("torch's", "inside a transform of torch.func")
