@@ -9,7 +9,7 @@ from spikingbrain.sampling import Sampling
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokens", type=int, default=64, help="new tokens at the most")
+    parser.add_argument("--tokens", type=_count, default=64, help="new tokens at the most")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: always the most likely token")
     parser.add_argument("--top-k", type=int, default=0, help="sample among the k most likely tokens")
     parser.add_argument("--top-p", type=float, default=1.0, help="among the likeliest that sum up to p")
@@ -22,6 +22,13 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--frequency-penalty", type=float, default=0.0, help="the same for each occurrence")
     parser.add_argument("--seed", type=int, help="of the random numbers; the same seed writes the same text")
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError("0 or more are generated")
+    return value
 
 
 def sampling(args: argparse.Namespace) -> Sampling:

@@ -60,7 +60,8 @@ inline Buffer fresh(Machine& machine, const Field& field, int64_t batch, const M
   return machine.upload(field.type, shape, data.data());
 }
 
-inline int usage(const std::vector<Entry>& entries) {
+inline int usage(const std::vector<Entry>& entries, const std::string& why) {
+  fprintf(stderr, "error: %s\n", why.c_str());
   fprintf(stderr,
           "usage: ./program [--batch N] [-o PREFIX] ENTRY FILE.npy... [then ENTRY FILE.npy...]...\n"
           "Runs entry points in turn, on one state; the results of the first go to PREFIX0.0.npy and so on.\n");
@@ -95,24 +96,25 @@ inline int run_all(int count, char** words, const std::vector<Entry>& entries, c
   for (; i + 1 < count && words[i][0] == '-'; i += 2) {
     if (!strcmp(words[i], "--batch")) batch = atoll(words[i + 1]);
     else if (!strcmp(words[i], "-o")) prefix = words[i + 1];
-    else return usage(entries);
+    else return usage(entries, std::string("unknown option ") + words[i]);
   }
-  if (i >= count || batch < 1) return usage(entries);
+  if (i >= count) return usage(entries, "no entry point is given");
+  if (batch < 1) return usage(entries, "--batch is a number from 1 on");
   std::vector<Buffer> state;
   for (const Field& field : fields) state.push_back(fresh(machine, field, batch, constants));
   for (int turn = 0; i < count; ++turn) {
     const Entry* entry = nullptr;
     for (const Entry& e : entries) entry = !strcmp(e.name, words[i]) ? &e : entry;
-    if (!entry) return usage(entries);
+    if (!entry) return usage(entries, std::string("there is no entry point ") + words[i]);
     ++i;
     std::vector<Buffer> arguments;
     std::map<std::string, int64_t> sizes;
     if (entry->uses_state && *batch_name) sizes[batch_name] = batch;
     for (const Input& input : entry->inputs) {
-      if (i >= count || !strcmp(words[i], "then")) return usage(entries);
+      if (i >= count || !strcmp(words[i], "then")) return usage(entries, std::string(entry->name) + " lacks " + input.name);
       arguments.push_back(read_input(machine, input, words[i++], sizes));
     }
-    if (i < count && strcmp(words[i++], "then")) return usage(entries);
+    if (i < count && strcmp(words[i++], "then")) return usage(entries, std::string(entry->name) + " takes no " + words[i - 1]);
     if (entry->uses_state) arguments.insert(arguments.end(), state.begin(), state.end());
     std::vector<Buffer> results = entry->run(machine, arguments);
     for (size_t j = 0; j < entry->outputs; ++j) {

@@ -6,7 +6,6 @@ what writes in place has been rewritten before. Op names are those of ATen witho
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,16 +78,3 @@ class Graph:
             for source in dict.fromkeys(v.inputs):
                 found[source].append(v)
         return found
-
-
-def ancestors(roots: Iterable[Value], stop: Iterable[Value] = ()) -> list[Value]:
-    """Returns what ``roots`` are computed from, themselves included, without what lies before ``stop``; in graph order."""
-    barred, seen, todo = set(stop), set(), list(roots)
-    while todo:
-        v = todo.pop()
-        if v in seen:
-            continue
-        seen.add(v)
-        if v not in barred:
-            todo += v.inputs
-    return sorted(seen, key=lambda v: v.number)

@@ -8,7 +8,7 @@ running sums. The product is found by the same algebra as in loops, opening what
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -140,13 +140,6 @@ class _Masking(Algebra):
             mask = Value(v.op, [ones], (Slot(0), argument(v, 1, "diagonal", 0)), ones.shape, "float32", ())
             return product(self.terms(v.inputs[0]), atom(mask), len(v.shape))
         return super()._compute(v)
-
-
-@dataclass
-class _Side:
-    """Factors of a query, key or value: tensors with the numbers of their axes, "t" and "k"."""
-
-    factors: list[tuple[Value, tuple[int | str | None, ...], int]] = field(default_factory=list)
 
 
 class _Reader:

@@ -29,7 +29,6 @@ TILE = 16  # rows and columns of what a matrix instruction works on
 SHARED_BYTES = 36 << 10  # static shared memory that a kernel may ask for
 MAX_THREADS = 1024
 THREADS = "spikingbrain.threads"
-MINUS_INFINITY = float("-inf")
 
 # Matrix instructions by type of what is multiplied: name, k of one instruction, type of the sums.
 MATRIX_INSTRUCTIONS = {

@@ -118,8 +118,9 @@ def test_a_program_says_what_is_wrong(folder: Path, tmp_path: Path) -> None:
     short = tmp_path / "short.npy"
     short.write_bytes(x.read_bytes()[:-1])
     for words, text in [
-        (["step", x], "usage: ./program"),
-        (["jump", x, n], "usage: ./program"),
+        (["step", x], "error: step lacks scale\nusage: ./program"),
+        (["jump", x, n], "error: there is no entry point jump\nusage: ./program"),
+        (["step", x, n, n], "error: step takes no "),
         (["step", save(tmp_path / "i.npy", np.array([1])), n], "i.npy has another type"),
         (["step", save(tmp_path / "w.npy", np.ones((1, 4, 23), np.float32)), n], "w.npy has another shape"),
         (["step", save(tmp_path / "l.npy", np.ones((1, 65, 24), np.float32)), n], "l.npy has T = 65"),
