@@ -98,4 +98,7 @@ def test_gradients(name: str) -> None:
         found = actual[parameter]
         assert (found is None) == (gradient is None), f"gradient of {parameter}: {found}, expected {gradient}"
         if found is not None and gradient is not None:
-            assert_close(found, gradient, f"gradient of {parameter}", scale=1e-2 * largest)
+            # that of a raised decay is a difference of sums, which are much larger where it forgets fast
+            of_decay = parameter.endswith("A_log")
+            scale = (1e-1 if of_decay else 1e-2) * largest
+            assert_close(found, gradient, f"gradient of {parameter}", scale=scale)
