@@ -127,12 +127,13 @@ def _dispatch(module: str, context: StageContext) -> str:
     from spikingbrain.backend_iree.narrowing import narrow_by_f32
     from spikingbrain.backend_iree.parameters import emit_globals, protect_arguments
     from spikingbrain.backend_iree.rounding import keep_roundings
-    from spikingbrain.backend_iree.sort_operands import keep_sort_results, own_sort_operands
+    from spikingbrain.backend_iree.sorts import keep_sort_results, order_nan, own_sort_operands
     from spikingbrain.passes import dialect
 
     with dialect.load(), ir.Location.unknown():
         parsed = ir.Module.parse(module)
         separate_double_reads(parsed)
+        order_nan(parsed)
         own_sort_operands(parsed)
         keep_sort_results(parsed)
         protect_arguments(parsed)

@@ -204,6 +204,16 @@ def state_epsilon(graph: fx.Graph) -> int:
     return changed
 
 
+def forget_stability(graph: fx.Graph) -> int:
+    """Turns sorts that ask to be stable into plain ones, stable on every target; returns how many. torch-mlir lowers no other."""
+    found = graph.find_nodes(op="call_function", target=aten.sort.stable)
+    for node in found:
+        given = dict(zip(("self", "stable", "dim", "descending"), node.args, strict=False)) | node.kwargs
+        node.target = aten.sort.default
+        node.args, node.kwargs = (given["self"], given.get("dim", -1), given.get("descending", False)), {}
+    return len(found)
+
+
 def normalise(graph: fx.Graph) -> None:
     """Applies every rewrite in place, in the bodies of loops too."""
     for node in graph.nodes:
@@ -213,6 +223,7 @@ def normalise(graph: fx.Graph) -> None:
     carry_closed_over(graph)
     fold_tensors_without_elements(graph)
     read_weights_in_place(graph)
+    forget_stability(graph)
     sort_choices(graph)
     compare_with_choices(graph)
     make_scatter_dims_positive(graph)

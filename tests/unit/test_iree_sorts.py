@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch_mlir import ir
+from torch_mlir import fx, ir
 
 import spikingbrain
-from spikingbrain.backend_iree.sort_operands import keep_sort_results, own_sort_operands
+from spikingbrain.backend_iree.sorts import keep_sort_results, own_sort_operands
 from spikingbrain.passes.context import new_context
 
 SORTS = """
@@ -49,7 +50,7 @@ def test_sorts_read_copies() -> None:
 
 
 def test_iree_still_needs_it() -> None:
-    """When this fails, ``backend_iree/sort_operands.py`` can go."""
+    """When this fails, ``own_sort_operands`` can go."""
     compiler, rt = pytest.importorskip("iree.compiler"), pytest.importorskip("iree.runtime")
     flags = ["--iree-hal-target-device=local", "--iree-hal-local-target-device-backends=llvm-cpu"]
     source = SORTS.replace("DIALECT", "iree_linalg_ext")
@@ -120,3 +121,31 @@ def test_what_was_sorted_is_read_by_others_too(tmp_path: Path) -> None:
         x = torch.randn(rows, 4)
         for got, expected in zip(program.main(x), Sorts()(x), strict=True):
             np.testing.assert_array_equal(got, expected.numpy())
+
+
+class StableSorts(nn.Module):
+    def forward(self, x: Tensor) -> list[Tensor]:
+        ways = [(-1, False), (-1, True), (0, True)]
+        return [part for dim, down in ways for part in torch.sort(x, dim=dim, descending=down, stable=True)]
+
+
+def test_what_is_equal_keeps_its_order_and_nan_is_largest(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randint(0, 9, (37, 101)).float()
+    x[:, 1], x[:, 0], x[3, 5], x[4] = math.nan, math.inf, -0.0, math.nan
+    x[:, 50:60] = x[:, 50:60].masked_fill(torch.rand(37, 10) < 0.3, math.nan)
+    spikingbrain.export(StableSorts(), {"main": spikingbrain.Entry((x,))}, tmp_path / "s.sbrain")
+    found = spikingbrain.load(tmp_path / "s.sbrain").main(x)
+    for got, wanted in zip(found, StableSorts()(x), strict=True):
+        np.testing.assert_array_equal(got, wanted.numpy())
+
+
+class Plain(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sort().values
+
+
+def test_torch_mlir_still_forgets_nan() -> None:
+    """When this fails, ``order_nan`` can go."""
+    lowered = fx.export_and_import(Plain(), torch.zeros(3), output_type="linalg-on-tensors")
+    assert "tm_tensor.sort" in str(lowered) and "cmpf uno" not in str(lowered)
