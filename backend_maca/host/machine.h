@@ -14,6 +14,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <functional>
 #include <map>
 #include <memory>
@@ -100,6 +101,8 @@ inline const char* npy_name(Type type) {
   return names[static_cast<int>(type)];
 }
 
+inline int64_t aligned(int64_t bytes) { return bytes > 0 ? (bytes + 255) / 256 * 256 : 256; }
+
 typedef std::vector<int64_t> Shape;
 inline int64_t count_of(const Shape& shape) {
   int64_t count = 1;
@@ -121,6 +124,40 @@ struct Buffer {
     return view;
   }
 };
+
+// A temporary of a workspace, from the step that first uses it to the one that last does.
+struct Life {
+  Buffer* buffer;
+  Type type;
+  Shape shape;
+  int first, last;
+  int64_t bytes = 0, start = 0;
+};
+
+// Places temporaries, the largest first, each at the lowest place where nothing lies that lives at the same time; returns
+// the bytes of all. One of a negative size gets no place: it is an error where a step uses it.
+inline int64_t place(std::vector<Life>& lives) {
+  const auto is_negative = [](const Life& life) { return std::any_of(life.shape.begin(), life.shape.end(), [](int64_t n) { return n < 0; }); };
+  lives.erase(std::remove_if(lives.begin(), lives.end(), is_negative), lives.end());
+  for (Life& life : lives) life.bytes = count_of(life.shape) * size_of(life.type);
+  std::stable_sort(lives.begin(), lives.end(), [](const Life& a, const Life& b) {
+    return a.bytes != b.bytes ? a.bytes > b.bytes : a.first < b.first;
+  });
+  std::vector<const Life*> placed;  // by start
+  int64_t end = 0;
+  for (Life& life : lives) {
+    const int64_t size = aligned(life.bytes);
+    for (const Life* other : placed) {
+      if (other->last < life.first || life.last < other->first) continue;
+      if (life.start + size <= other->start) break;
+      life.start = std::max(life.start, other->start + aligned(other->bytes));
+    }
+    end = std::max(end, life.start + size);
+    const auto is_before = [](const Life* a, const Life* b) { return a->start < b->start; };
+    placed.insert(std::upper_bound(placed.begin(), placed.end(), &life, is_before), &life);
+  }
+  return end;
+}
 
 // A parameter of a kernel: an address, or a number in the low bytes.
 struct Argument {
@@ -232,7 +269,7 @@ class Machine {
     made.type = type;
     made.shape = shape;
     made.bytes = count_of(shape) * size_of(type);
-    const int64_t size = made.bytes > 0 ? (made.bytes + 255) / 256 * 256 : 256;
+    const int64_t size = aligned(made.bytes);
     char* address = take(size);
     made.memory = std::shared_ptr<char>(address, [this, size](char* p) { free_[size].push_back(p); });
 #ifdef SB_EMULATOR
@@ -245,6 +282,35 @@ class Machine {
   // Gives a buffer memory at its first use, and where a loop needs more of it than in the rounds before.
   void need(Buffer& buffer, Type type, const Shape& shape) {
     if (!buffer.memory || buffer.bytes < count_of(shape) * size_of(type)) buffer = make(type, shape);
+  }
+
+  // Gives a workspace memory for temporaries whose sizes are known.
+  void reserve(Buffer& workspace, std::vector<Life> lives) {
+    const int64_t size = SPREAD * place(lives);
+    if (workspace.bytes >= size) return;
+    workspace = Buffer();
+    workspace = make(Type::u8, {size});
+  }
+
+  // Gives temporaries their places in a workspace.
+  void lay(Buffer& workspace, std::vector<Life> lives) {
+    reserve(workspace, lives);
+    place(lives);
+    for (const Life& life : lives) {
+      life.buffer->memory = std::shared_ptr<char>(workspace.memory, workspace.data() + SPREAD * life.start);
+      life.buffer->bytes = life.bytes;
+      life.buffer->type = life.type;
+      life.buffer->shape = life.shape;
+    }
+  }
+
+  // The next step is the first that uses a temporary of a workspace: another one may have lain there.
+  void begin_life(const Buffer& buffer) {
+#ifdef SB_EMULATOR
+    if (!buffer.memory) return;
+    fresh_.push_back({buffer.data(), aligned(buffer.bytes)});
+    put(0, -1, [] {});
+#endif
   }
 
   Buffer upload(Type type, const Shape& shape, const void* source) {
@@ -371,6 +437,11 @@ class Machine {
     return static_cast<char*>(made);
   }
 
+#ifdef SB_EMULATOR
+  static constexpr int64_t SPREAD = 2;  // behind each temporary lies as much memory that is nobody's
+#else
+  static constexpr int64_t SPREAD = 1;
+#endif
   std::map<int64_t, std::vector<char*>> free_;
 #ifdef SB_EMULATOR
   // What an entry point on several streams puts into them runs at its end: of what may run next by streams and events the

@@ -21,6 +21,7 @@ import numpy as np
 from spikingbrain.artifact import ALIGNMENT, STATE, WEIGHTS, Artifact, numpy_dtype
 from spikingbrain.backend_maca.emulator_flags import COMMON_FLAGS, KERNEL_FLAGS, MACHINE_FLAGS
 from spikingbrain.backend_maca.mxcc import ARCH
+from spikingbrain.backend_maca.plan.intervals import Interval, intervals, values_given
 from spikingbrain.backend_maca.plan.order import order_of
 from spikingbrain.backend_maca.plan.plan import every_step
 from spikingbrain.errors import ArtifactError, TargetError, UnsupportedOp
@@ -278,6 +279,7 @@ class _Entry:
         self.kernels, self.name, self.entry = kernels, name, entry
         self.records, self.fixed = entry["buffers"], fixed
         self.floats: set[int] = set()  # values of the host that are floats
+        self.intervals = intervals(entry)
         order, self.places = order_of(entry["launches"])
         self.order = order
         # by the number of the step in the plan; event 0 stands for the beginning
@@ -301,19 +303,26 @@ class _Entry:
             lines.append(f"  Buffer {', '.join(temporaries)};")
         for number, size in enumerate(self.entry["sizes"]):
             lines.append(f"  const int64_t s{number} = {self._size(size)};")
+        if self.intervals:
+            lines.append("  Buffer workspace;")
+        laid = {i: first for interval in self.intervals for i, (first, _) in interval.uses.items()}
         ready: set[int] = set()
         checks = [f"  {self._check(formula, message)}" for formula, message in self.entry["checks"]]
         body = list(dict.fromkeys(checks))
         last = self._last_uses()
+        body += [f"  m.reserve(workspace, {self._lives(i)});" for i in self.intervals if i.is_known]
         if self.order.count > 1:
             body += [f"  m.begin({self.order.count});", *(f"  m.wait({s}, 0);" for s in self.order.forks)]
         for number, step in enumerate(self.entry["launches"]):
             stream = step.get("stream", 0)
+            begun = (interval for interval in self.intervals if interval.begin == number)
+            body += [f"  m.lay(workspace, {self._lives(interval)});" for interval in begun]
+            body += [f"  m.begin_life(b{i});" for i, first in laid.items() if first == number]
             body += [f"  m.wait({stream}, {self.events[n]});" for n in step.get("after", ())]
             body += self._step(step, ready, "  ")
             if number in self.events:
                 body.append(f"  m.record({self.events[number]}, {stream});")
-            body += [f"  b{i} = Buffer();" for i in last.get(number, ()) if i in ready]
+            body += [f"  b{i} = Buffer();" for i in last.get(number, ()) if i in ready or i in laid]
         if self.order.count > 1:
             ends = [self.events[self.places[step]] for step in self.order.joins]
             body += [*(f"  m.wait(0, {event});" for event in ends), "  m.end();"]
@@ -323,6 +332,14 @@ class _Entry:
         body += self._needs([o["buffer"] for o in outputs], ready, "  ")
         results = [f"b{o['buffer']}.as({self._shape(o['shape'])})" for o in outputs]
         return "\n".join([*lines, *body, f"  return {_braced(results)};", "}\n\n"])
+
+    def _lives(self, interval: Interval) -> str:
+        """Returns what lives in an interval, as C++."""
+        lives = []
+        for i, (first, last) in sorted(interval.uses.items()):
+            kind, shape = TYPES[self.records[i]["dtype"]], self._shape(self.records[i]["shape"])
+            lives.append(_braced([f"&b{i}", f"Type::{kind}", shape, str(first), str(last)]))
+        return _braced(lives)
 
     def _last_uses(self) -> dict[int, list[int]]:
         """Returns for each step the temporaries whose memory is free after it: for what is launched after it.
@@ -479,11 +496,7 @@ class _Entry:
 
 def _values(steps: Sequence[Mapping[str, Any]]) -> set[int]:
     """Returns the values of the host that steps give."""
-    found = set()
-    for step in every_step(steps):
-        found |= {step[kind] for kind in ("loop", "read") if kind in step}
-        found |= {v for v, _ in step.get("set", ())}
-    return found
+    return {value for step in every_step(steps) for value in values_given(step)}
 
 
 def _number(value: Any) -> str:

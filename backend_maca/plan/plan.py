@@ -255,7 +255,7 @@ class _Entry:
 
     def _short(self, formula: Size) -> Size:
         """Returns a formula, or its name if it is long: sizes of a deep model would hold those before them many times over."""
-        if weight(formula) <= LONG or has_value(formula) or not _is_safe(formula):
+        if weight(formula) <= LONG or has_value(formula) or not is_safe(formula):
             return formula
         return ["size", self.named.setdefault(json.dumps(formula), len(self.named))]
 
@@ -488,12 +488,12 @@ def weight(size: Size) -> int:
     )
 
 
-def _is_safe(size: Size) -> bool:
+def is_safe(size: Size) -> bool:
     """Returns whether a formula is one of integers that can be computed for all arguments."""
     if not isinstance(size, list) or size[0] in ("dim", "value", "size"):
         return not isinstance(size, float)
     divides = size[0] in ("div", "rem", "ceildiv", "floordiv")
-    return all(map(_is_safe, size[1:])) and not (divides and (isinstance(size[2], list) or not size[2]))
+    return all(map(is_safe, size[1:])) and not (divides and (isinstance(size[2], list) or not size[2]))
 
 
 def has_value(size: Size) -> bool:

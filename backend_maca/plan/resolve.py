@@ -6,6 +6,7 @@ Loops over launches are written out; where the host reads an element to go on, t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import struct
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -14,10 +15,11 @@ from typing import Any, cast
 
 import numpy as np
 
+from spikingbrain.backend_maca.plan.intervals import Interval
 from spikingbrain.backend_maca.plan.order import Order, Walk, streams_of
 from spikingbrain.backend_maca.plan.plan import evaluate, has_value
 from spikingbrain.backend_maca.plan.steps import Launch, Product, Steps
-from spikingbrain.backend_maca.plan.workspace import Lifetime, pack
+from spikingbrain.backend_maca.plan.workspace import Lifetime, Workspace, pack
 from spikingbrain.errors import CallError
 
 
@@ -32,7 +34,8 @@ class Read:
 
 MAX_GRID = (1 << 31) - 1  # blocks along an axis
 _WIDTHS = {"bool": 1, "int8": 1, "int16": 2, "float16": 2, "bfloat16": 2, "int32": 4, "float32": 4}
-Resolved = Generator[Launch | Product | Read, Any, None]
+Resolved = Generator[Launch | Product | Read | Interval, Any, None]
+KEPT = 64  # workspaces of intervals, for sizes that come again
 
 
 class Resolver:
@@ -94,9 +97,23 @@ class Resolver:
         """Returns for each result its buffer, and its shape, once all steps have been walked."""
         return [(o["buffer"], self.sizes(o["shape"])) for o in self.host["outputs"]]
 
-    def steps(self) -> Resolved:
-        """Yields launches and products in order, and reads, to which the caller sends the element."""
+    def workspace(self, interval: Interval) -> Workspace:
+        """Returns where the temporaries of an interval lie that now begins."""
+        lives = []
+        for i, (first, last) in interval.uses.items():
+            record = self.host["buffers"][i]
+            shape = self.sizes(record["shape"])
+            # a size below 0 is an error where a step uses it: a branch may not be taken
+            if min(shape, default=0) >= 0:
+                lives.append((i, Lifetime(math.prod(shape) * storage(record["dtype"]).itemsize, first, last)))
+        return _pack(tuple(lives))
+
+    def steps(self, intervals: Sequence[Interval] = ()) -> Resolved:
+        """Yields launches and products in order, intervals as they begin, and reads, to which the caller sends the element."""
+        begins = {interval.begin: interval for interval in intervals}
         for place, step in enumerate(self.host["launches"]):
+            if place in begins:
+                yield begins[place]
             self.order.enter(step)
             yield from self._walk([step])
             self.order.leave(place)
@@ -198,6 +215,11 @@ def resolve(plan: Mapping[str, Any], entry: str, shapes: Mapping[int, tuple[int,
     return dataclasses.replace(made, workspace=pack(lives), born=born)
 
 
+@functools.lru_cache(KEPT)
+def _pack(lives: tuple[tuple[int, Lifetime], ...]) -> Workspace:
+    return pack(dict(lives))
+
+
 def _lifetime(size: int, places: Sequence[int], order: Order) -> Lifetime:
     """Returns the life of a buffer that the steps at ``places`` use."""
     if order.count == 1:
@@ -210,7 +232,11 @@ def _lifetime(size: int, places: Sequence[int], order: Order) -> Lifetime:
 
 
 def some_steps(
-    resolver: Resolver, steps: list[Launch | Product], known: set[int], last: bool = False
+    resolver: Resolver,
+    steps: list[Launch | Product],
+    known: set[int],
+    last: bool = False,
+    workspace: Workspace | None = None,
 ) -> Steps:
     """Returns steps with the shapes of the buffers that are new in them, and the results after the last ones."""
     outputs = resolver.outputs() if last else []
@@ -222,7 +248,14 @@ def some_steps(
         for i in new
         if records[i]["role"] == "temporary"
     }
-    return Steps(resolver.entry, temporaries, steps, outputs)
+    born: dict[int, list[int]] = {}
+    if workspace:
+        unborn = {i for i in temporaries if i in workspace.offsets}
+        for place, step in enumerate(steps):
+            first = unborn.intersection(used_by(step))
+            unborn -= first
+            born[place] = sorted(first)
+    return Steps(resolver.entry, temporaries, steps, outputs, workspace, born)
 
 
 def used_by(step: Launch | Product) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from spikingbrain.artifact import numpy_dtype
+from spikingbrain.backend_maca.plan.intervals import Interval, intervals
 from spikingbrain.backend_maca.plan.plan import FORMAT
 from spikingbrain.backend_maca.plan.resolve import Read, Resolver, number, resolve, some_steps, storage
 from spikingbrain.backend_maca.plan.steps import Launch, Product, Steps
@@ -51,6 +52,7 @@ class Program:
         self.borrow, self.lend = machine.borrow, machine.lend
         self._kept: dict[str, Buffer] = {}
         self.fixed = {name: self._fixed(entry, weights) for name, entry in plan["entries"].items()}
+        self._intervals = {name: intervals(entry) for name, entry in plan["entries"].items()}
         self._static = {name: entry["static"] for name, entry in plan["entries"].items()}
         self._written = {
             name: {i for i, buffer in enumerate(entry["buffers"]) if buffer.get("donated")}
@@ -123,11 +125,13 @@ class Program:
                 )
             widest = max(widest, span, key=lambda s: s[1])
 
-    def _run(self, steps: Steps, plan: Mapping[str, Any], buffers: dict[int, Buffer]) -> None:
-        places = steps.workspace.offsets if steps.workspace else {}
-        memory, spread = None, self.machine.spread
-        if steps.workspace:
-            memory = self.machine.unwritten(np.dtype(np.uint8), (spread * steps.workspace.size,))
+    def _run(
+        self, steps: Steps, plan: Mapping[str, Any], buffers: dict[int, Buffer], memory: Buffer | None = None
+    ) -> None:
+        """Gives buffers that are new in some steps memory, those of a workspace in ``memory``, and runs the steps."""
+        places, spread = steps.workspace.offsets if steps.workspace else {}, self.machine.spread
+        if steps.workspace and memory is None:
+            memory = self._memory(steps.workspace.size)
         for i, shape in steps.temporaries.items():
             dtype = storage(plan["buffers"][i]["dtype"])
             if i in places:
@@ -135,6 +139,10 @@ class Program:
             else:
                 buffers[i] = self.machine.unwritten(dtype, shape)
         self.machine.run(steps, buffers)
+
+    def _memory(self, size: int) -> Buffer:
+        """Returns memory for a workspace."""
+        return self.machine.unwritten(np.dtype(np.uint8), (self.machine.spread * size,))
 
     def _view(self, buffer: Buffer, shape: Sequence[int]) -> Buffer:
         """Returns the beginning of a buffer in another shape."""
@@ -154,26 +162,43 @@ class Program:
     def _run_reading(
         self, entry: str, shapes: Mapping[int, tuple[int, ...]], buffers: dict[int, Buffer]
     ) -> Sequence[tuple[int, tuple[int, ...]]]:
-        """Runs steps up to each element that the host reads, then goes on with it; returns the results' places."""
+        """Runs steps up to each element that the host reads, then goes on with it; returns the results' places.
+
+        One workspace serves all intervals, as large as the largest one whose sizes do not depend on data; any other that
+        needs more memory gets a larger one.
+        """
         resolver, plan = Resolver(self.plan, entry, shapes), self.plan["entries"][entry]
-        walk, found = resolver.steps(), None
+        known = [i for i in self._intervals[entry] if i.is_known]
+        walk, found = resolver.steps(self._intervals[entry]), None
+        space, memory = None, None
+        size = max((resolver.workspace(interval).size for interval in known), default=0)
         while True:
             steps: list[Launch | Product] = []
             try:
                 step = walk.send(found)
-                while not isinstance(step, Read):
+                while not isinstance(step, Read | Interval):
                     if grown := resolver.note(step):
-                        self._run(some_steps(resolver, steps, set(buffers)), plan, buffers)
+                        made = some_steps(resolver, steps, set(buffers), workspace=space)
+                        self._run(made, plan, buffers, memory)
                         steps = []
                         for i in grown:
                             buffers.pop(i, None)
                     steps.append(step)
                     step = next(walk)
             except StopIteration:
-                made = some_steps(resolver, steps, set(buffers), last=True)
-                self._run(made, plan, buffers)
+                made = some_steps(resolver, steps, set(buffers), last=True, workspace=space)
+                self._run(made, plan, buffers, memory)
                 return made.outputs
-            self._run(some_steps(resolver, steps, set(buffers)), plan, buffers)
+            made = some_steps(resolver, steps, set(buffers), workspace=space)
+            self._run(made, plan, buffers, memory)
+            if isinstance(step, Interval):
+                for i in space.offsets if space else ():
+                    buffers.pop(i, None)
+                space, found = resolver.workspace(step), None
+                if memory is None or space.size > size:
+                    memory, size = None, max(size, space.size)  # what there was is free
+                    memory = self._memory(size)
+                continue
             element = self.machine.to_host(self._view(buffers[step.buffer], step.shape))[step.at]
             found = number(element, plan["buffers"][step.buffer]["dtype"])
 
