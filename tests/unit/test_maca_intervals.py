@@ -15,9 +15,12 @@ import pytest
 
 pytest.importorskip("torch_mlir")
 
+from test_maca_device import OWN, card, clean, runtimes  # noqa: F401
 from test_maca_ops import members, program, run
 
 from spikingbrain.artifact import Artifact, write
+from spikingbrain.backend import StageContext
+from spikingbrain.backend_maca.backend import MacaBackend
 from spikingbrain.backend_maca.plan import host_program
 from spikingbrain.backend_maca.plan.intervals import Interval, intervals
 from spikingbrain.backend_maca.plan.resolve import used_by
@@ -141,6 +144,21 @@ def test_what_lives_together_lies_apart(loaded: Any, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(machine.Emulator, "run", noted)
     loaded.call("main", list(arguments(17, 13, 1)))
     assert max(seen) > 1
+
+
+@needs_cxx
+def test_a_card_runs_them_too(card: Any) -> None:  # noqa: F811
+    (status,) = [s for s in MacaBackend().targets() if s.target.name == "maca"]
+    code: Any = TEXT
+    context = StageContext(status.target, MacaBackend().options(**OWN), Path("."))
+    for stage in MacaBackend().stages(status.target).values():
+        code = stage(code, context)
+    on_card = MacaBackend().load({n: memoryview(c) for n, c in code.items()}, {"device": "maca"}, {})
+    assert len(intervals(on_card.plan["entries"]["main"])) == 3
+    for case in CASES:
+        x, sizes = arguments(*case)
+        (result,) = on_card.call("main", [on_card.to_device(x), on_card.to_device(sizes)])
+        np.testing.assert_allclose(on_card.to_host(result), reference(x, sizes), rtol=1e-5)
 
 
 def cut(entry: Any) -> Iterator[Interval]:
