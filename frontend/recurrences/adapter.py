@@ -12,6 +12,7 @@ from spikingbrain.passes.recurrence.classify import ELEMENTWISE
 from spikingbrain.passes.recurrence.graph import Graph, Slot, Value
 
 _SMALL = 1 << 20  # elements of a constant whose numbers the analysis may look at
+_ACCESSES = {getattr(torch.ops.aten, name) for name in ("select", "slice", "select_scatter", "slice_scatter")}
 
 
 def adapt(
@@ -75,7 +76,16 @@ def _value(module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Value], 
     for name, argument in node.kwargs.items():
         if name not in ("device", "layout", "pin_memory", "memory_format"):
             literals.append((name, literal(argument)))
-    return Value(_name(node, shape), inputs, tuple(literals), shape, dtype, node)
+    known = all(_static(x.shape) for x in inputs) and not _at_a_symbol(node, by_hints)
+    return Value(_name(node, shape) if known else "opaque", inputs, tuple(literals), shape, dtype, node)
+
+
+def _at_a_symbol(node: fx.Node, by_hints: bool) -> bool:
+    """Tells whether a place that only a call knows is read or written."""
+    if getattr(node.target, "overloadpacket", None) not in _ACCESSES:
+        return False
+    numbers = [n.meta["val"] for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.SymInt)]
+    return any(not (by_hints and type(_hint(number)) is int) for number in numbers)
 
 
 def _name(node: fx.Node, shape: tuple[Any, ...] | None) -> str:

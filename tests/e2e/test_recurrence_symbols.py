@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+import spikingbrain
 from spikingbrain.frontend.dynamo.report import collect_found
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -63,3 +66,31 @@ def test_numbers_that_are_symbols() -> None:
                 fast(q, k, v, -g.abs()), model(q, k, v, -g.abs()), rtol=1e-4, atol=1e-5
             )
     assert {(r.status, r.op) for r in found.recurrences} == {("raised", "linear_recurrence")}
+
+
+class ReadWhereDataSays(torch.nn.Module):
+    """A leaky sum over time, read at a step that is data, and the first step of as many as data says."""
+
+    def forward(self, x: Tensor, place: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        at, n = place.item(), count.item()
+        torch._check(at >= 0)
+        torch._check(at < x.shape[1])
+        torch._check(n > 0)
+        torch._check(n <= x.shape[1])
+        state, outputs = torch.zeros_like(x[:, 0]), []
+        for t in range(x.shape[1]):
+            state = 0.9 * state + x[:, t]
+            outputs.append(state)
+        shorter = x[:, :n] * 2
+        return torch.stack(outputs, 1).select(1, at), x[:, at], shorter[:, 0:1] + shorter[:, 0].unsqueeze(1)
+
+
+def test_places_that_are_data(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, inputs = ReadWhereDataSays(), (torch.randn(2, 12, 4), torch.tensor(5), torch.tensor(3))
+    spikingbrain.export(model, {"main": spikingbrain.Entry(inputs)}, tmp_path / "places.sbrain")
+    program = spikingbrain.load(tmp_path / "places.sbrain")
+    for at, n in ((5, 3), (0, 1), (11, 12)):
+        given = (inputs[0], torch.tensor(at), torch.tensor(n))
+        for found, wanted in zip(program.main(*given), model(*given), strict=True):
+            torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=1e-5, atol=1e-5)
