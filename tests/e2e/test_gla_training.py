@@ -49,7 +49,6 @@ def train(model: nn.Module, step: Callable[[Tensor], Tensor]) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.gate
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_the_loss_curve_is_eagers() -> None:
     model = ByteModel("loop")

@@ -176,16 +176,12 @@ def python_with_torch_2_6(wheel: Path, tmp_path_factory: pytest.TempPathFactory)
     """Like ``oldest_python``, with the oldest torch that a vendor's stack brings; 5 GB, with its GPU libraries."""
     folder = tmp_path_factory.mktemp("torch-2.6")
     run(_python_3_10() or sys.executable, "-m", "venv", "--without-pip", folder)
-    run(
-        *PIP,
-        "--python",
-        folder / "bin" / "python",
-        "install",
-        "--quiet",
-        "--no-cache-dir",
-        "torch==2.6.0",
-        wheel,
-    )
+    install = [*PIP, "--python", folder / "bin" / "python", "install", "--quiet", "--no-cache-dir"]
+    run(*install, wheel)
+    done = subprocess.run([*install, "torch==2.6.0"], capture_output=True, text=True)
+    if done.returncode:
+        shutil.rmtree(folder)
+        pytest.skip(f"torch 2.6 cannot be installed here: {done.stderr[-300:]}")
     yield folder / "bin" / "python"
     shutil.rmtree(folder)
 

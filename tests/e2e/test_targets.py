@@ -205,10 +205,10 @@ def tiny() -> Tiny:
     return Tiny(model, capture(model, {"prefill": prefill, "decode": decode}, "state"))
 
 
-SLOW_ROCM = pytest.param("rocm", marks=pytest.mark.slow)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("cuda", "rocm")]
 
 
-@pytest.mark.parametrize("name", ["vulkan", "cuda", SLOW_ROCM, "maca-emulator"])
+@pytest.mark.parametrize("name", ["vulkan", *SLOW, "maca-emulator"])
 def test_a_language_model(name: str, tiny: Tiny, status: dict[str, TargetStatus], tmp_path: Path) -> None:
     tiny.compile(name, tmp_path / "tiny")
     if status[name].runs:

@@ -57,7 +57,8 @@ def run(code: str, folder: Path, *arguments: str, **environment: str) -> subproc
     )
 
 
-@pytest.mark.parametrize("setting", [pytest.param("spikingbrain", marks=pytest.mark.slow), "+spikingbrain"])
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", ["spikingbrain", "+spikingbrain"])
 def test_torch_logs(setting: str, tmp_path: Path) -> None:
     done = run(WAVE, tmp_path, TORCH_LOGS=setting)
     assert done.returncode == 0, done.stderr

@@ -53,7 +53,7 @@ def _mamba2() -> torch.nn.Module:
         pytest.param(
             _qwen, {"cache_implementation": "static"}, 2, id="a static cache", marks=pytest.mark.slow
         ),
-        pytest.param(_mamba2, {}, 2, id="a state"),
+        pytest.param(_mamba2, {}, 2, id="a state", marks=pytest.mark.slow),
     ],
 )
 def test_generates_the_same_tokens(make, options, graphs: int, fresh_dynamo: None) -> None:  # type: ignore[no-untyped-def]

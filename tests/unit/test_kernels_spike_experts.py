@@ -118,7 +118,7 @@ class Program:
         return result
 
 
-TARGETS = [PORTABLE, VNNI, *(pytest.param(t, marks=pytest.mark.slow) for t in (V3, V4))]
+TARGETS = [VNNI, *(pytest.param(t, marks=pytest.mark.slow) for t in (PORTABLE, V3, V4))]
 
 
 @pytest.fixture(scope="module", params=TARGETS, ids=lambda target: target.name)

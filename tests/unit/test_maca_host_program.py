@@ -337,6 +337,7 @@ def test_memory_is_free_where_all_that_comes_waits(seed: int) -> None:
     assert {buffer for buffers in freed.values() for buffer in buffers} == used - {0}
 
 
+@pytest.mark.slow
 def test_a_program_on_two_streams(concurrent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = in_all_orders(concurrent, tmp_path, monkeypatch)
     loaded = load(compile_text(module_text(["tensor<?xf32>"] * 2, "tensor<?xf32>", two_chains, kernels)))

@@ -227,6 +227,7 @@ def test_the_program_in_cpp_packs_them_too(loaded: Any, tmp_path: Path) -> None:
 
 
 @needs_cxx
+@pytest.mark.slow
 def test_lives_cut_in_the_program_in_cpp_are_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
