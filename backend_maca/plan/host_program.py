@@ -136,17 +136,23 @@ def _build_script(plan: Mapping[str, Any]) -> str:
 # Builds ./program. Usage: ./build.sh [maca | cuda | emulator]. ARCH is the card's, MACA_PATH the folder of the SDK.
 set -eu
 cd "$(dirname "$0")"
+need() {{
+  command -v "$1" >/dev/null || {{ echo "error: there is no $1; $2" >&2; exit 1; }}
+}}
 case "${{1:-maca}}" in
 maca)
   : "${{MACA_PATH:=/opt/maca}}"
+  need "$MACA_PATH/mxgpu_llvm/bin/mxcc" "set MACA_PATH to the folder of the SDK, or try: $0 emulator"
   "$MACA_PATH/mxgpu_llvm/bin/mxcc" -x maca program.cpp -o program --maca-path="$MACA_PATH" \\
     --offload-arch="${{ARCH:-{ARCH}}}" -I. -O3 -std=c++17 -ffp-contract=off{mcblas}
   ;;
 cuda)
+  need nvcc "put CUDA's bin folder into PATH"
   nvcc -x cu -arch="${{ARCH:-native}}" -Icuda -I. -std=c++17 -O3 -fmad=false program.cpp -o program{cublas}
   ;;
 emulator)
   CXX="${{CXX:-g++}}"
+  need "$CXX" "set CXX to a C++17 compiler"
   build="$(mktemp -d)"
   trap 'rm -rf "$build"' EXIT
   "$CXX" {common} {machine} -Iemulator -c emulator/sb_machine.cpp -o "$build/machine.o"

@@ -136,6 +136,14 @@ def test_a_program_says_what_is_wrong(folder: Path, tmp_path: Path) -> None:
         assert text in done.stderr
 
 
+def test_a_compiler_that_is_not_there_is_named(folder: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "MACA_PATH": str(tmp_path), "CXX": "no-compiler"}
+    for target, name in (("maca", f"{tmp_path}/mxgpu_llvm/bin/mxcc"), ("emulator", "no-compiler")):
+        done = subprocess.run([folder / "build.sh", target], env=environment, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"error: there is no {name}; set ")
+
+
 def test_mxcc_gets_the_documented_command(folder: Path, tmp_path: Path) -> None:
     compiler = tmp_path / "mxgpu_llvm" / "bin" / "mxcc"
     compiler.parent.mkdir(parents=True)
