@@ -21,6 +21,9 @@ pytestmark = pytest.mark.skipif(
     BACKEND not in torch._dynamo.list_backends(()), reason=f"no backend {BACKEND}"
 )
 TRAINED = ("mamba2",)  # of these, gradients as well
+# The gradient of a raised decay is a running sum of q dq - k dk: where heads forget fast, the product of each step with itself,
+# which is in both, leaves up to 1 % of rounding in it. Reads without that product would end this.
+INACCURATE = ("bamba", "granitemoehybrid")
 
 
 def every_model(quick: tuple[str, ...]) -> pytest.MarkDecorator:
@@ -84,7 +87,9 @@ def test_forward(name: str, record_property: pytest.RecordProperty) -> None:
 
 
 @every_model(TRAINED)
-def test_gradients(name: str) -> None:
+def test_gradients(request: pytest.FixtureRequest, name: str) -> None:
+    if name in INACCURATE:
+        request.applymarker(pytest.mark.xfail(reason="A_log, where heads forget fast", strict=True))
     model, inputs = ZOO[name].build("tiny"), ZOO[name].inputs("tiny", 0)
     output = model(**inputs)
     loss(output).backward()
@@ -98,7 +103,4 @@ def test_gradients(name: str) -> None:
         found = actual[parameter]
         assert (found is None) == (gradient is None), f"gradient of {parameter}: {found}, expected {gradient}"
         if found is not None and gradient is not None:
-            # that of a raised decay is a difference of sums, which are much larger where it forgets fast
-            of_decay = parameter.endswith("A_log")
-            scale = (1e-1 if of_decay else 1e-2) * largest
-            assert_close(found, gradient, f"gradient of {parameter}", scale=scale)
+            assert_close(found, gradient, f"gradient of {parameter}", scale=1e-2 * largest)
